@@ -1,0 +1,47 @@
+# `make demo` and `make test` do all the set-up themselves: a virtual environment in $(VENV) and the
+# installs, once, and again only when pyproject.toml has changed. PYTHON=/path/to/python chooses another one.
+VENV ?= .venv
+ARGS ?= -n 2 --dist worksteal
+BIN := $(VENV)/bin
+TORCH = $(wildcard $(VENV)/lib/python3*/site-packages/torch/__init__.py)
+
+.PHONY: help demo test lint format clean
+
+help:
+	@echo "make demo    convert the small test checkpoint, ask it about a picture, convert it back"
+	@echo "make test    all tests; choose with ARGS: make test ARGS='-k clip -x'"
+	@echo "make lint    ruff and mypy; 'make format' mends what ruff can"
+	@echo "make clean   remove caches and builds; the environment is $(VENV)"
+
+demo: $(VENV)/.installed
+	@PATH="$(abspath $(BIN)):$$PATH" python scripts/first_run.py
+
+test: $(VENV)/.installed-test
+	$(if $(TORCH),,@echo "No PyTorch in $(VENV): leaving out the tests that compare with it.")
+	$(BIN)/python -m pytest $(if $(TORCH),,-m "not torch") $(ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check --output-format concise
+	$(BIN)/ruff format --check
+	$(BIN)/mypy $(wildcard stf_jax convert benchmarks scripts)
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.*' -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@python=$${PYTHON:-$$(scripts/find-python)} && "$$python" -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml $(BIN)/python
+	@echo "Installing into $(VENV): once, and about a minute."
+	@$(BIN)/python -m pip install -qq --editable .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml $(BIN)/python
+	@echo "Installing into $(VENV), with what the tests need: once, and about two minutes."
+	@$(BIN)/python -m pip install -qq --editable '.[test]'
+	@touch $@ $(VENV)/.installed
