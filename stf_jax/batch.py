@@ -1,0 +1,30 @@
+"""One batch: what the data pipeline makes and the model reads. Every shape is static."""
+
+import dataclasses
+
+import jax
+from jaxtyping import Array, Float, Int
+
+IGNORED_LABEL = -100
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """B rows of T positions with up to I images each.
+
+    Attributes:
+        ids: token ids; what stands at the position of an image token is never read.
+        labels: the id that each position *is*, where it is supervised, else -100. The loss shifts.
+        positions: rotary positions, from 0 in each segment.
+        segments: which conversation of a packed row a position belongs to, from 1; 0 is padding.
+        image_slots: index into the row's I*K image tokens, -1 where text is.
+        pixels: normalised images, channels last; zeros where a row has fewer than I.
+    """
+
+    ids: Int[Array, "B T"]
+    labels: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    segments: Int[Array, "B T"]
+    image_slots: Int[Array, "B T"]
+    pixels: Float[Array, "B I height width 3"]

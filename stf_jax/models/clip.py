@@ -1,0 +1,109 @@
+"""The CLIP vision transformer, read at chosen hidden states (taps) rather than at its end.
+
+Radford et al. 2021, arXiv 2103.00020; LLaVA-STF, arXiv 2506.07138, reads eight of its blocks.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from stf_jax.config import VisionConfig
+from stf_jax.models.layers import MLP, Init, LayerNorm, Linear, gelu, quick_gelu, stack
+from stf_jax.parallel.attention import attention
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": gelu, "quick_gelu": quick_gelu}
+
+
+class VisionAttention(nnx.Module):
+    """Every token sees every token; all four projections have biases."""
+
+    def __init__(self, config: VisionConfig, *, init: Init):
+        self.rules = rules = init.rules
+        width, heads = (config.width,), (config.heads, config.head_dim)
+        column = {"init": init, "kernel": rules.column, "bias": rules.column_bias}
+        self.query = Linear(width, heads, **column)
+        self.key = Linear(width, heads, **column)
+        self.value = Linear(width, heads, **column)
+        self.output = Linear(heads, width, init=init, kernel=rules.row_heads, bias=rules.vector)
+
+    def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+        heads = self.rules.hidden
+        query, key, value = (f(x, out=heads) for f in (self.query, self.key, self.value))
+        return self.output(attention(query, key, value), out=self.rules.tokens)
+
+
+class VisionLayer(nnx.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, config: VisionConfig, *, init: Init):
+        self.activation = config.activation
+        self.attention_norm = LayerNorm(config.width, epsilon=config.norm_eps, init=init)
+        self.attention = VisionAttention(config, init=init)
+        self.mlp_norm = LayerNorm(config.width, epsilon=config.norm_eps, init=init)
+        self.mlp = MLP(config.width, config.mlp_width, config.width, init=init)
+
+    def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x), activation=ACTIVATIONS[self.activation])
+
+
+class VisionTower(nnx.Module):
+    """Pixels to the hidden states at `taps`. Layers after the last tap do not exist here."""
+
+    def __init__(self, config: VisionConfig, *, taps: tuple[int, ...], init: Init):
+        self.config, self.taps, self.rules = config, taps, init.rules
+        rules, width = init.rules, config.width
+        # Replicated: it is small, and its 3 * 14 * 14 rows divide by few meshes.
+        self.patch_embedding = Linear(
+            (3 * config.patch_size**2,), (width,), init=init, kernel=rules.vector, use_bias=False
+        )
+        self.class_embedding = init.normal(width, spec=rules.vector)
+        self.position_embedding = init.normal(config.patches + 1, width, spec=rules.vector)
+        self.pre_norm = LayerNorm(width, epsilon=config.norm_eps, init=init)
+        self.layers = stack(lambda init: VisionLayer(config, init=init), max(taps), init=init)
+
+    def __call__(
+        self, pixels: Float[Array, "B height width 3"]
+    ) -> tuple[Float[Array, "B P C"], ...]:
+        """The hidden states at `taps`, in their order, without the class token.
+
+        Index 0 is the embedding after `pre_norm`, index k the output of layer k; no norm follows.
+        """
+        with jax.named_scope("vision_tower"):
+            x = self.embed(pixels)
+            wanted = sorted(set(self.taps))
+            # Layers that are not tapped write to one spare slot, so the loop has a static shape.
+            slots = np.full(max(wanted) + 1, len(wanted), np.int32)
+            slots[wanted] = range(len(wanted))
+            kept = jnp.stack([x] * (len(wanted) + 1))
+            graph, layers = nnx.split(self.layers)
+
+            def step(carry: tuple[Array, Array], layer: tuple[nnx.State, Array]):
+                x, kept = carry
+                parameters, slot = layer
+                x = nnx.merge(graph, parameters)(x)
+                return (x, jax.lax.dynamic_update_index_in_dim(kept, x, slot, 0)), None
+
+            (_, kept), _ = jax.lax.scan(step, (x, kept), (layers, jnp.asarray(slots[1:])))
+            return tuple(kept[slots[tap], :, 1:] for tap in self.taps)
+
+    def embed(self, pixels: Float[Array, "B height width 3"]) -> Float[Array, "B P+1 C"]:
+        """Patches, class token and positions. The patch convolution is a matmul over patches."""
+        grid, size = self.config.grid, self.config.patch_size
+        batch, width = pixels.shape[0], self.config.width
+        patches = jax.lax.reshape(
+            pixels, (batch, grid, size, grid, size, 3), out_sharding=self.rules.tokens
+        )
+        patches = jax.lax.reshape(
+            patches.swapaxes(2, 3), (batch, grid**2, size**2 * 3), out_sharding=self.rules.tokens
+        )
+        first = jnp.broadcast_to(
+            self.class_embedding[...], (batch, 1, width), out_sharding=self.rules.tokens
+        )
+        patches = self.patch_embedding(patches.astype(first.dtype), out=self.rules.tokens)
+        x = jnp.concatenate([first, patches], axis=1) + self.position_embedding[...]
+        return self.pre_norm(x)

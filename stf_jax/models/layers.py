@@ -1,0 +1,145 @@
+"""Linear layers, norms and the stacking of equal layers: what the tower and the decoder share.
+
+Every parameter is declared once, with its shape, initialiser and partition spec. A layer computes
+in the dtype of its parameters; norms and softmax work in float32 inside.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from stf_jax.parallel.sharding import ShardingRules
+
+Layer = TypeVar("Layer", bound=nnx.Module)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Init:
+    """How parameters come into being: random keys, dtype, and where they lie."""
+
+    rngs: nnx.Rngs
+    rules: ShardingRules = ShardingRules.none()
+    dtype: DTypeLike = jnp.float32
+
+    def normal(
+        self, *shape: int, spec: PartitionSpec | None, stddev: float = 0.02
+    ) -> nnx.Param[Array]:
+        """Normally distributed; 0.02 is what CLIP, LLaMA and LLaVA start from."""
+        make = jax.nn.initializers.normal(stddev)
+        return nnx.Param(make(self.rngs.params(), shape, self.dtype, out_sharding=spec))
+
+    def zeros(self, *shape: int, spec: PartitionSpec | None) -> nnx.Param[Array]:
+        """A bias."""
+        return nnx.Param(jnp.zeros(shape, self.dtype, out_sharding=spec))
+
+    def ones(self, *shape: int, spec: PartitionSpec | None) -> nnx.Param[Array]:
+        """The scale of a norm."""
+        return nnx.Param(jnp.ones(shape, self.dtype, out_sharding=spec))
+
+
+class Linear(nnx.Module):
+    """x @ kernel + bias over one or several trailing axes: [..., *inputs] -> [..., *outputs]."""
+
+    def __init__(
+        self,
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+        *,
+        init: Init,
+        kernel: PartitionSpec | None,
+        bias: PartitionSpec | None = None,
+        use_bias: bool = True,
+    ):
+        self.contracted = len(inputs)
+        self.kernel = init.normal(*inputs, *outputs, spec=kernel)
+        self.bias = init.zeros(*outputs, spec=bias) if use_bias else None
+
+    def __call__(self, x: Float[Array, "..."], *, out: PartitionSpec | None) -> Float[Array, "..."]:
+        """`out` is the partition spec of the result; it says which collective is meant."""
+        kernel = self.kernel[...]
+        axes = tuple(range(x.ndim - self.contracted, x.ndim)), tuple(range(self.contracted))
+        y = jax.lax.dot_general(x, kernel, (axes, ((), ())), out_sharding=out)
+        return y if self.bias is None else y + self.bias[...]
+
+
+class MLP(nnx.Module):
+    """Linear, activation, Linear: the tower's MLP, MBTF and the projector are of this form."""
+
+    def __init__(self, inputs: int, width: int, outputs: int, *, init: Init):
+        rules = init.rules
+        self.rules = rules
+        self.linear_1 = Linear(
+            (inputs,), (width,), init=init, kernel=rules.column, bias=rules.column_bias
+        )
+        self.linear_2 = Linear((width,), (outputs,), init=init, kernel=rules.row, bias=rules.vector)
+
+    def __call__(
+        self, x: Float[Array, "B T _"], *, activation: Callable[[Array], Array]
+    ) -> Float[Array, "B T _"]:
+        hidden = activation(self.linear_1(x, out=self.rules.hidden))
+        return self.linear_2(hidden, out=self.rules.tokens)
+
+
+class LayerNorm(nnx.Module):
+    """Mean and variance over channels, in float32."""
+
+    def __init__(self, width: int, *, epsilon: float, init: Init):
+        self.epsilon = epsilon
+        self.scale = init.ones(width, spec=init.rules.vector)
+        self.bias = init.zeros(width, spec=init.rules.vector)
+
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+        wide = x.astype(jnp.float32)
+        centred = wide - wide.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        normal = centred * jax.lax.rsqrt(variance + self.epsilon)
+        return (normal * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square over channels, in float32, as LLaMA rounds it: before the scale."""
+
+    def __init__(self, width: int, *, epsilon: float, init: Init):
+        self.epsilon = epsilon
+        self.scale = init.ones(width, spec=init.rules.vector)
+
+    def __call__(self, x: Float[Array, "... H"]) -> Float[Array, "... H"]:
+        wide = x.astype(jnp.float32)
+        square = jnp.square(wide).mean(-1, keepdims=True)
+        return (wide * jax.lax.rsqrt(square + self.epsilon)).astype(x.dtype) * self.scale[...]
+
+
+def gelu(x: Array) -> Array:
+    """The exact GELU, through the error function."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def quick_gelu(x: Array) -> Array:
+    """The sigmoid GELU that OpenAI trained CLIP with."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def stack(make: Callable[[Init], Layer], count: int, *, init: Init) -> Layer:
+    """One module whose every parameter leads with a layer axis of `count`, for `jax.lax.scan`."""
+
+    def one(key: Array) -> nnx.State:
+        return nnx.state(make(dataclasses.replace(init, rngs=nnx.Rngs(key))))
+
+    def abstract() -> Layer:
+        return make(dataclasses.replace(init, rngs=nnx.Rngs(0)))
+
+    keys = jax.random.split(init.rngs.params(), count)
+    return nnx.merge(nnx.graphdef(nnx.eval_shape(abstract)), jax.vmap(one)(keys))
+
+
+def parameter_count(module: nnx.Module) -> int:
+    """Parameters of a module, abstract or real."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))

@@ -1,0 +1,205 @@
+"""The LLaMA decoder: rotary positions, grouped key-value heads, gated MLP, stacked layers.
+
+Touvron et al. 2023, arXiv 2302.13971; rope scaling as Llama 3.1 defines it.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from stf_jax.config import RopeScaling, TextConfig
+from stf_jax.models.cache import KVCache
+from stf_jax.models.layers import Init, Linear, RMSNorm, stack
+from stf_jax.parallel.attention import Mask, attention
+
+
+def rope_frequencies(config: TextConfig) -> Float[Array, "D/2"]:
+    """Radians a position for each pair of channels, after scaling."""
+    half = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**half
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    return _llama3_frequencies(frequencies, scaling)
+
+
+def _llama3_frequencies(
+    frequencies: Float[Array, "D/2"], scaling: RopeScaling
+) -> Float[Array, "D/2"]:
+    """Long wavelengths are stretched, short ones kept, those between blended."""
+    turns = scaling.original_positions * frequencies / (2 * jnp.pi)
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return keep * frequencies + (1 - keep) * frequencies / scaling.factor
+
+
+def rotate(
+    x: Float[Array, "B T N D"], cos: Float[Array, "B T 1 D/2"], sin: Float[Array, "B T 1 D/2"]
+) -> Float[Array, "B T N D"]:
+    """Turns the pairs (d, d + D/2), the order of channels in Hugging Face checkpoints."""
+    first, second = jnp.split(x, 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+class DecoderAttention(nnx.Module):
+    """Projections without biases; N query heads share K key-value heads."""
+
+    def __init__(self, config: TextConfig, *, init: Init):
+        self.rules = rules = init.rules
+        width, dim = (config.width,), config.head_dim
+        column = {"init": init, "kernel": rules.column, "use_bias": False}
+        self.query = Linear(width, (config.heads, dim), **column)
+        self.key = Linear(width, (config.kv_heads, dim), **column)
+        self.value = Linear(width, (config.kv_heads, dim), **column)
+        self.output = Linear(
+            (config.heads, dim), width, init=init, kernel=rules.row_heads, use_bias=False
+        )
+
+
+class GatedMLP(nnx.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: TextConfig, *, init: Init):
+        self.rules = rules = init.rules
+        width, hidden = (config.width,), (config.mlp_width,)
+        self.gate = Linear(width, hidden, init=init, kernel=rules.column, use_bias=False)
+        self.up = Linear(width, hidden, init=init, kernel=rules.column, use_bias=False)
+        self.down = Linear(hidden, width, init=init, kernel=rules.row, use_bias=False)
+
+    def __call__(self, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
+        hidden = self.rules.hidden
+        gated = jax.nn.silu(self.gate(x, out=hidden)) * self.up(x, out=hidden)
+        return self.down(gated, out=self.rules.tokens)
+
+
+class DecoderLayer(nnx.Module):
+    """A pre-norm transformer block, in the two halves between which keys are cached."""
+
+    def __init__(self, config: TextConfig, *, init: Init):
+        self.attention_norm = RMSNorm(config.width, epsilon=config.norm_eps, init=init)
+        self.attention = DecoderAttention(config, init=init)
+        self.mlp_norm = RMSNorm(config.width, epsilon=config.norm_eps, init=init)
+        self.mlp = GatedMLP(config, init=init)
+
+    def project(
+        self, x: Float[Array, "B T H"], angles: tuple[Array, Array]
+    ) -> tuple[Float[Array, "B T N D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+        """Rotated query, rotated key, value."""
+        normal, heads = self.attention_norm(x), self.attention.rules.hidden
+        query = rotate(self.attention.query(normal, out=heads), *angles)
+        key = rotate(self.attention.key(normal, out=heads), *angles)
+        return query, key, self.attention.value(normal, out=heads)
+
+    def finish(
+        self, x: Float[Array, "B T H"], attended: Float[Array, "B T N D"]
+    ) -> Float[Array, "B T H"]:
+        """Adds what attention saw, then the MLP of it."""
+        x = x + self.attention.output(attended, out=self.attention.rules.tokens)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Llama(nnx.Module):
+    """Embeddings in, hidden states out; the head is applied where logits are wanted."""
+
+    def __init__(self, config: TextConfig, *, init: Init):
+        self.config, self.rules = config, init.rules
+        rules, width, vocabulary = init.rules, config.width, config.vocab_size
+        self.embedding = init.normal(vocabulary, width, spec=rules.embedding)
+        self.layers = stack(lambda init: DecoderLayer(config, init=init), config.layers, init=init)
+        self.norm = RMSNorm(width, epsilon=config.norm_eps, init=init)
+        self.head = (
+            None
+            if config.tie_embeddings
+            else Linear((width,), (vocabulary,), init=init, kernel=rules.column, use_bias=False)
+        )
+
+    def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T H"]:
+        """Rows of the embedding table; ids outside the vocabulary are clamped."""
+        table = self.embedding[...]
+        if self.rules.looked_up is not None:
+            table = jax.sharding.reshard(table, self.rules.looked_up)
+        return table.at[ids].get(mode="clip", out_sharding=self.rules.tokens)
+
+    def logits(self, x: Float[Array, "B T H"]) -> Float[Array, "B T V"]:
+        """Float32 scores of the next token from normed hidden states."""
+        kernel, contracted = (
+            (self.embedding[...], 1) if self.head is None else (self.head.kernel[...], 0)
+        )
+        return jax.lax.dot_general(
+            x,
+            kernel,
+            (((x.ndim - 1,), (contracted,)), ((), ())),
+            preferred_element_type=jnp.float32,
+            out_sharding=self.rules.hidden,
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "B T H"],
+        *,
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+    ) -> Float[Array, "B T H"]:
+        """Normed hidden states of whole sequences; several segments may share a row."""
+        return self._sequences(x, positions=positions, segments=segments, keep=False)[0]
+
+    def prefill(
+        self,
+        x: Float[Array, "B T H"],
+        *,
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+        slots: int,
+    ) -> tuple[Float[Array, "B T H"], KVCache]:
+        """The same, and a cache of `slots` slots whose first T hold these sequences."""
+        x, (key, value) = self._sequences(x, positions=positions, segments=segments, keep=True)
+        return x, KVCache.from_prefill(key, value, segments, slots=slots)
+
+    def decode(
+        self, x: Float[Array, "B 1 H"], *, positions: Int[Array, "B 1"], cache: KVCache
+    ) -> tuple[Float[Array, "B 1 H"], KVCache]:
+        """One further token a row against the cache, which takes it in."""
+        with jax.named_scope("decode"):
+            angles = self._angles(positions)
+            segments = jnp.ones_like(positions)
+            cache = cache.opened(segments)
+            mask = Mask(query_segments=segments, key_segments=cache.segments, causal=False)
+            graph, layers = nnx.split(self.layers)
+
+            def step(carry: tuple[Array, KVCache], at: tuple[nnx.State, Array]):
+                (x, cache), (parameters, index) = carry, at
+                layer = nnx.merge(graph, parameters)
+                query, key, value = layer.project(x, angles)
+                cache = cache.written(index, key, value)
+                attended = attention(query, cache.key[index], cache.value[index], mask=mask)
+                return (layer.finish(x, attended), cache), None
+
+            indices = jnp.arange(self.config.layers)
+            (x, cache), _ = jax.lax.scan(step, (x, cache), (layers, indices))
+            return self.norm(x), cache
+
+    def _sequences(
+        self, x: Array, *, positions: Array, segments: Array, keep: bool
+    ) -> tuple[Array, tuple[Array, Array] | None]:
+        with jax.named_scope("decoder"):
+            angles = self._angles(positions)
+            mask = Mask(query_segments=segments, key_segments=segments, causal=True)
+            graph, layers = nnx.split(self.layers)
+
+            def step(x: Array, parameters: nnx.State):
+                layer = nnx.merge(graph, parameters)
+                query, key, value = layer.project(x, angles)
+                x = layer.finish(x, attention(query, key, value, mask=mask))
+                return x, (key, value) if keep else None
+
+            x, kept = jax.lax.scan(step, x, layers)
+            return self.norm(x), kept
+
+    def _angles(self, positions: Array) -> tuple[Array, Array]:
+        """Cosine and sine of each position's turns, [B, T, 1, D/2] in float32."""
+        turns = positions[..., None, None].astype(jnp.float32) * rope_frequencies(self.config)
+        return jnp.cos(turns), jnp.sin(turns)

@@ -1,0 +1,126 @@
+"""The vision-language model: encode images, splice their tokens into the text, decode, loss.
+
+Liu et al. 2023, arXiv 2310.03744, with the fusion of arXiv 2506.07138 between tower and projector.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from stf_jax.batch import IGNORED_LABEL, Batch
+from stf_jax.config import LlavaConfig
+from stf_jax.fusion import Fusion, fused_width
+from stf_jax.models.cache import KVCache
+from stf_jax.models.clip import VisionTower
+from stf_jax.models.layers import MLP, Init, gelu
+from stf_jax.models.llama import Llama
+from stf_jax.parallel.sharding import ShardingRules
+
+
+class Llava(nnx.Module):
+    """CLIP tower -> fusion -> projector -> LLaMA."""
+
+    def __init__(self, config: LlavaConfig, *, init: Init):
+        vision_width = config.vision.width
+        self.config, self.rules = config, init.rules
+        self.vision = VisionTower(config.vision, taps=config.fusion.taps, init=init)
+        self.fusion = Fusion(config.fusion, vision_width=vision_width, init=init)
+        self.projector = MLP(
+            fused_width(config.fusion, vision_width=vision_width),
+            config.fusion.projector_width,
+            config.text.width,
+            init=init,
+        )
+        self.text = Llama(config.text, init=init)
+
+    @classmethod
+    def abstract(
+        cls,
+        config: LlavaConfig,
+        *,
+        rules: ShardingRules = ShardingRules.none(),
+        dtype: DTypeLike = jnp.float32,
+    ) -> "Llava":
+        """The model with shapes, dtypes and shardings in place of arrays."""
+        return nnx.eval_shape(
+            lambda: cls(config, init=Init(rngs=nnx.Rngs(0), rules=rules, dtype=dtype))
+        )
+
+    def encode_images(self, pixels: Float[Array, "B I height width 3"]) -> Float[Array, "B I*K H"]:
+        """Vision tokens of every image of a row, one image after the other.
+
+        The tower is frozen in every stage, so no gradient enters it.
+        """
+        rows, images, *image = pixels.shape
+        flat = jax.lax.reshape(pixels, (rows * images, *image), out_sharding=self.rules.tokens)
+        taps = jax.lax.stop_gradient(self.vision(flat))
+        with jax.named_scope("projector"):
+            tokens = self.projector(self.fusion(taps), activation=gelu)
+        row = (rows, images * tokens.shape[1], tokens.shape[2])
+        return jax.lax.reshape(tokens, row, out_sharding=self.rules.tokens)
+
+    def splice(self, batch: Batch) -> Float[Array, "B T H"]:
+        """Text embeddings with image tokens at their slots: two gathers, no ragged pieces."""
+        text = self.text.embed(batch.ids)
+        if batch.pixels.shape[1] == 0:
+            return text
+        tokens = self.encode_images(batch.pixels)
+        slots = batch.image_slots[..., None]
+        images = jnp.take_along_axis(tokens, jnp.maximum(slots, 0), axis=1)
+        return jnp.where(slots >= 0, images, text)
+
+    def __call__(self, batch: Batch) -> Float[Array, "B T V"]:
+        """Float32 logits at every position: for parity and small batches; see `loss`."""
+        return self.text.logits(self._hidden(batch))
+
+    def loss(self, batch: Batch, *, chunk: int = 256) -> tuple[Float[Array, ""], Int[Array, ""]]:
+        """Sum of the next-token cross entropies in nats, and the number of supervised tokens.
+
+        The head runs over `chunk` positions at a time and again in the backward pass, so logits
+        of the whole batch never exist.
+        """
+        hidden = self._hidden(batch)
+        # What a position predicts is what the next one is; the last predicts nothing.
+        targets = jnp.pad(batch.labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED_LABEL)
+        length = hidden.shape[1]
+        total, count = jnp.float32(0), jnp.int32(0)
+        entropy = jax.checkpoint(self._cross_entropy)
+        for start in range(0, length, chunk):
+            part, known = entropy(
+                hidden[:, start : start + chunk], targets[:, start : start + chunk]
+            )
+            total, count = total + part, count + known
+        return total, count
+
+    def prefill(self, batch: Batch, *, slots: int) -> tuple[Float[Array, "B V"], KVCache]:
+        """Logits after each row's last position, and the cache that decoding goes on from."""
+        hidden, cache = self.text.prefill(
+            self.splice(batch), positions=batch.positions, segments=batch.segments, slots=slots
+        )
+        last = (batch.segments > 0).sum(axis=1, keepdims=True) - 1
+        final = jnp.take_along_axis(hidden, last[..., None], axis=1)
+        return self.text.logits(final)[:, 0], cache
+
+    def decode(
+        self, ids: Int[Array, "B"], *, positions: Int[Array, "B"], cache: KVCache
+    ) -> tuple[Float[Array, "B V"], KVCache]:
+        """Logits after one further token a row."""
+        embedded = self.text.embed(ids[:, None])
+        hidden, cache = self.text.decode(embedded, positions=positions[:, None], cache=cache)
+        return self.text.logits(hidden)[:, 0], cache
+
+    def _hidden(self, batch: Batch) -> Float[Array, "B T H"]:
+        return self.text(self.splice(batch), positions=batch.positions, segments=batch.segments)
+
+    def _cross_entropy(
+        self, hidden: Float[Array, "B T H"], targets: Int[Array, "B T"]
+    ) -> tuple[Float[Array, ""], Int[Array, ""]]:
+        logits = self.text.logits(hidden)
+        known = targets != IGNORED_LABEL
+        # A sum over the vocabulary rather than a gather: it stays sharded.
+        chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
+        right = jnp.where(chosen, logits, 0).sum(-1)
+        lost = jax.nn.logsumexp(logits, axis=-1) - right
+        return jnp.where(known, lost, 0).sum(), known.sum()

@@ -1,0 +1,1 @@
+"""Mesh, sharding rules, and the attention kernel for each platform."""

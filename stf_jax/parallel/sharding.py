@@ -1,0 +1,102 @@
+"""Where every array lies on the device mesh, as one frozen dataclass of partition specs.
+
+Mesh axes: `data` (replicas), `fsdp` (parameters and rows of the batch are split), `tensor` (heads
+and hidden channels are split). The mesh is explicit: an array's type carries its sharding, and an
+operation whose result is ambiguous is given one. Without a mesh every spec is None.
+"""
+
+import dataclasses
+from typing import Self
+
+import jax
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from stf_jax.config import LlavaConfig
+
+P = PartitionSpec
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardingRules:
+    """The partition spec of each kind of array; one tensor-parallel pair is `column` then `row`.
+
+    A layer's matmuls are computed with `column` and `row` kernels gathered over `fsdp` only, so the
+    one collective on activations is the sum over `tensor` after each `row` kernel.
+    """
+
+    # Parameters.
+    embedding: P | None = None  # [V, H]
+    looked_up: P | None = None  # [V, H] while rows are gathered from it
+    column: P | None = None  # [in, F], [in, N, D]: the output is split over `tensor`
+    column_bias: P | None = None  # [F], [N, D]
+    row: P | None = None  # [F, out]: the input is split over `tensor`
+    row_heads: P | None = None  # [N, D, out]
+    vector: P | None = None  # norms, the biases of `row` kernels, patch and position embeddings
+
+    # Activations.
+    tokens: P | None = None  # anything that leads with the batch and is not split further
+    hidden: P | None = None  # [B, T, F], [B, T, N, D], [B, T, V]
+    cache: P | None = None  # [L, B, S, K, D]
+
+    @classmethod
+    def none(cls) -> Self:
+        """One device, no mesh."""
+        return cls()
+
+    @classmethod
+    def default(cls) -> Self:
+        """For a mesh with the axes `data`, `fsdp`, `tensor`, of any size."""
+        return cls(
+            embedding=P("tensor", "fsdp"),
+            looked_up=P("tensor", None),
+            column=P("fsdp", "tensor"),
+            column_bias=P("tensor"),
+            row=P("tensor", "fsdp"),
+            row_heads=P("tensor", None, "fsdp"),
+            vector=P(),
+            tokens=P(BATCH_AXES),
+            hidden=P(BATCH_AXES, None, "tensor"),
+            cache=P(None, BATCH_AXES, None, "tensor"),
+        )
+
+
+def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh of data * fsdp * tensor devices, to be entered with `jax.set_mesh`.
+
+    Raises:
+        ValueError: the product is not the number of devices there are.
+    """
+    wanted, found = data * fsdp * tensor, jax.device_count()
+    if wanted != found:
+        raise ValueError(
+            f"data {data} x fsdp {fsdp} x tensor {tensor} makes {wanted} devices; there are {found}"
+        )
+    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def check_divisible(config: LlavaConfig, mesh: Mesh) -> None:
+    """Refuses a mesh that does not divide the model.
+
+    Raises:
+        ValueError: lists every size that does not divide, and by which axis.
+    """
+    text, vision, fusion = config.text, config.vision, config.fusion
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    sizes = [
+        ("text.width", text.width, "fsdp", fsdp),
+        ("vision.width", vision.width, "fsdp", fsdp),
+        ("text.vocab_size (pad the vocabulary on import)", text.vocab_size, "tensor", tensor),
+        ("text.heads", text.heads, "tensor", tensor),
+        ("text.kv_heads", text.kv_heads, "tensor", tensor),
+        ("text.mlp_width", text.mlp_width, "tensor", tensor),
+        ("vision.heads", vision.heads, "tensor", tensor),
+        ("vision.mlp_width", vision.mlp_width, "tensor", tensor),
+        ("fusion.projector_width", fusion.projector_width, "tensor", tensor),
+    ]
+    if fusion.mbtf:
+        sizes.append(("fusion.mbtf.mlp_width", fusion.mbtf.mlp_width, "tensor", tensor))
+    wrong = [f"{name} {size} by {axis} {by}" for name, size, axis, by in sizes if size % by]
+    if wrong:
+        raise ValueError(f"the mesh does not divide the model: {', '.join(wrong)}")
