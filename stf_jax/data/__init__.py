@@ -1,0 +1,1 @@
+"""Conversations, tokens and pixels; nothing in here knows a model."""

@@ -1,0 +1,272 @@
+"""Pictures as pixels: opened whatever their kind, then CLIP's preprocessing in numpy and Pillow.
+
+The result equals that of the LLaVA-1.5 recipe: resize of the shortest edge (bicubic, antialiased,
+on 8-bit values), centre crop, then CLIP's mean and deviation; "pad" first pads to a square.
+"""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Pillow itself refuses files above this; padding and resizing may not go beyond it either.
+MAX_PIXELS = 178_956_970
+
+ImageSource = str | Path | bytes | Image.Image
+Mode = Literal["pad", "crop"]
+
+_KNOWN_PROCESSORS = ("CLIPImageProcessor", "CLIPFeatureExtractor", "LlavaImageProcessor")
+
+
+class ImageError(ValueError):
+    """A picture that cannot be used; one line that names it and the fix."""
+
+
+def load_image(
+    source: ImageSource, *, name: str | None = None, apply_orientation: bool = False
+) -> Image.Image:
+    """Opens a picture and gives it as 8-bit RGB.
+
+    Transparency is dropped, not blended (the colours stored under it show); of an animation the
+    first frame is taken; 16-bit greyscale is scaled to 8 bits, where Pillow alone would clip it to
+    white. CMYK, palettes and greyscale go through Pillow's own conversion.
+
+    Args:
+      source: a path, the bytes of a file, or a Pillow image.
+      name: what errors call it; default the path.
+      apply_orientation: turn the picture upright as its EXIF says. Off by default, because the
+        LLaVA code ignores EXIF and published scores stand on that; photographs straight from a
+        telephone want it on.
+
+    Raises:
+      ImageError: no such file, empty, no picture, truncated, of zero size, of more than
+        `MAX_PIXELS`, or of a kind that has no 8-bit RGB form.
+    """
+    if name is None:
+        name = str(source) if isinstance(source, str | Path) else "the picture"
+    if isinstance(source, Image.Image):
+        return _checked_rgb(source, name, apply_orientation)
+    if isinstance(source, bytes):
+        data = source
+    else:
+        try:
+            data = Path(source).read_bytes()
+        except FileNotFoundError:
+            raise ImageError(f"{name}: no such file; check the path or fetch the image") from None
+        except OSError as error:
+            raise ImageError(f"{name}: cannot be read ({error.strerror}); fix that") from error
+    if not data:
+        raise ImageError(f"{name}: the file is empty; fetch it again")
+    try:
+        image = Image.open(io.BytesIO(data))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(_too_large(name, str(error))) from error
+    except Exception as error:  # each format's reader raises its own kinds
+        raise ImageError(
+            f"{name}: no picture in a format that Pillow reads; replace it or leave it out"
+        ) from error
+    with image:
+        return _checked_rgb(image, name, apply_orientation)
+
+
+def _checked_rgb(image: Image.Image, name: str, apply_orientation: bool) -> Image.Image:
+    width, height = image.size
+    if width == 0 or height == 0:
+        raise ImageError(f"{name}: the picture is {width}x{height}; leave it out")
+    if width * height > MAX_PIXELS:
+        raise ImageError(_too_large(name, f"{width}x{height} pixels"))
+    try:
+        image.load()
+        if apply_orientation:
+            image = ImageOps.exif_transpose(image)
+        rgb = _to_rgb(image)
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from None
+    except Exception as error:  # each format's reader raises its own kinds
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ImageError(
+            f"{name}: damaged, or a kind without RGB form ({reason}); fetch it again or convert it"
+        ) from error
+    return rgb
+
+
+def _too_large(name: str, size: str) -> str:
+    return f"{name}: too large ({size}; the limit is {MAX_PIXELS} pixels); make it smaller"
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode == "P" and "transparency" in image.info:
+        # The same colours as straight to RGB, without Pillow's warning.
+        return image.convert("RGBA").convert("RGB")
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        return Image.fromarray(_deep_grey_to_8_bit(image)).convert("RGB")
+    return image.convert("RGB")
+
+
+def _deep_grey_to_8_bit(image: Image.Image) -> np.ndarray:
+    """uint8 [height, width] of a picture with more than 8 bits a pixel."""
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if image.mode.startswith("I;16") or (image.mode == "I" and low >= 0 and 255 < high <= 65535):
+        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if low >= 0 and high <= 255:
+        return values.astype(np.uint8)
+    raise ImageError(
+        f"values from {low} to {high} have no plain 8-bit form; save it as 8-bit or 16-bit"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageProcessor:
+    """What becomes of a picture before the vision tower sees it.
+
+    Attributes:
+      image_size: S, the side in pixels of what comes out.
+      shortest_edge: resized to this before the crop; at least `image_size`.
+      mode: "pad" to a square with the mean colour first (LLaVA-1.5's second stage, evaluation), or
+        "crop" the middle, losing the ends (its first stage).
+      mean, std: for each of R, G, B, on the scale 0 to 1.
+    """
+
+    image_size: int = 336
+    shortest_edge: int = 336
+    mode: Mode = "pad"
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("pad", "crop"):
+            raise ValueError(f"mode is {self.mode!r}; it must be 'pad' or 'crop'")
+        if not 0 < self.image_size <= self.shortest_edge:
+            raise ValueError(
+                f"image_size {self.image_size} must be positive and at most shortest_edge "
+                f"{self.shortest_edge}"
+            )
+        if {len(self.mean), len(self.std)} != {3} or min(self.std) <= 0:
+            raise ValueError("mean and std must have three values, and std be positive")
+
+    @cached_property
+    def pad_colour(self) -> tuple[int, int, int]:
+        """The mean as an 8-bit colour; (122, 116, 104) for CLIP."""
+        red, green, blue = (int(value * 255) for value in self.mean)
+        return red, green, blue
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], *, mode: Mode) -> "ImageProcessor":
+        """Reads the content of a `preprocessor_config.json`.
+
+        Args:
+          config: keys that are not there have CLIPImageProcessor's defaults.
+          mode: not in that file; in LLaVA it is `image_aspect_ratio` of `config.json`, whose "pad"
+            is "pad" here and whose null or "square" is "crop".
+
+        Raises:
+          ValueError: all that is asked for and not supported: another processor, a step switched
+            off, another filter or scale, a crop that is no square.
+        """
+        problems = []
+        kind = config.get("image_processor_type", config.get("feature_extractor_type"))
+        if kind is not None and str(kind).removesuffix("Fast").removesuffix("Pil") not in (
+            _KNOWN_PROCESSORS
+        ):
+            problems.append(f"the processor {kind} is not CLIP's")
+        for step in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"):
+            if config.get(step, True) is not True:
+                problems.append(f"{step} is off")
+        if config.get("resample", 3) != Image.Resampling.BICUBIC:
+            problems.append(f"resample is {config['resample']}, not 3 (bicubic)")
+        if abs(config.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
+            problems.append(f"rescale_factor is {config['rescale_factor']}, not 1/255")
+        size, crop = config.get("size", 224), config.get("crop_size", 224)
+        edge: Any = size.get("shortest_edge") if isinstance(size, Mapping) else size
+        if not isinstance(edge, int):
+            problems.append(f"size is {size}, not a shortest_edge")
+        side: Any = crop.get("height") if isinstance(crop, Mapping) else crop
+        if not isinstance(side, int) or (isinstance(crop, Mapping) and crop.get("width") != side):
+            problems.append(f"crop_size is {crop}, not a square")
+        if problems:
+            raise ValueError(
+                f"preprocessor_config.json: {'; '.join(problems)}; use the file of the CLIP tower"
+            )
+        return cls(
+            image_size=side,
+            shortest_edge=edge,
+            mode=mode,
+            mean=tuple(config.get("image_mean", CLIP_MEAN)),
+            std=tuple(config.get("image_std", CLIP_STD)),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The content of a `preprocessor_config.json` for CLIPImageProcessor (without `mode`)."""
+        return {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"shortest_edge": self.shortest_edge},
+            "resample": int(Image.Resampling.BICUBIC),
+            "do_center_crop": True,
+            "crop_size": {"height": self.image_size, "width": self.image_size},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """Pixels float32 [S, S, 3], channels last, of an RGB picture from `load_image`.
+
+        Raises:
+          ImageError: not RGB, or so long and thin that padding or resizing it would make more than
+            `MAX_PIXELS`.
+        """
+        if image.mode != "RGB":
+            raise ImageError(f"a picture of mode {image.mode}; open it with load_image")
+        if self.mode == "pad":
+            image = self._padded(image)
+        values = np.asarray(self._resized_and_cropped(image), np.float32)
+        scale, bias = self._affine
+        return values * scale + bias
+
+    @cached_property
+    def _affine(self) -> tuple[np.ndarray, np.ndarray]:
+        mean, std = np.array(self.mean), np.array(self.std)
+        return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+
+    def _padded(self, image: Image.Image) -> Image.Image:
+        width, height = image.size
+        if width == height:
+            return image
+        side = max(width, height)
+        _check_thin(image, side * side)
+        square = Image.new("RGB", (side, side), self.pad_colour)
+        square.paste(image, ((side - width) // 2, (side - height) // 2))
+        return square
+
+    def _resized_and_cropped(self, image: Image.Image) -> Image.Image:
+        width, height = image.size
+        longest = int(self.shortest_edge * max(width, height) / min(width, height))
+        _check_thin(image, self.shortest_edge * longest)
+        size = (self.shortest_edge, longest) if width <= height else (longest, self.shortest_edge)
+        if size != image.size:
+            image = image.resize(size, Image.Resampling.BICUBIC)
+        left, top = ((edge - self.image_size) // 2 for edge in size)
+        return image.crop((left, top, left + self.image_size, top + self.image_size))
+
+
+def _check_thin(image: Image.Image, pixels: int) -> None:
+    if pixels > MAX_PIXELS:
+        raise ImageError(
+            f"a picture of {image.width}x{image.height} is too long and thin to make a square of; "
+            "cut it or leave it out"
+        )

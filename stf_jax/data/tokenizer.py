@@ -1,0 +1,203 @@
+"""Tokenizers, and text with `<image>` as ids with placeholders.
+
+Ids are those of LLaVA-1.5, whose tokenizer is sentencepiece with `legacy: false`: a text gets one
+word-start mark `▁` in front, text after a special token gets none, and the stretches of text
+between two `<image>` are tokenised each on its own. transformers 5 is close but not equal (its
+pre-tokenizer leaves out the mark where a text starts with a space), so the mark is put here.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import normalizers, pre_tokenizers
+
+from stf_jax.data.conversation import IMAGE_MARKER
+
+IMAGE_TOKEN_ID = -200
+
+_WORD_START = "▁"
+_LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", None)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Tokenizer:
+    """A loaded tokenizer; make one with `load_tokenizer`.
+
+    Attributes:
+      backend: turns text into ids, adding neither BOS nor word-start mark.
+      bos_id: put once in front of every sequence; None if this tokenizer puts none.
+      eos_id: the end of a reply.
+      pad_id: `<unk>` for LLaMA, which has no padding token of its own.
+      vocab_size: ids are below it.
+      model_max_length: longest sequence that the model is meant for; None if not stated.
+      marks_start: whether a word-start mark goes in front of each text and of nothing else, as
+        sentencepiece tokenizers with `legacy: false` have it.
+      special_ids: left out of decoded text.
+    """
+
+    backend: tokenizers.Tokenizer = field(repr=False)
+    bos_id: int | None
+    eos_id: int
+    pad_id: int
+    vocab_size: int
+    model_max_length: int | None
+    marks_start: bool
+    special_ids: frozenset[int]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, special tokens in it recognised, without BOS. `<image>` means nothing."""
+        return self.encode_with_spans(text)[0]
+
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of `text` without BOS, and for each the characters [start, end) it comes from.
+
+        Raises:
+          ValueError: `text` has half a surrogate pair, which no UTF-8 can hold.
+        """
+        if not text:
+            return [], []
+        marked = _WORD_START + text.replace(_WORD_START, " ") if self.marks_start else text
+        try:
+            encoding = self.backend.encode(marked, add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError):
+            raise ValueError(
+                "the text holds half a surrogate pair and is no valid unicode; clean it with "
+                "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
+            ) from None
+        ids, spans = encoding.ids, encoding.offsets
+        if not self.marks_start:
+            return ids, spans
+        spans = [(max(start - 1, 0), max(end - 1, 1)) for start, end in spans]
+        # A mark alone before a special token marks nothing.
+        if len(ids) > 1 and ids[1] in self.special_ids and ids[0] == self._mark_id:
+            return ids[1:], spans[1:]
+        return ids, spans
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`, special tokens and image placeholders left out."""
+        kept = [int(i) for i in ids if i >= 0]
+        return self.backend.decode(kept, skip_special_tokens=True)
+
+    @property
+    def _mark_id(self) -> int | None:
+        return self.backend.token_to_id(_WORD_START)
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """Loads the tokenizer of a checkpoint directory.
+
+    `tokenizer.model` (sentencepiece) is preferred to `tokenizer.json`, as in the LLaVA code, which
+    always takes the slow tokenizer; the second is read as it stands.
+
+    Raises:
+      ValueError: the directory holds neither file, or one that cannot be read.
+    """
+    # Importing transformers takes a second, which encoding need not wait for.
+    from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+
+    path = Path(directory)
+    config = _read_json(path / "tokenizer_config.json")
+    from_model = (path / "tokenizer.model").is_file() and (
+        config.get("tokenizer_class") in _LLAMA_CLASSES
+    )
+    if not from_model and not (path / "tokenizer.json").is_file():
+        raise ValueError(
+            f"{path}: no tokenizer.model of a LLaMA tokenizer and no tokenizer.json here; "
+            "copy them from the language model's checkpoint"
+        )
+    try:
+        loaded: Any = (LlamaTokenizer if from_model else PreTrainedTokenizerFast).from_pretrained(
+            path, local_files_only=True
+        )
+    except Exception as error:  # transformers raises many kinds for a damaged file
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path}: unreadable tokenizer ({reason}); copy it again") from error
+
+    backend = tokenizers.Tokenizer.from_str(loaded.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    if from_model:
+        # transformers 5 drops this key when it saves; the tokenizer.json beside it still tells.
+        beside = _read_json(path / "tokenizer.json").get("pre_tokenizer") or {}
+        marks_start = not config.get("legacy", beside.get("prepend_scheme") != "first")
+        # Without a config transformers 5 leaves BOS out, which LLaMA needs.
+        puts_bos = bool(config.get("add_bos_token", True))
+    else:
+        pre_tokenizer: Any = backend.pre_tokenizer
+        marks_start = (
+            isinstance(pre_tokenizer, pre_tokenizers.Metaspace)
+            and pre_tokenizer.prepend_scheme == "first"
+        )
+        puts_bos = loaded("").input_ids[:1] == [loaded.bos_token_id]
+    if from_model or marks_start:
+        _normalize_like_sentencepiece(backend, marks_start=marks_start)
+    if loaded.eos_token_id is None:
+        raise ValueError(f"{path}: the tokenizer names no eos_token; add it to its config")
+    pad_id = loaded.pad_token_id if loaded.pad_token_id is not None else loaded.unk_token_id
+    longest = int(loaded.model_max_length)
+    return Tokenizer(
+        backend=backend,
+        bos_id=loaded.bos_token_id if puts_bos else None,
+        eos_id=loaded.eos_token_id,
+        pad_id=pad_id if pad_id is not None else loaded.eos_token_id,
+        vocab_size=backend.get_vocab_size(with_added_tokens=True),
+        # transformers writes a huge number where no length is stated.
+        model_max_length=longest if longest < 10**9 else None,
+        marks_start=marks_start,
+        special_ids=frozenset(loaded.all_special_ids),
+    )
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); copy it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds {type(content).__name__}, not an object; copy it again")
+    return content
+
+
+def _normalize_like_sentencepiece(backend: tokenizers.Tokenizer, *, marks_start: bool) -> None:
+    """Spaces become marks; unless `encode` puts one, each stretch between specials gets its own."""
+    steps: list[Any] = [] if marks_start else [normalizers.Prepend(_WORD_START)]
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _WORD_START)])
+    backend.pre_tokenizer = None
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Ids int32 [T] of a prompt: BOS, then the text, each `<image>` as `IMAGE_TOKEN_ID`.
+
+    A LLaMA 2 prompt's own leading `<s>` is none: templates give text without it.
+    """
+    return np.array(ids_with_images(tokenizer, text), np.int32)
+
+
+def expand_images(ids: np.ndarray, *, tokens_per_image: int) -> np.ndarray:
+    """Repeats each `IMAGE_TOKEN_ID` of int32 [T] `tokens_per_image` times."""
+    return np.repeat(ids, np.where(ids == IMAGE_TOKEN_ID, tokens_per_image, 1))
+
+
+def chunks(text: str, *, with_images: bool = True) -> Iterator[tuple[int, str]]:
+    """The stretches of text between image markers, with the character each starts at."""
+    start = 0
+    for chunk in text.split(IMAGE_MARKER) if with_images else [text]:
+        yield start, chunk
+        start += len(chunk) + len(IMAGE_MARKER)
+
+
+def ids_with_images(tokenizer: Tokenizer, text: str, *, with_images: bool = True) -> list[int]:
+    """`encode_prompt` as a list; without images `<image>` is ordinary text."""
+    ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    for start, chunk in chunks(text, with_images=with_images):
+        if start:
+            ids.append(IMAGE_TOKEN_ID)
+        ids.extend(tokenizer.encode(chunk))
+    return ids
