@@ -1,0 +1,10 @@
+"""PyTorch checkpoints to native ones and back, bit for bit.
+
+`open_source` reads any PyTorch layout leaf by leaf; `import_checkpoint` writes it down as a native
+checkpoint, `export_checkpoint` turns one back, `inspect_checkpoint` says what a directory holds.
+"""
+
+from convert.importer import import_checkpoint
+from convert.source import Source, open_source
+
+__all__ = ["Source", "import_checkpoint", "open_source"]

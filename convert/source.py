@@ -1,0 +1,268 @@
+"""A PyTorch checkpoint of any layout, opened as the native model that it will be.
+
+Whole models come as they are; a language model takes a vision tower and a new fusion beside it; a
+stage-1 adapter takes a language model and a tower.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import numpy as np
+from etils import epath
+
+from convert.dtypes import FLOATS, Array, DType, FloatName, cast, common, is_float
+from convert.infer import infer_fusion, new_fusion, replace_vocabulary
+from convert.layouts import Layout
+from convert.mapping import Entry, carried, fusion_entries, is_buffer, table
+from convert.parts import Part, RandomTensors, Tensor, open_part
+from convert.tower import TowerChoice, choose_tower
+from stf_jax.checkpoint import CheckpointError, Leaf, list_some
+from stf_jax.config import LlavaConfig
+from stf_jax.hf_config import text_from_hf
+
+NewFusion = Literal["stf", "llava", "average"]
+
+# Files that travel along, where they are: nothing else in the directory is read.
+_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+
+# Layers of one parameter that are read and transposed at a time.
+_THREADS = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """A checked PyTorch checkpoint; its weights are read leaf by leaf."""
+
+    config: LlavaConfig
+    layout: Layout
+    vocabulary: int  # rows of its embedding; config.text.vocab_size may be padded beyond
+    dtype: FloatName | None  # of every leaf; None: as they are
+    files: Mapping[str, epath.Path]  # what travels along, by its name in the native `hf/`
+    entries: tuple[Entry, ...]
+    tensors: Mapping[str, Tensor]  # by canonical name
+    carried: tuple[str, ...]  # canonical names of tensors that the model does not compute with
+
+    def leaves(self) -> Iterator[Leaf]:
+        """Every parameter of the model, largest parts first in no particular order."""
+        for entry in self.entries:
+            yield Leaf(
+                path=entry.native,
+                shape=entry.native_shape,
+                dtype=self._dtype(entry),
+                read=functools.partial(self._read, entry),
+            )
+
+    def read_carried(self, name: str) -> Array:
+        """A tensor that the model does not compute with, for the way back."""
+        array = self.tensors[name].read()
+        if self.dtype is None or is_buffer(name):
+            return array
+        return cast(array, FLOATS[self.dtype], name=name)
+
+    def origin(self) -> dict[str, Any]:
+        """What the way back needs to know, as JSON: layout, vocabulary, odd dtypes."""
+        odd = {}
+        if self.dtype is None:
+            odd = {
+                name: self.tensors[name].info.dtype.name
+                for entry in self.entries
+                for name in entry.tensors
+                if self.tensors[name].info.dtype != self._dtype(entry)
+            }
+        return {
+            "layout": self.layout,
+            "vocabulary": self.vocabulary,
+            "cast": self.dtype,
+            "dtypes": odd,
+        }
+
+    def _dtype(self, entry: Entry) -> DType:
+        if self.dtype is not None:
+            return FLOATS[self.dtype]
+        return common({self.tensors[name].info.dtype for name in entry.tensors})
+
+    def _read(self, entry: Entry) -> Array:
+        dtype = self._dtype(entry)
+
+        def one(name: str) -> Array:
+            tensor = cast(self.tensors[name].read(), dtype, name=name)
+            return entry.transform.native(tensor)
+
+        if entry.layers is None:
+            return np.ascontiguousarray(one(entry.torch))
+        result = np.empty(entry.native_shape, dtype)
+
+        def fill(layer: int) -> None:
+            result[layer] = one(entry.tensors[layer])
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            list(pool.map(fill, range(entry.layers)))
+        return result
+
+
+def open_source(
+    path: epath.PathLike,
+    *,
+    vision_tower: epath.PathLike | None = None,
+    base: epath.PathLike | None = None,
+    fusion: NewFusion | None = None,
+    seed: int = 0,
+    dtype: FloatName | None = None,
+    vocabulary_multiple: int = 1,
+) -> Source:
+    """Opens a PyTorch checkpoint and checks all of it but the values.
+
+    Args:
+        path: A directory in one of the layouts LLaVA-STF, LLaVA-1.5, Hugging Face's Llava, LLaMA;
+            or a stage-1 adapter, its file or its directory.
+        vision_tower: A directory with CLIP's config.json, and its weights where `path` has none.
+            Needed where config.json does not lead to one.
+        base: The language model under an adapter.
+        fusion: What a language model alone gets between tower and decoder: new random weights.
+        seed: Of these random weights.
+        dtype: The dtype of every parameter; None keeps those of the file.
+        vocabulary_multiple: Pads the vocabulary to a multiple, so that it can be sharded.
+
+    Raises:
+        CheckpointError: what is missing, damaged, unknown or does not fit, and what to do.
+    """
+    if dtype is not None and dtype not in FLOATS:
+        raise CheckpointError(f"dtype is {dtype!r}; supported: {', '.join(FLOATS)}")
+    if vocabulary_multiple < 1:
+        raise CheckpointError(f"vocabulary_multiple is {vocabulary_multiple}; give 1 or more")
+    part = open_part(path)
+    if part.layout == "clip":
+        raise CheckpointError(
+            f"{path} is a vision tower alone; import a language model or a LLaVA, "
+            f"with --vision-tower {path}"
+        )
+    language = _language_part(part, base)
+    text = _text_config(language)
+    tower = choose_tower(part, language, vision_tower)
+    tensors = language.language | dict(tower.tensors)
+    if part.layout == "llama":
+        between = new_fusion(fusion or "stf", vision=tower.config, text_width=text.width)
+    elif fusion is not None:
+        raise CheckpointError(f"{path} has a fusion of its own; leave out --fusion {fusion}")
+    else:
+        tensors |= part.fusion
+        hf = part.hf or language.hf
+        shapes = {name: tensor.info.shape for name, tensor in tensors.items()}
+        between = _explained(part, infer_fusion, shapes, hf, tower.config)
+    config = _explained(part, lambda: LlavaConfig(vision=tower.config, text=text, fusion=between))
+    if part.layout == "llama":
+        tensors |= _random(config, tensors, seed)
+    padded = -(-text.vocab_size // vocabulary_multiple) * vocabulary_multiple
+    config = replace_vocabulary(config, padded)
+    entries = table(config, vocabulary=text.vocab_size)
+    unknown = (*part.unknown, *(language.unknown if language is not part else ()), *tower.unknown)
+    return Source(
+        config=config,
+        layout=part.layout,
+        vocabulary=text.vocab_size,
+        dtype=dtype,
+        files=_files(language, tower),
+        entries=entries,
+        tensors=tensors,
+        carried=_check(part.path, config, entries, tensors, unknown),
+    )
+
+
+def _language_part(part: Part, base: epath.PathLike | None) -> Part:
+    """The part that holds the language model."""
+    if part.layout != "adapter":
+        if base is not None:
+            raise CheckpointError(
+                f"{part.path} has a language model of its own; leave out --base {base}"
+            )
+        return part
+    if base is None:
+        raise CheckpointError(
+            f"{part.path} is an adapter alone; give the language model under it with --base DIR"
+        )
+    language = open_part(base)
+    if not language.language:
+        raise CheckpointError(f"{base} is no language model, but {language.layout}")
+    return language
+
+
+def _text_config(part: Part) -> Any:
+    if not part.hf:
+        raise CheckpointError(f"{part.path} has no config.json; download or copy it, too")
+    hf = part.hf
+    if part.layout == "hf":
+        # What the outer config says of the language model counts where the inner one is silent.
+        outer = {key: hf[key] for key in ("tie_word_embeddings",) if key in hf}
+        hf = outer | dict(hf.get("text_config", {}))
+    return _explained(part, text_from_hf, hf)
+
+
+def _explained(part: Part, function: Any, *args: Any) -> Any:
+    try:
+        return function(*args)
+    except ValueError as error:
+        raise CheckpointError(f"{part.path}: {error}") from error
+
+
+def _random(config: LlavaConfig, tensors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    like = tensors.get("model.embed_tokens.weight")
+    dtype = like.info.dtype if like else FLOATS["float32"]
+    drawn = RandomTensors.for_entries(fusion_entries(config), dtype=dtype, seed=seed)
+    return {name: Tensor(drawn, name) for name in drawn.infos}
+
+
+def _files(language: Part, tower: TowerChoice) -> dict[str, epath.Path]:
+    files = {name: language.folder / name for name in _FILES}
+    if tower.folder is not None:
+        files["vision_tower/config.json"] = tower.folder / "config.json"
+        if not files["preprocessor_config.json"].exists():
+            files["preprocessor_config.json"] = tower.folder / "preprocessor_config.json"
+    return {name: path for name, path in files.items() if path.exists()}
+
+
+def _check(
+    path: epath.Path,
+    config: LlavaConfig,
+    entries: tuple[Entry, ...],
+    tensors: Mapping[str, Tensor],
+    unknown: tuple[str, ...],
+) -> tuple[str, ...]:
+    """The carried tensors, once every tensor is known to be there and to fit."""
+    needed = {name: entry.shape for entry in entries for name in entry.tensors}
+    may_be = carried(config)
+    if config.text.tie_embeddings:
+        may_be["lm_head.weight"] = needed["model.embed_tokens.weight"]
+    problems = [f"missing: {name} {shape}" for name, shape in needed.items() if name not in tensors]
+    extra: list[str] = list(unknown)
+    for name, tensor in tensors.items():
+        shape = needed.get(name, may_be.get(name))
+        if shape is None:
+            if not is_buffer(name):
+                extra.append(tensor.name)
+        elif tensor.info.shape != shape:
+            problems.append(f"shape of {tensor.name}: {tensor.info.shape}, expected {shape}")
+        elif not is_float(tensor.info.dtype):
+            problems.append(
+                f"dtype of {tensor.name}: {tensor.info.dtype}, expected {', '.join(FLOATS)}"
+            )
+    problems += [f"extra: {name}" for name in extra]
+    if problems:
+        raise CheckpointError(
+            f"{path} does not fit its config.json ({len(problems)} tensors):\n{list_some(problems)}"
+        )
+    return tuple(name for name in tensors if name not in needed)

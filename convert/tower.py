@@ -1,0 +1,103 @@
+"""Which vision tower a checkpoint means: its config, and its weights where they lie elsewhere.
+
+LLaVA's config.json only names the tower; the tower's own config.json is looked for, in this order,
+in the directory given, in `vision_tower/` of the checkpoint (our exports put it there), under the
+path that `mm_vision_tower` names, and among the published towers.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from etils import epath
+
+from convert.parts import Part, Tensor, open_part
+from convert.readers import read_json
+from stf_jax.checkpoint import CheckpointError
+from stf_jax.config import VisionConfig
+from stf_jax.hf_config import vision_from_hf
+
+PUBLISHED: dict[str, Callable[[], VisionConfig]] = {
+    "openai/clip-vit-large-patch14-336": VisionConfig.clip_l_336,
+    "openai/clip-vit-large-patch14": VisionConfig.clip_l_224,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TowerChoice:
+    """A tower, and where it was found."""
+
+    config: VisionConfig
+    tensors: Mapping[str, Tensor]  # by canonical name
+    folder: epath.Path | None  # with its config.json
+    unknown: tuple[str, ...]  # published names that no tower has
+
+
+def choose_tower(part: Part, language: Part, vision_tower: epath.PathLike | None) -> TowerChoice:
+    """The tower of a checkpoint; weights inside the checkpoint win over those beside it.
+
+    Raises:
+        CheckpointError: there is no config or there are no weights; it says what to give.
+    """
+    inside = part.tower or language.tower
+    folder = _folder(part, language, vision_tower)
+    if folder is not None:
+        config = _read_config(folder / "config.json", read_json(folder / "config.json"))
+    else:
+        config = _known_config(part, language)
+    if inside:
+        return TowerChoice(config=config, tensors=inside, folder=folder, unknown=())
+    if folder is None or not _has_weights(folder):
+        raise CheckpointError(
+            f"{part.path} has no vision tower inside"
+            + (f", nor has {folder}" if folder else "")
+            + "; give a directory with CLIP's config.json and weights: --vision-tower DIR"
+        )
+    beside = open_part(folder)
+    return TowerChoice(config=config, tensors=beside.tower, folder=folder, unknown=beside.unknown)
+
+
+def _folder(part: Part, language: Part, vision_tower: epath.PathLike | None) -> epath.Path | None:
+    if vision_tower is not None:
+        folder = epath.Path(vision_tower)
+        if not (folder / "config.json").exists():
+            raise CheckpointError(f"{folder} holds no config.json of a vision tower")
+        return folder
+    for owner in (part, language):
+        if "vision_config" in owner.hf:
+            continue
+        candidates = [owner.folder / "vision_tower"]
+        name = owner.hf.get("mm_vision_tower")
+        if name:
+            # Joining an absolute path gives that path.
+            candidates += [owner.folder / name, owner.folder.parent / name]
+        for folder in candidates:
+            if (folder / "config.json").exists():
+                return folder
+    return None
+
+
+def _known_config(part: Part, language: Part) -> VisionConfig:
+    for owner in (part, language):
+        if "vision_config" in owner.hf:
+            return _read_config(owner.path, owner.hf)
+    name = part.hf.get("mm_vision_tower") or language.hf.get("mm_vision_tower")
+    if name in PUBLISHED:
+        return PUBLISHED[name]()
+    if name is None:
+        raise CheckpointError(f"{part.path} names no vision tower; give one: --vision-tower DIR")
+    raise CheckpointError(
+        f"{part.path} means the vision tower {name!r}, which is not here and not one of "
+        f"{', '.join(PUBLISHED)}; give its directory: --vision-tower DIR"
+    )
+
+
+def _read_config(path: epath.Path, hf: Mapping[str, Any]) -> VisionConfig:
+    try:
+        return vision_from_hf(hf)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _has_weights(folder: epath.Path) -> bool:
+    return any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir())

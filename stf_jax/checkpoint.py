@@ -1,0 +1,300 @@
+"""The native checkpoint: one self-contained directory, local or on gs://.
+
+    config.json   format, version, the model's config, and the size of every parameter file
+    params/       the parameters, a Zarr array each, written and read by Orbax on any mesh
+    hf/           tokenizer, image processor and config.json as they came from PyTorch
+    pytorch/      what `convert` needs to give back a PyTorch checkpoint bit for bit
+
+Arrays are stored in chunks of at most 64 MiB, split along the longest axes, so that a host reads
+little more than the part that its devices hold.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import os
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+from etils import epath
+
+from stf_jax.config import LlavaConfig
+
+FORMAT = "stf_jax"
+VERSION = 1
+
+_CONFIG = "config.json"
+_PARAMS = "params"
+# Folders beside the parameters, copied as they are from one native checkpoint to the next.
+EXTRAS = ("hf", "pytorch")
+
+_CHUNK_BYTES = 64 * 2**20
+# Small leaves are saved together: each save costs some 30 ms.
+_BATCH_BYTES = 256 * 2**20
+_CONCURRENT_BYTES = 512 * 2**20
+
+Tree = Mapping[str, Any]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written; the message names the fix."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Leaf:
+    """One parameter: where it lies in the model, and how to get it, when its turn comes."""
+
+    path: str  # "text/layers/mlp/up/kernel"
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    read: Callable[[], np.ndarray[Any, Any]]
+
+
+def is_native(path: epath.PathLike) -> bool:
+    """Whether `path` is a directory that `write` made, whole or damaged."""
+    config = epath.Path(path) / _CONFIG
+    if not config.is_file():
+        return False
+    try:
+        return bool(json.loads(config.read_text()).get("format") == FORMAT)
+    except (ValueError, AttributeError):
+        return False
+
+
+def write(
+    path: epath.PathLike,
+    *,
+    config: LlavaConfig,
+    leaves: Iterable[Leaf],
+    extras: Callable[[epath.Path], None],
+) -> None:
+    """Writes a native checkpoint, holding one leaf in memory at a time.
+
+    Args:
+        path: The new directory; it appears under this name only when it is complete.
+        config: The model whose parameters these are.
+        leaves: Every parameter, in any order.
+        extras: Called with the unfinished directory, to put the folders `EXTRAS` into it.
+
+    Raises:
+        CheckpointError: `path` exists.
+    """
+    with new_directory(path) as unfinished:
+        extras(unfinished)
+        _write_params(unfinished / _PARAMS, leaves)
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": config.to_dict(),
+            "files": _sizes(unfinished / _PARAMS),
+        }
+        # Last: without it, a directory is not taken for a checkpoint.
+        (unfinished / _CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def new_directory(path: epath.PathLike) -> Iterator[epath.Path]:
+    """A directory to fill, which takes the name `path` on success and vanishes on failure.
+
+    Raises:
+        CheckpointError: `path` exists.
+    """
+    final = epath.Path(path)
+    if final.exists():
+        raise CheckpointError(f"{final} exists; remove it or choose another name")
+    unfinished = final.with_name(f"{final.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        unfinished.rename(final)
+    except BaseException:
+        if unfinished.exists():
+            unfinished.rmtree()
+        raise
+
+
+def open_native(path: epath.PathLike) -> "NativeCheckpoint":
+    """Opens a native checkpoint and checks that all its files are there and whole.
+
+    Raises:
+        CheckpointError: no native checkpoint, one of a newer version, or a damaged one.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
+    if not is_native(path):
+        raise CheckpointError(
+            f"{path} is not a native checkpoint; `stf-jax convert import` makes one from PyTorch's"
+        )
+    content = json.loads((path / _CONFIG).read_text())
+    if content["version"] != VERSION:
+        raise CheckpointError(
+            f"{path} has format version {content['version']}, this stf_jax reads {VERSION}; "
+            "install the release that wrote it"
+        )
+    found = _sizes(path / _PARAMS)
+    broken = [
+        f"{name}: {found.get(name, 'no')} bytes of {size}"
+        for name, size in content["files"].items()
+        if found.get(name) != size
+    ]
+    if broken:
+        raise CheckpointError(f"{path} is damaged; copy or import it again:\n" + list_some(broken))
+    return NativeCheckpoint(path=path, config=LlavaConfig.from_dict(content["model"]))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NativeCheckpoint:
+    """A native checkpoint on disk; nothing is read before it is asked for."""
+
+    path: epath.Path
+    config: LlavaConfig
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every stored parameter, by its path ("text/norm/scale")."""
+        stored = ocp.metadata(self.path / _PARAMS).metadata
+        return {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            for name, leaf in flatten(stored).items()
+        }
+
+    def read(self, name: str) -> np.ndarray[Any, Any]:
+        """One parameter as it is stored, in host memory."""
+        stored = self.shapes[name]
+        like = np.broadcast_to(np.zeros((), stored.dtype), stored.shape)
+        return flatten(self._load({name: like}))[name]
+
+    def restore(self, tree: Tree) -> dict[str, Any]:
+        """Reads parameters onto devices, each host only what its devices hold.
+
+        Args:
+            tree: Nested dictionaries of what is wanted: a `jax.ShapeDtypeStruct` for each
+                parameter, with the dtype to cast to and the sharding to have. A part of the
+                model may be asked for alone.
+
+        Raises:
+            CheckpointError: a parameter that is not stored, or stored with another shape.
+        """
+        wanted = flatten(tree)
+        problems = [f"missing: {name}" for name in wanted if name not in self.shapes]
+        problems += [
+            f"shape of {name}: {self.shapes[name].shape} stored, {leaf.shape} wanted"
+            for name, leaf in wanted.items()
+            if name in self.shapes and self.shapes[name].shape != tuple(leaf.shape)
+        ]
+        if problems:
+            raise CheckpointError(f"{self.path} does not fit the model:\n" + list_some(problems))
+        one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return self._load(
+            {
+                name: jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=leaf.sharding or one_device
+                )
+                for name, leaf in wanted.items()
+            }
+        )
+
+    def copy_extras(self, directory: epath.Path) -> None:
+        """Copies tokenizer, image processor and the rest of `EXTRAS` into another checkpoint."""
+        for folder in EXTRAS:
+            for name in _sizes(self.path / folder):
+                target = directory / folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                (self.path / folder / name).copy(target)
+
+    def _load(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            return ocp.load(self.path / _PARAMS, unflatten(wanted))
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """Nested dictionaries -> {"a/b/c": leaf}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}/{rest}": leaf for rest, leaf in flatten(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a/b/c": leaf} -> nested dictionaries."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def list_some(lines: list[str], *, most: int = 100) -> str:
+    """The lines of an error, indented; beyond `most`, how many more there are."""
+    shown = [f"  {line}" for line in lines[:most]]
+    if len(lines) > most:
+        shown.append(f"  ... and {len(lines) - most} more")
+    return "\n".join(shown)
+
+
+def _write_params(path: epath.Path, leaves: Iterable[Leaf]) -> None:
+    context = ocp.Context()
+    saving = context.array.saving
+    # A plain Zarr 2 file for each chunk: OCDBT holds twice the memory, and weights hardly compress.
+    saving.use_zarr3 = False
+    saving.use_ocdbt = False
+    saving.use_compression = False
+    saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+    # Without these two, Orbax would hold every array twice.
+    context.memory.deepcopy_host_arrays = False
+    context.memory.write_concurrent_bytes = _CONCURRENT_BYTES
+    with context:
+        batch: dict[str, np.ndarray[Any, Any]] = {}
+        for leaf in leaves:
+            batch[leaf.path] = leaf.read()
+            if sum(array.nbytes for array in batch.values()) >= _BATCH_BYTES:
+                ocp.partial.save(path, unflatten(batch))
+                batch.clear()
+        if batch:
+            ocp.partial.save(path, unflatten(batch))
+        with _errors_only("absl"):
+            # Warns that there is no OCDBT to merge.
+            ocp.partial.finalize(path)
+
+
+@contextlib.contextmanager
+def _errors_only(logger: str) -> Iterator[None]:
+    level = logging.getLogger(logger).level
+    logging.getLogger(logger).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.getLogger(logger).setLevel(level)
+
+
+def file_size(path: epath.Path) -> int:
+    """Bytes of a file."""
+    # epath's own `stat` looks up the owner's name, which fails for a user id that has none.
+    local = "://" not in os.fspath(path)
+    return os.path.getsize(path) if local else path.stat().length
+
+
+def _sizes(path: epath.Path) -> dict[str, int]:
+    """Bytes of every file below `path`, by its relative name; empty if there is no `path`."""
+    sizes: dict[str, int] = {}
+    for child in sorted(path.iterdir()) if path.exists() else ():
+        if child.is_dir():
+            sizes |= {f"{child.name}/{name}": size for name, size in _sizes(child).items()}
+        else:
+            sizes[child.name] = file_size(child)
+    return sizes
