@@ -3,7 +3,7 @@
 VENV ?= .venv
 ARGS ?= -n 2 --dist worksteal
 BIN := $(VENV)/bin
-TORCH = $(wildcard $(VENV)/lib/python3*/site-packages/torch/__init__.py)
+TORCH = $(shell ls -d $(VENV)/lib/python3*/site-packages/torch 2>/dev/null)
 
 .PHONY: help demo test lint format clean
 
