@@ -4,7 +4,16 @@
 checkpoint, `export_checkpoint` turns one back, `inspect_checkpoint` says what a directory holds.
 """
 
+from convert.exporter import export_checkpoint
 from convert.importer import import_checkpoint
+from convert.inspect import Report, inspect_checkpoint
 from convert.source import Source, open_source
 
-__all__ = ["Source", "import_checkpoint", "open_source"]
+__all__ = [
+    "Report",
+    "Source",
+    "export_checkpoint",
+    "import_checkpoint",
+    "inspect_checkpoint",
+    "open_source",
+]

@@ -6,9 +6,9 @@ stage-1 adapter takes a language model and a tower.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from etils import epath
@@ -18,10 +18,13 @@ from convert.infer import infer_fusion, new_fusion, replace_vocabulary
 from convert.layouts import Layout
 from convert.mapping import Entry, carried, fusion_entries, is_buffer, table
 from convert.parts import Part, RandomTensors, Tensor, open_part
+from convert.sidecars import language_keys
 from convert.tower import TowerChoice, choose_tower
 from stf_jax.checkpoint import CheckpointError, Leaf, list_some
-from stf_jax.config import LlavaConfig
+from stf_jax.config import LlavaConfig, TextConfig
 from stf_jax.hf_config import text_from_hf
+
+T = TypeVar("T")
 
 NewFusion = Literal["stf", "llava", "average"]
 
@@ -41,7 +44,7 @@ _FILES = (
 )
 
 # Layers of one parameter that are read and transposed at a time.
-_THREADS = 4
+THREADS = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,7 +113,7 @@ class Source:
         def fill(layer: int) -> None:
             result[layer] = one(entry.tensors[layer])
 
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(fill, range(entry.layers)))
         return result
 
@@ -201,18 +204,14 @@ def _language_part(part: Part, base: epath.PathLike | None) -> Part:
     return language
 
 
-def _text_config(part: Part) -> Any:
+def _text_config(part: Part) -> TextConfig:
     if not part.hf:
         raise CheckpointError(f"{part.path} has no config.json; download or copy it, too")
-    hf = part.hf
-    if part.layout == "hf":
-        # What the outer config says of the language model counts where the inner one is silent.
-        outer = {key: hf[key] for key in ("tie_word_embeddings",) if key in hf}
-        hf = outer | dict(hf.get("text_config", {}))
-    return _explained(part, text_from_hf, hf)
+    return _explained(part, text_from_hf, language_keys(part.hf))
 
 
-def _explained(part: Part, function: Any, *args: Any) -> Any:
+def _explained(part: Part, function: Callable[..., T], *args: Any) -> T:
+    """`function(*args)`, whose errors then say which checkpoint they mean."""
     try:
         return function(*args)
     except ValueError as error:

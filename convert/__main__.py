@@ -1,0 +1,8 @@
+"""`python -m convert import|export|inspect` is `stf-jax convert import|export|inspect`."""
+
+import sys
+
+from stf_jax.cli import main
+
+if __name__ == "__main__":
+    main(["convert", *sys.argv[1:]])
