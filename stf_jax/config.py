@@ -94,6 +94,8 @@ class TextConfig:
     """A LLaMA decoder. Defaults: Vicuna-7B-v1.5."""
 
     vocab_size: int = 32000
+    # Rows beyond the vocabulary that make it divide by a mesh; they are never predicted.
+    vocab_padding: int = 0
     width: int = 4096
     mlp_width: int = 11008
     layers: int = 32
@@ -116,6 +118,11 @@ class TextConfig:
             raise ValueError(f"{self.heads} heads cannot share {self.kv_heads} key-value heads")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotary embedding turns pairs")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and columns of the head."""
+        return self.vocab_size + self.vocab_padding
 
     @classmethod
     def vicuna_7b(cls) -> Self:

@@ -10,33 +10,34 @@ from jaxtyping import Array, Float, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVCache:
-    """Keys (already rotated) and values of S slots for each row.
+    """Keys (already rotated) and values of S slots for each row, one array a layer.
 
     Rows of different length share slot numbers: a prompt shorter than its neighbours leaves slots
     of segment 0, which attention never sees, and every row's next token goes to slot `length`.
+    Layers are separate arrays, since a slice of a stacked one would be copied at every step.
     """
 
-    key: Float[Array, "L B S K D"]
-    value: Float[Array, "L B S K D"]
+    keys: tuple[Float[Array, "B S K D"], ...]
+    values: tuple[Float[Array, "B S K D"], ...]
     segments: Int[Array, "B S"]
     length: Int[Array, ""]
 
     @classmethod
     def from_prefill(
         cls,
-        key: Float[Array, "L B T K D"],
-        value: Float[Array, "L B T K D"],
+        keys: tuple[Float[Array, "B T K D"], ...],
+        values: tuple[Float[Array, "B T K D"], ...],
         segments: Int[Array, "B T"],
         *,
         slots: int,
     ) -> "KVCache":
         """The cache after a prompt of T positions, with room for `slots` - T more."""
         prompt = segments.shape[1]
-        room = ((0, 0), (0, 0), (0, slots - prompt), (0, 0), (0, 0))
+        room = ((0, 0), (0, slots - prompt), (0, 0), (0, 0))
         return cls(
-            key=jnp.pad(key, room),
-            value=jnp.pad(value, room),
-            segments=jnp.pad(segments, ((0, 0), (0, slots - prompt))),
+            keys=tuple(jnp.pad(key, room) for key in keys),
+            values=tuple(jnp.pad(value, room) for value in values),
+            segments=jnp.pad(segments, room[:2]),
             length=jnp.int32(prompt),
         )
 
@@ -46,12 +47,11 @@ class KVCache:
         return dataclasses.replace(self, segments=marked, length=self.length + 1)
 
     def written(
-        self, layer: Int[Array, ""], key: Float[Array, "B 1 K D"], value: Float[Array, "B 1 K D"]
+        self, layer: int, key: Float[Array, "B 1 K D"], value: Float[Array, "B 1 K D"]
     ) -> "KVCache":
         """Puts one layer's key and value into the slot that `opened` made visible."""
-        at = (layer, 0, self.length - 1, 0, 0)
-        return dataclasses.replace(
-            self,
-            key=jax.lax.dynamic_update_slice(self.key, key[None], at),
-            value=jax.lax.dynamic_update_slice(self.value, value[None], at),
-        )
+        slot = (0, self.length - 1, 0, 0)
+        keys, values = list(self.keys), list(self.values)
+        keys[layer] = jax.lax.dynamic_update_slice(keys[layer], key, slot)
+        values[layer] = jax.lax.dynamic_update_slice(values[layer], value, slot)
+        return dataclasses.replace(self, keys=tuple(keys), values=tuple(values))

@@ -4,16 +4,29 @@ Radford et al. 2021, arXiv 2103.00020; LLaVA-STF, arXiv 2506.07138, reads eight 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from stf_jax.config import VisionConfig
-from stf_jax.models.layers import MLP, Init, LayerNorm, Linear, gelu, quick_gelu, stack
+from stf_jax.models.layers import (
+    MLP,
+    Init,
+    LayerNorm,
+    Linear,
+    apply_layers,
+    gelu,
+    quick_gelu,
+    stack,
+)
 from stf_jax.parallel.attention import attention
+
+# Hidden state, what is kept of it, layers done.
+Scan = tuple[Float[Array, "B T C"], Float[Array, "_ B T C"], Int[Array, ""]]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": gelu, "quick_gelu": quick_gelu}
 
@@ -24,13 +37,12 @@ class VisionAttention(nnx.Module):
     def __init__(self, config: VisionConfig, *, init: Init):
         self.rules = rules = init.rules
         width, heads = (config.width,), (config.heads, config.head_dim)
-        column = {"init": init, "kernel": rules.column, "bias": rules.column_bias}
-        self.query = Linear(width, heads, **column)
-        self.key = Linear(width, heads, **column)
-        self.value = Linear(width, heads, **column)
+        project = partial(Linear, init=init, kernel=rules.column, bias=rules.column_bias)
+        self.query, self.key, self.value = (project(width, heads) for _ in range(3))
         self.output = Linear(heads, width, init=init, kernel=rules.row_heads, bias=rules.vector)
 
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+        """What each token gathers from all."""
         heads = self.rules.hidden
         query, key, value = (f(x, out=heads) for f in (self.query, self.key, self.value))
         return self.output(attention(query, key, value), out=self.rules.tokens)
@@ -47,6 +59,7 @@ class VisionLayer(nnx.Module):
         self.mlp = MLP(config.width, config.mlp_width, config.width, init=init)
 
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+        """Attention, then MLP, each added to what came in."""
         x = x + self.attention(self.attention_norm(x))
         return x + self.mlp(self.mlp_norm(x), activation=ACTIVATIONS[self.activation])
 
@@ -64,7 +77,9 @@ class VisionTower(nnx.Module):
         self.class_embedding = init.normal(width, spec=rules.vector)
         self.position_embedding = init.normal(config.patches + 1, width, spec=rules.vector)
         self.pre_norm = LayerNorm(width, epsilon=config.norm_eps, init=init)
-        self.layers = stack(lambda init: VisionLayer(config, init=init), max(taps), init=init)
+        self.layers: VisionLayer | nnx.List[VisionLayer] = stack(
+            lambda init: VisionLayer(config, init=init), max(taps), init=init
+        )
 
     def __call__(
         self, pixels: Float[Array, "B height width 3"]
@@ -76,19 +91,20 @@ class VisionTower(nnx.Module):
         with jax.named_scope("vision_tower"):
             x = self.embed(pixels)
             wanted = sorted(set(self.taps))
-            # Layers that are not tapped write to one spare slot, so the loop has a static shape.
-            slots = np.full(max(wanted) + 1, len(wanted), np.int32)
-            slots[wanted] = range(len(wanted))
-            kept = jnp.stack([x] * (len(wanted) + 1))
-            graph, layers = nnx.split(self.layers)
+            # Layers that are not tapped write to one spare slot, so that a scan has static shapes
+            # and keeps no more than the taps.
+            spare = len(wanted)
+            slots = np.full(max(wanted) + 1, spare, np.int32)
+            slots[wanted] = range(spare)
+            kept = jnp.stack([x] * (spare + 1))
 
-            def step(carry: tuple[Array, Array], layer: tuple[nnx.State, Array]):
-                x, kept = carry
-                parameters, slot = layer
-                x = nnx.merge(graph, parameters)(x)
-                return (x, jax.lax.dynamic_update_index_in_dim(kept, x, slot, 0)), None
+            def step(carry: Scan, layer: VisionLayer) -> tuple[Scan, None]:
+                x, kept, index = carry
+                x, index = layer(x), index + 1
+                slot = jnp.asarray(slots)[index]
+                return (x, jax.lax.dynamic_update_index_in_dim(kept, x, slot, 0), index), None
 
-            (_, kept), _ = jax.lax.scan(step, (x, kept), (layers, jnp.asarray(slots[1:])))
+            (_, kept, _), _ = apply_layers(step, (x, kept, jnp.int32(0)), self.layers)
             return tuple(kept[slots[tap], :, 1:] for tap in self.taps)
 
     def embed(self, pixels: Float[Array, "B height width 3"]) -> Float[Array, "B P+1 C"]:

@@ -19,6 +19,8 @@ from jaxtyping import Array, Float
 from stf_jax.parallel.sharding import ShardingRules
 
 Layer = TypeVar("Layer", bound=nnx.Module)
+Carry = TypeVar("Carry")
+Kept = TypeVar("Kept")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,7 @@ class MLP(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T _"], *, activation: Callable[[Array], Array]
     ) -> Float[Array, "B T _"]:
+        """The hidden width is split over `tensor`, the result is not."""
         hidden = activation(self.linear_1(x, out=self.rules.hidden))
         return self.linear_2(hidden, out=self.rules.tokens)
 
@@ -97,6 +100,7 @@ class LayerNorm(nnx.Module):
         self.bias = init.zeros(width, spec=init.rules.vector)
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+        """Normed, in the dtype of `x`."""
         wide = x.astype(jnp.float32)
         centred = wide - wide.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
@@ -112,6 +116,7 @@ class RMSNorm(nnx.Module):
         self.scale = init.ones(width, spec=init.rules.vector)
 
     def __call__(self, x: Float[Array, "... H"]) -> Float[Array, "... H"]:
+        """Normed, in the dtype of `x`."""
         wide = x.astype(jnp.float32)
         square = jnp.square(wide).mean(-1, keepdims=True)
         return (wide * jax.lax.rsqrt(square + self.epsilon)).astype(x.dtype) * self.scale[...]
@@ -138,6 +143,43 @@ def stack(make: Callable[[Init], Layer], count: int, *, init: Init) -> Layer:
 
     keys = jax.random.split(init.rngs.params(), count)
     return nnx.merge(nnx.graphdef(nnx.eval_shape(abstract)), jax.vmap(one)(keys))
+
+
+def unstack(layers: Layer | nnx.List[Layer]) -> nnx.List[Layer]:
+    """The layers of a stack one by one; a list stays as it is.
+
+    Inference wants them so: a scan copies each layer's slice of the weights, which costs a decoding
+    step more than its arithmetic does.
+    """
+    if isinstance(layers, nnx.List):
+        return layers
+    graph, state = nnx.split(layers)
+    leaves, tree = jax.tree.flatten(state)
+    rows = zip(*([leaf[i] for i in range(leaf.shape[0])] for leaf in leaves), strict=True)
+    return nnx.List([nnx.merge(graph, jax.tree.unflatten(tree, row)) for row in rows])
+
+
+def apply_layers(
+    step: Callable[[Carry, Layer], tuple[Carry, Kept]],
+    carry: Carry,
+    layers: Layer | nnx.List[Layer],
+) -> tuple[Carry, list[Kept]]:
+    """Runs `step` layer after layer, a scan over a stack or an unrolled loop over a list.
+
+    Returns the last carry and what each step kept.
+    """
+    if isinstance(layers, nnx.List):
+        kept = []
+        for layer in layers:
+            carry, keep = step(carry, layer)
+            kept.append(keep)
+        return carry, kept
+    graph, state = nnx.split(layers)
+    carry, stacked = jax.lax.scan(
+        lambda carry, one: step(carry, nnx.merge(graph, one)), carry, state
+    )
+    count = jax.tree.leaves(state)[0].shape[0]
+    return carry, [jax.tree.map(lambda kept, i=i: kept[i], stacked) for i in range(count)]
 
 
 def parameter_count(module: nnx.Module) -> int:

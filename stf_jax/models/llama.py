@@ -3,6 +3,8 @@
 Touvron et al. 2023, arXiv 2302.13971; rope scaling as Llama 3.1 defines it.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,8 +12,12 @@ from jaxtyping import Array, Float, Int
 
 from stf_jax.config import RopeScaling, TextConfig
 from stf_jax.models.cache import KVCache
-from stf_jax.models.layers import Init, Linear, RMSNorm, stack
+from stf_jax.models.layers import Init, Linear, RMSNorm, apply_layers, stack, unstack
 from stf_jax.parallel.attention import Mask, attention
+from stf_jax.parallel.sharding import reshard
+
+# Hidden state, cache, layers done.
+Decoding = tuple[Float[Array, "B 1 H"], KVCache, int]
 
 
 def rope_frequencies(config: TextConfig) -> Float[Array, "D/2"]:
@@ -51,10 +57,10 @@ class DecoderAttention(nnx.Module):
     def __init__(self, config: TextConfig, *, init: Init):
         self.rules = rules = init.rules
         width, dim = (config.width,), config.head_dim
-        column = {"init": init, "kernel": rules.column, "use_bias": False}
-        self.query = Linear(width, (config.heads, dim), **column)
-        self.key = Linear(width, (config.kv_heads, dim), **column)
-        self.value = Linear(width, (config.kv_heads, dim), **column)
+        project = partial(Linear, init=init, kernel=rules.column, use_bias=False)
+        self.query = project(width, (config.heads, dim))
+        self.key = project(width, (config.kv_heads, dim))
+        self.value = project(width, (config.kv_heads, dim))
         self.output = Linear(
             (config.heads, dim), width, init=init, kernel=rules.row_heads, use_bias=False
         )
@@ -71,6 +77,7 @@ class GatedMLP(nnx.Module):
         self.down = Linear(hidden, width, init=init, kernel=rules.row, use_bias=False)
 
     def __call__(self, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
+        """The hidden width is split over `tensor`, the result is not."""
         hidden = self.rules.hidden
         gated = jax.nn.silu(self.gate(x, out=hidden)) * self.up(x, out=hidden)
         return self.down(gated, out=self.rules.tokens)
@@ -107,9 +114,11 @@ class Llama(nnx.Module):
 
     def __init__(self, config: TextConfig, *, init: Init):
         self.config, self.rules = config, init.rules
-        rules, width, vocabulary = init.rules, config.width, config.vocab_size
+        rules, width, vocabulary = init.rules, config.width, config.padded_vocab_size
         self.embedding = init.normal(vocabulary, width, spec=rules.embedding)
-        self.layers = stack(lambda init: DecoderLayer(config, init=init), config.layers, init=init)
+        self.layers: DecoderLayer | nnx.List[DecoderLayer] = stack(
+            lambda init: DecoderLayer(config, init=init), config.layers, init=init
+        )
         self.norm = RMSNorm(width, epsilon=config.norm_eps, init=init)
         self.head = (
             None
@@ -119,9 +128,7 @@ class Llama(nnx.Module):
 
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T H"]:
         """Rows of the embedding table; ids outside the vocabulary are clamped."""
-        table = self.embedding[...]
-        if self.rules.looked_up is not None:
-            table = jax.sharding.reshard(table, self.rules.looked_up)
+        table = reshard(self.embedding[...], self.rules.looked_up)
         return table.at[ids].get(mode="clip", out_sharding=self.rules.tokens)
 
     def logits(self, x: Float[Array, "B T H"]) -> Float[Array, "B T V"]:
@@ -129,13 +136,16 @@ class Llama(nnx.Module):
         kernel, contracted = (
             (self.embedding[...], 1) if self.head is None else (self.head.kernel[...], 0)
         )
-        return jax.lax.dot_general(
+        logits = jax.lax.dot_general(
             x,
             kernel,
             (((x.ndim - 1,), (contracted,)), ((), ())),
             preferred_element_type=jnp.float32,
             out_sharding=self.rules.hidden,
         )
+        if self.config.vocab_padding:
+            logits = jnp.where(jnp.arange(logits.shape[-1]) < self.config.vocab_size, logits, -1e30)
+        return logits
 
     def __call__(
         self,
@@ -156,8 +166,9 @@ class Llama(nnx.Module):
         slots: int,
     ) -> tuple[Float[Array, "B T H"], KVCache]:
         """The same, and a cache of `slots` slots whose first T hold these sequences."""
-        x, (key, value) = self._sequences(x, positions=positions, segments=segments, keep=True)
-        return x, KVCache.from_prefill(key, value, segments, slots=slots)
+        x, kept = self._sequences(x, positions=positions, segments=segments, keep=True)
+        keys, values = zip(*kept, strict=True)
+        return x, KVCache.from_prefill(keys, values, segments, slots=slots)
 
     def decode(
         self, x: Float[Array, "B 1 H"], *, positions: Int[Array, "B 1"], cache: KVCache
@@ -168,35 +179,34 @@ class Llama(nnx.Module):
             segments = jnp.ones_like(positions)
             cache = cache.opened(segments)
             mask = Mask(query_segments=segments, key_segments=cache.segments, causal=False)
-            graph, layers = nnx.split(self.layers)
 
-            def step(carry: tuple[Array, KVCache], at: tuple[nnx.State, Array]):
-                (x, cache), (parameters, index) = carry, at
-                layer = nnx.merge(graph, parameters)
+            def step(carry: Decoding, layer: DecoderLayer) -> tuple[Decoding, None]:
+                x, cache, index = carry
                 query, key, value = layer.project(x, angles)
                 cache = cache.written(index, key, value)
-                attended = attention(query, cache.key[index], cache.value[index], mask=mask)
-                return (layer.finish(x, attended), cache), None
+                attended = attention(query, cache.keys[index], cache.values[index], mask=mask)
+                return (layer.finish(x, attended), cache, index + 1), None
 
-            indices = jnp.arange(self.config.layers)
-            (x, cache), _ = jax.lax.scan(step, (x, cache), (layers, indices))
+            (x, cache, _), _ = apply_layers(
+                step,
+                (x, cache, 0),
+                unstack(self.layers),
+            )
             return self.norm(x), cache
 
     def _sequences(
         self, x: Array, *, positions: Array, segments: Array, keep: bool
-    ) -> tuple[Array, tuple[Array, Array] | None]:
+    ) -> tuple[Array, list[tuple[Array, Array] | None]]:
         with jax.named_scope("decoder"):
             angles = self._angles(positions)
             mask = Mask(query_segments=segments, key_segments=segments, causal=True)
-            graph, layers = nnx.split(self.layers)
 
-            def step(x: Array, parameters: nnx.State):
-                layer = nnx.merge(graph, parameters)
+            def step(x: Array, layer: DecoderLayer) -> tuple[Array, tuple[Array, Array] | None]:
                 query, key, value = layer.project(x, angles)
                 x = layer.finish(x, attention(query, key, value, mask=mask))
                 return x, (key, value) if keep else None
 
-            x, kept = jax.lax.scan(step, x, layers)
+            x, kept = apply_layers(step, x, self.layers)
             return self.norm(x), kept
 
     def _angles(self, positions: Array) -> tuple[Array, Array]:

@@ -10,6 +10,7 @@ from typing import Self
 
 import jax
 from jax.sharding import AxisType, Mesh, PartitionSpec
+from jaxtyping import Array
 
 from stf_jax.config import LlavaConfig
 
@@ -38,7 +39,6 @@ class ShardingRules:
     # Activations.
     tokens: P | None = None  # anything that leads with the batch and is not split further
     hidden: P | None = None  # [B, T, F], [B, T, N, D], [B, T, V]
-    cache: P | None = None  # [L, B, S, K, D]
 
     @classmethod
     def none(cls) -> Self:
@@ -58,8 +58,12 @@ class ShardingRules:
             vector=P(),
             tokens=P(BATCH_AXES),
             hidden=P(BATCH_AXES, None, "tensor"),
-            cache=P(None, BATCH_AXES, None, "tensor"),
         )
+
+
+def reshard(x: Array, spec: P | None) -> Array:
+    """Moves an array to a spec of the mesh at hand; None means that there is no mesh."""
+    return x if spec is None else jax.sharding.reshard(x, spec)
 
 
 def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
@@ -87,7 +91,7 @@ def check_divisible(config: LlavaConfig, mesh: Mesh) -> None:
     sizes = [
         ("text.width", text.width, "fsdp", fsdp),
         ("vision.width", vision.width, "fsdp", fsdp),
-        ("text.vocab_size (pad the vocabulary on import)", text.vocab_size, "tensor", tensor),
+        ("vocabulary (pad it on import)", text.padded_vocab_size, "tensor", tensor),
         ("text.heads", text.heads, "tensor", tensor),
         ("text.kv_heads", text.kv_heads, "tensor", tensor),
         ("text.mlp_width", text.mlp_width, "tensor", tensor),

@@ -1,0 +1,1 @@
+"""Answers: prefill in length buckets, decoding in one jitted loop, sampling, stopping."""

@@ -1,0 +1,67 @@
+"""From token ids to an answer: text as it comes, where it ends, and why."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from stf_jax.data.detokenizer import StreamDecoder
+from stf_jax.data.tokenizer import Tokenizer
+from stf_jax.infer.stopping import StopStrings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the model said.
+
+    Attributes:
+        text: without special tokens and without the stop string that ended it.
+        token_ids: every id that was generated, the end of sequence included.
+        prompt_tokens: tokens before the answer, vision tokens included.
+        vision_tokens: how many of these stand for images.
+        finish_reason: "stop" at an end of sequence or a stop string, "length" at a limit.
+    """
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    vision_tokens: int
+    finish_reason: Literal["stop", "length"]
+
+
+class AnswerBuilder:
+    """Takes one row's ids as they come and gives the text that is settled."""
+
+    def __init__(self, tokenizer: Tokenizer, *, eos_ids: Iterable[int], stops: Sequence[str]):
+        self._decoder, self._stops = StreamDecoder(tokenizer), StopStrings(stops)
+        self._eos_ids = frozenset(eos_ids)
+        self._text: list[str] = []
+        self.token_ids: list[int] = []
+        self.finished = False
+
+    @property
+    def text(self) -> str:
+        """All text given so far."""
+        return "".join(self._text)
+
+    def push(self, ids: Iterable[int]) -> str:
+        """New text; ids behind the end are ignored."""
+        return self._emit("".join(self._push_one(int(one)) for one in ids if not self.finished))
+
+    def finish(self) -> str:
+        """Text that was kept back for what might have followed."""
+        if self._stops.stopped:
+            return ""
+        return self._emit(self._stops.push(self._decoder.finish()) + self._stops.finish())
+
+    def _push_one(self, token_id: int) -> str:
+        self.token_ids.append(token_id)
+        if token_id in self._eos_ids:
+            self.finished = True
+            return ""
+        text = self._stops.push(self._decoder.push(token_id))
+        self.finished = self._stops.stopped
+        return text
+
+    def _emit(self, text: str) -> str:
+        self._text.append(text)
+        return text

@@ -1,0 +1,69 @@
+"""Choosing the next token: greedy, or temperature, top-k and top-p with a seed for each row."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn. Temperature 0 is greedy, whatever the rest says.
+
+    Attributes:
+        temperature: divides the logits.
+        top_k: only the k most likely tokens; 0 is all of them.
+        top_p: only the fewest most likely tokens that together have probability `top_p`.
+        seed: every row draws from its own stream of this seed, whatever else is in the batch.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}; give 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; give more than 0 and at most 1")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; give 0 (all tokens) or more")
+
+
+GREEDY = Sampling()
+
+
+def likely(
+    logits: Float[Array, "B V"], *, top_k: Int[Array, ""], top_p: Float[Array, ""]
+) -> Float[Array, "B V"]:
+    """The logits with all but the likely tokens at minus infinity: top-k, then top-p of those.
+
+    The token that crosses `top_p` is kept, so at least one always is.
+    """
+    order = jnp.argsort(-logits, axis=-1)
+    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    rank = jnp.arange(logits.shape[-1])
+    ranked = jnp.where((top_k == 0) | (rank < top_k), ranked, -jnp.inf)
+    chances = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(chances, axis=-1) - chances
+    ranked = jnp.where((before < top_p) | (rank == 0), ranked, -jnp.inf)
+    return jnp.take_along_axis(ranked, jnp.argsort(order, axis=-1), axis=-1)
+
+
+def sample(
+    logits: Float[Array, "B V"],
+    *,
+    step: Int[Array, ""],
+    temperature: Float[Array, ""],
+    top_k: Int[Array, ""],
+    top_p: Float[Array, ""],
+    seed: UInt[Array, ""],
+) -> Int[Array, "B"]:
+    """One token a row; the same seed and step give the same noise to every row."""
+    kept = likely(logits / temperature, top_k=top_k, top_p=top_p)
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    # One noise vector for all rows: an answer depends neither on its row nor on its neighbours.
+    noise = jax.random.gumbel(key, logits.shape[-1:])
+    return jnp.argmax(kept + noise, axis=-1).astype(jnp.int32)

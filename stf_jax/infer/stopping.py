@@ -1,0 +1,36 @@
+"""Stop strings: text that ends an answer, wherever token boundaries fall."""
+
+from collections.abc import Sequence
+
+
+class StopStrings:
+    """Passes text on as it comes and keeps back what may yet turn out to be a stop string."""
+
+    def __init__(self, stops: Sequence[str]):
+        if "" in stops:
+            raise ValueError("a stop string is empty; every answer would end before it began")
+        self._stops = tuple(stops)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """What of the text so far is certain to stand before any stop string."""
+        if self.stopped:
+            return ""
+        held = self._held + text
+        found = [at for at in map(held.find, self._stops) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return held[: min(found)]
+        # The longest end of the text that some stop string begins with.
+        keep = max(
+            (n for stop in self._stops for n in range(1, len(stop)) if held.endswith(stop[:n])),
+            default=0,
+        )
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep]
+
+    def finish(self) -> str:
+        """The text kept back, when no more will come."""
+        held, self._held = self._held, ""
+        return held

@@ -1,0 +1,134 @@
+"""A model as a user holds it: weights, tokenizer and image processor, ready to answer.
+
+model = stf_jax.load("llava-stf-7b")
+(answer,) = model.generate([Request(prompt="What is this?", images=["cat.jpg"])])
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jax.sharding import Mesh
+
+from stf_jax.config import LlavaConfig
+from stf_jax.data.conversation import IMAGE_MARKER, Template, get_template, render_prompt
+from stf_jax.data.images import ImageProcessor, ImageSource, load_image
+from stf_jax.data.tokenizer import Tokenizer, encode_prompt, expand_images
+from stf_jax.infer.answers import Answer, AnswerBuilder
+from stf_jax.infer.generate import Generator
+from stf_jax.infer.prompts import Prompt
+from stf_jax.infer.sampling import GREEDY, Sampling
+from stf_jax.models.llava import Llava
+
+# Steps between looks at the tokens: few enough for text to flow, many enough to be fast.
+_STREAM_EVERY = 4
+_STOP_EVERY = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """A question about pictures.
+
+    Attributes:
+        prompt: the question. `<image>` marks where each picture stands; without any mark the
+            pictures come first, as in training.
+        images: paths, bytes or Pillow images.
+    """
+
+    prompt: str
+    images: Sequence[ImageSource] = ()
+
+
+class Model:
+    """Make one with `stf_jax.load`."""
+
+    def __init__(
+        self,
+        network: Llava,
+        *,
+        tokenizer: Tokenizer,
+        image_processor: ImageProcessor,
+        mesh: Mesh | None = None,
+    ):
+        self.config: LlavaConfig = network.config
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+        self._generator = Generator(network, mesh=mesh)
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        template: str = "v1",
+        max_new_tokens: int = 512,
+        sampling: Sampling = GREEDY,
+        stop: Sequence[str] = (),
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> list[Answer]:
+        """Answers a batch of requests, in order. An answer never depends on its neighbours.
+
+        Args:
+            requests: of any length and number of images.
+            template: the form of the prompt; see `stf_jax.data.conversation.TEMPLATES`.
+            max_new_tokens: where an answer is cut.
+            sampling: greedy by default.
+            stop: strings that end an answer, besides the template's own.
+            on_text: called with a request's index and its new text, as text comes.
+
+        Raises:
+            ImageError: a picture that cannot be used.
+            ValueError: an unknown template, an empty prompt, one that is too long, or more or fewer
+                `<image>` than pictures.
+        """
+        if not requests:
+            return []
+        form = get_template(template)
+        stops = (*form.stop_strings, *stop)
+        prompts = [self._prompt(request, form) for request in requests]
+        eos_ids = self.config.text.eos_ids
+        builders = [AnswerBuilder(self.tokenizer, eos_ids=eos_ids, stops=stops) for _ in prompts]
+        every = _STREAM_EVERY if on_text else _STOP_EVERY if stops else max_new_tokens
+        emit = on_text or (lambda index, text: None)
+        for tokens in self._generator.stream(
+            prompts, max_new_tokens=max_new_tokens, sampling=sampling, every=every
+        ):
+            for index, (builder, ids) in enumerate(zip(builders, tokens, strict=True)):
+                if text := builder.push(ids):
+                    emit(index, text)
+            if all(builder.finished for builder in builders):
+                break
+        for index, builder in enumerate(builders):
+            if text := builder.finish():
+                emit(index, text)
+        return [self._answer(*pair) for pair in zip(builders, prompts, strict=True)]
+
+    def _prompt(self, request: Request, template: Template) -> Prompt:
+        """Text to ids with a placeholder for each vision token, pictures to pixels."""
+        images, question = request.images, request.prompt
+        marks = question.count(IMAGE_MARKER)
+        if marks == 0:
+            question = f"{IMAGE_MARKER}\n" * len(images) + question
+        elif marks != len(images):
+            raise ValueError(
+                f"the prompt has {marks} {IMAGE_MARKER} and there are {len(images)} pictures; "
+                f"give one picture for each, or leave {IMAGE_MARKER} out"
+            )
+        if not request.prompt.replace(IMAGE_MARKER, "").strip():
+            raise ValueError("the prompt is empty; ask something")
+        ids = encode_prompt(self.tokenizer, render_prompt(question, template=template))
+        # A photograph is shown upright, as its owner sees it.
+        pictures = [load_image(image, apply_orientation=True) for image in images]
+        pixels = [self.image_processor.pixels(picture) for picture in pictures]
+        size = self.config.vision.image_size
+        return Prompt(
+            ids=expand_images(ids, tokens_per_image=self.config.tokens_per_image),
+            pixels=np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.float32),
+        )
+
+    def _answer(self, builder: AnswerBuilder, prompt: Prompt) -> Answer:
+        return Answer(
+            text=builder.text.strip(),
+            token_ids=builder.token_ids,
+            prompt_tokens=len(prompt.ids),
+            vision_tokens=len(prompt.pixels) * self.config.tokens_per_image,
+            finish_reason="stop" if builder.finished else "length",
+        )
