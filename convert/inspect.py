@@ -47,7 +47,7 @@ class Report:
                 f"  language model    {text.layers} layers, width {text.width}, "
                 f"vocabulary {text.vocab_size:,}",
             ]
-        lines.append(f"  not usable: {self.problem}" if self.problem else "  whole")
+        lines.append(f"  not importable as it is: {self.problem}" if self.problem else "  whole")
         return "\n".join(lines)
 
 
