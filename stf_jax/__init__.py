@@ -7,12 +7,30 @@ model = stf_jax.load("path/to/model")
 answer.text
 """
 
+import importlib
 import importlib.metadata
+from typing import TYPE_CHECKING, Any
 
-from stf_jax.infer.answers import Answer
-from stf_jax.infer.sampling import Sampling
-from stf_jax.loading import load
-from stf_jax.model import Model, Request
+if TYPE_CHECKING:
+    from stf_jax.infer.answers import Answer
+    from stf_jax.infer.sampling import Sampling
+    from stf_jax.loading import load
+    from stf_jax.model import Model, Request
 
 __all__ = ["Answer", "Model", "Request", "Sampling", "load"]
 __version__ = importlib.metadata.version("stf-jax")
+
+# Imported when first used, so that `stf-jax --help` need not wait for jax.
+_HOMES = {
+    "Answer": "stf_jax.infer.answers",
+    "Model": "stf_jax.model",
+    "Request": "stf_jax.model",
+    "Sampling": "stf_jax.infer.sampling",
+    "load": "stf_jax.loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,6 +14,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
+from convert import open_source
 from stf_jax.checkpoint import CheckpointError, flatten, is_native, open_native, unflatten
 from stf_jax.config import LlavaConfig
 from stf_jax.data.images import ImageProcessor
@@ -55,9 +56,6 @@ def load(
         network = _abstract(checkpoint.config, mesh, dtype)
         leaves = checkpoint.restore(nnx.to_pure_dict(nnx.state(network)))
     else:
-        # Here, since `convert` itself imports this package.
-        from convert import open_source
-
         source = open_source(path, vision_tower=vision_tower)
         files = dict(source.files)
         network = _abstract(source.config, mesh, dtype)

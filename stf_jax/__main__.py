@@ -1,0 +1,8 @@
+"""`python -m stf_jax` is `stf-jax`."""
+
+import sys
+
+from stf_jax.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""The command line: each verb is a thin skin over one Python function."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+FLOATS = ("float32", "float16", "bfloat16")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; a user's mistake is one line on stderr and exit status 1."""
+    # transformers says at length that it does not find PyTorch, which nobody needs.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except BrokenPipeError:
+        # The reader of our output has gone; nothing is left to tell it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError) as error:
+        if not _raised_here(error):
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether the message is ours, or the system's; a library's ValueError is a bug to be seen."""
+    frame, _ = list(traceback.walk_tb(error.__traceback__))[-1]
+    module = frame.f_globals["__name__"].partition(".")[0]
+    return isinstance(error, OSError) or module in ("stf_jax", "convert")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="stf-jax", description="LLaVA-STF in JAX: vision-language models with few tokens."
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    _add_convert(verbs)
+    _add_generate(verbs)
+    return parser
+
+
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def _verb(
+    verbs: Verbs, name: str, run: Callable[[argparse.Namespace], None], summary: str
+) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(name, help=summary, description=summary)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_convert(verbs: Verbs) -> None:
+    summary = "PyTorch checkpoints to native ones and back, bit for bit"
+    convert = verbs.add_parser("convert", help=summary, description=summary)
+    actions = convert.add_subparsers(required=True, metavar="import|export|inspect")
+
+    parser = _verb(actions, "import", _import, "PyTorch -> native")
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        help="LLaVA-STF, LLaVA-1.5, HF Llava, LLaMA, "
+        "or a stage-1 adapter; a directory, for an adapter also the file",
+    )
+    parser.add_argument("out", metavar="OUT", help="the new directory")
+    parser.add_argument("--vision-tower", metavar="DIR", help="CLIP, where SRC has none inside")
+    parser.add_argument("--base", metavar="DIR", help="the language model under an adapter")
+    parser.add_argument(
+        "--fusion",
+        choices=("stf", "llava", "average"),
+        help="what a language model alone gets, with random weights (stf)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of these random weights (0)")
+    parser.add_argument("--dtype", choices=FLOATS, help="of every weight (as they are)")
+    parser.add_argument(
+        "--vocabulary-multiple",
+        type=int,
+        default=1,
+        metavar="N",
+        help="pad the vocabulary to a multiple, so that a mesh divides it (1)",
+    )
+
+    parser = _verb(actions, "export", _export, "native -> PyTorch")
+    parser.add_argument("source", metavar="SRC", help="a native checkpoint")
+    parser.add_argument("out", metavar="OUT", help="the new directory")
+    parser.add_argument("--layout", required=True, choices=("llava-stf", "llava", "hf", "adapter"))
+    parser.add_argument("--dtype", choices=FLOATS, help="of every weight (as it came)")
+    parser.add_argument(
+        "--vocabulary",
+        type=int,
+        metavar="N",
+        help="rows of the embedding (as many as came; hf: and its two tokens)",
+    )
+
+    parser = _verb(actions, "inspect", _inspect, "what a checkpoint is, and whether it is whole")
+    parser.add_argument("source", metavar="SRC")
+    parser.add_argument("--vision-tower", metavar="DIR", help="CLIP, where SRC has none inside")
+    parser.add_argument("--base", metavar="DIR", help="the language model under an adapter")
+
+
+def _add_generate(verbs: Verbs) -> None:
+    parser = _verb(verbs, "generate", _generate, "ask a model about pictures")
+    parser.add_argument("model", metavar="MODEL", help="a native checkpoint or a PyTorch directory")
+    parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a picture; may be given several times",
+    )
+    parser.add_argument(
+        "--prompt",
+        required=True,
+        metavar="TEXT",
+        help="the question; <image> marks where each picture stands (first)",
+    )
+    parser.add_argument("--template", default="v1", help="form of the prompt (v1)")
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="(512)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="(1)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is all tokens (0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a text that ends the answer; may be given several times",
+    )
+    parser.add_argument("--dtype", choices=FLOATS, help="(float32 on CPU, else bfloat16)")
+    parser.add_argument("--vision-tower", metavar="DIR", help="CLIP, for a PyTorch directory")
+    parser.add_argument(
+        "--json", action="store_true", help="one object with text, token ids, counts"
+    )
+
+
+# The verbs import what they need: importing jax takes seconds that `--help` need not wait for.
+
+
+def _import(options: argparse.Namespace) -> None:
+    from convert import import_checkpoint
+
+    import_checkpoint(**_arguments(options))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from convert import export_checkpoint
+
+    export_checkpoint(**_arguments(options))
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from convert import inspect_checkpoint
+
+    sys.stdout.write(f"{inspect_checkpoint(**_arguments(options))}\n")
+
+
+def _arguments(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(options).items() if name != "run"}
+
+
+def _generate(options: argparse.Namespace) -> None:
+    import stf_jax
+
+    sampling = stf_jax.Sampling(
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        seed=options.seed,
+    )
+    model = stf_jax.load(options.model, dtype=options.dtype, vision_tower=options.vision_tower)
+
+    def show(index: int, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    (answer,) = model.generate(
+        [stf_jax.Request(prompt=options.prompt, images=options.image)],
+        template=options.template,
+        max_new_tokens=options.max_new_tokens,
+        sampling=sampling,
+        stop=options.stop,
+        on_text=None if options.json else show,
+    )
+    if options.json:
+        sys.stdout.write(json.dumps(dataclasses.asdict(answer), ensure_ascii=False))
+    sys.stdout.write("\n")
