@@ -16,7 +16,7 @@ from stf_jax.models.cache import KVCache
 from stf_jax.models.clip import VisionTower
 from stf_jax.models.layers import MLP, Init, gelu
 from stf_jax.models.llama import Llama
-from stf_jax.parallel.sharding import ShardingRules
+from stf_jax.parallel.sharding import ShardingRules, on_mesh
 
 
 class Llava(nnx.Module):
@@ -43,10 +43,15 @@ class Llava(nnx.Module):
         rules: ShardingRules = ShardingRules.none(),
         dtype: DTypeLike = jnp.float32,
     ) -> "Llava":
-        """The model with shapes, dtypes and shardings in place of arrays."""
-        return nnx.eval_shape(
+        """The model with shapes, dtypes and, on a mesh, shardings in place of arrays."""
+        model = nnx.eval_shape(
             lambda: cls(config, init=Init(rngs=nnx.Rngs(0), rules=rules, dtype=dtype))
         )
+        if rules != ShardingRules.none():
+            # Shapes know the abstract mesh; what is to be filled in lies on the real one.
+            mesh = jax.sharding.get_mesh()
+            nnx.update(model, jax.tree.map(lambda leaf: on_mesh(leaf, mesh), nnx.state(model)))
+        return model
 
     def encode_images(self, pixels: Float[Array, "B I height width 3"]) -> Float[Array, "B I*K H"]:
         """Vision tokens of every image of a row, one image after the other.

@@ -9,7 +9,7 @@ import dataclasses
 from typing import Self
 
 import jax
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from stf_jax.config import LlavaConfig
@@ -64,6 +64,12 @@ class ShardingRules:
 def reshard(x: Array, spec: P | None) -> Array:
     """Moves an array to a spec of the mesh at hand; None means that there is no mesh."""
     return x if spec is None else jax.sharding.reshard(x, spec)
+
+
+def on_mesh(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """The same shape and spec on the devices of a mesh."""
+    sharding = NamedSharding(mesh, leaf.sharding.spec)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:

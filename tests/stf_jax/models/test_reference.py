@@ -1,0 +1,175 @@
+"""The tensors that the PyTorch reference computed: every stage of the model, loss and gradients."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from convert import open_source
+from convert.mapping import table
+from stf_jax.batch import Batch
+from stf_jax.checkpoint import flatten, unflatten
+from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
+from stf_jax.models.llava import Llava
+from stf_jax.parallel.sharding import ShardingRules, make_mesh
+
+Tensors = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def tensors(reference: Path) -> Tensors:
+    return load_file(reference / "tensors.safetensors")
+
+
+@pytest.fixture(scope="module")
+def source(reference: Path):
+    return open_source(reference / "llava-stf")
+
+
+@pytest.fixture(scope="module")
+def weights(source) -> dict[str, np.ndarray]:
+    return {leaf.path: leaf.read() for leaf in source.leaves()}
+
+
+@pytest.fixture(scope="module")
+def batch(tensors: Tensors, source) -> Batch:
+    """The reference's four conversations, padded to eight rows so that eight devices divide them."""
+    tokens = source.config.tokens_per_image
+    length = tensors["spliced.embeds"].shape[1]
+    shape = (8, length)
+    ids, labels = np.zeros(shape, np.int32), np.full(shape, -100, np.int32)
+    segments, slots = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+    size = source.config.vision.image_size
+    pixels = np.zeros((8, 1, size, size, 3), np.float32)
+    labels[:4] = tensors["spliced.labels"]
+    segments[:4] = tensors["spliced.attention_mask"]
+    for row in range(4):
+        text = tensors["batch.input_ids"][row][tensors["batch.attention_mask"][row] > 0]
+        expanded = np.repeat(text, np.where(text == IMAGE_TOKEN_ID, tokens, 1))
+        ids[row, : len(expanded)] = expanded
+        at = np.flatnonzero(expanded == IMAGE_TOKEN_ID)
+        slots[row, at] = range(len(at))
+        pixels[row, 0] = tensors["batch.images"][row].transpose(1, 2, 0)
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
+    return Batch(
+        ids=ids,
+        labels=labels,
+        positions=positions,
+        segments=segments,
+        image_slots=slots,
+        pixels=pixels,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    model: Llava
+    batch: Batch
+
+
+MESHES = {
+    "one device": None,
+    "fsdp 8": {"fsdp": 8},
+    "fsdp 2 x tensor 4": {"fsdp": 2, "tensor": 4},
+}
+
+
+@pytest.fixture(scope="module", params=MESHES)
+def loaded(request: pytest.FixtureRequest, source, weights, batch):
+    """The reference's model and batch, on one device or spread over a mesh."""
+    axes = MESHES[request.param]
+    if axes is None:
+        model = Llava.abstract(source.config)
+        nnx.update(model, unflatten(jax.tree.map(jnp.asarray, weights)))
+        yield Loaded(model, jax.tree.map(jnp.asarray, batch))
+        return
+    rules = ShardingRules.default()
+    with jax.set_mesh(make_mesh(**axes)):
+        model = Llava.abstract(source.config, rules=rules)
+        like = flatten(nnx.to_pure_dict(nnx.state(model)))
+        placed = {path: jax.device_put(weights[path], like[path].sharding) for path in like}
+        nnx.update(model, unflatten(placed))
+        yield Loaded(model, jax.device_put(batch, rules.tokens))
+
+
+def close(found: jax.Array, expected: np.ndarray, tolerance: float) -> None:
+    np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=tolerance)
+
+
+def test_mbtf(loaded: Loaded, tensors: Tensors):
+    taps = jnp.split(jnp.asarray(tensors["mbtf.input"]), 8, axis=-1)
+    model = loaded.model
+    if model.rules.tokens is not None:
+        taps = [jax.device_put(np.repeat(tap, 2, axis=0), model.rules.tokens) for tap in taps]
+    mixed = np.asarray(model.fusion.mbtf.mix(tuple(taps)))
+    if model.rules.tokens is not None:
+        mixed = mixed[::2]
+    close(mixed, tensors["mbtf.output"], 1e-5)
+
+
+def test_tower_and_fusion(loaded: Loaded, tensors: Tensors):
+    model = loaded.model
+    # Twice the four pictures, so that eight devices divide them.
+    pixels = np.tile(tensors["pixel_values.pad"].transpose(0, 2, 3, 1), (2, 1, 1, 1))
+    pixels = jax.device_put(pixels, model.rules.tokens)
+    taps = model.vision(pixels)
+    close(np.concatenate([np.asarray(tap) for tap in taps], axis=-1)[:4], tensors["mbtf.input"], 1e-5)
+    fused = model.fusion(taps)
+    channels = model.config.vision.width
+    # Ours is (row, column, channel); the published order is (channel, row, column).
+    published = np.asarray(fused).reshape(8, -1, 4, channels).swapaxes(2, 3).reshape(fused.shape)
+    close(published[:4], tensors["stf.fused_input"], 1e-5)
+    tokens = model.encode_images(pixels[:, None])
+    close(np.asarray(tokens)[:4], tensors["stf.output"], 1e-5)
+
+
+def test_splice(loaded: Loaded, tensors: Tensors):
+    real = tensors["spliced.attention_mask"] > 0
+    spliced = np.asarray(loaded.model.splice(loaded.batch))[:4]
+    close(spliced[real], tensors["spliced.embeds"][real], 1e-5)
+
+
+def test_logits(loaded: Loaded, tensors: Tensors):
+    real = tensors["spliced.attention_mask"] > 0
+    logits = np.asarray(jax.jit(lambda model, batch: model(batch))(loaded.model, loaded.batch))[:4]
+    assert logits.dtype == np.float32
+    close(logits[real], tensors["logits"][real], 1e-4)
+
+
+def test_loss_and_gradients(loaded: Loaded, source, tensors: Tensors):
+    graph, parameters = nnx.split(loaded.model)
+
+    def mean_loss(parameters: nnx.State, batch: Batch):
+        # Three chunks, the last one shorter.
+        total, count = nnx.merge(graph, parameters).loss(batch, chunk=64)
+        return total / count
+
+    loss, gradients = jax.jit(jax.value_and_grad(mean_loss))(parameters, loaded.batch)
+    close(loss, tensors["loss"][0], 1e-5)
+    found = flatten(nnx.to_pure_dict(gradients))
+    wanted = {
+        name.removeprefix("grad.").replace("model.mm_", "mm_"): gradient
+        for name, gradient in tensors.items()
+        if name.startswith("grad.")
+    }
+    compared = 0
+    for entry in table(source.config, vocabulary=source.vocabulary):
+        gradient = np.asarray(found[entry.native])
+        if entry.native.startswith("vision/"):
+            assert not gradient.any(), f"a gradient entered the frozen tower at {entry.native}"
+            continue
+        for layer, name in enumerate(entry.tensors):
+            ours = gradient if entry.layers is None else gradient[layer]
+            theirs = wanted[name]
+            back = entry.transform.torch(ours)
+            assert back.shape == theirs.shape
+            # Elements that cancel to nearly nothing are measured against the largest one.
+            tiny = 1e-6 * np.abs(theirs).max()
+            np.testing.assert_allclose(back, theirs, rtol=1e-4, atol=tiny, err_msg=name)
+            compared += 1
+    assert compared == len(wanted)
