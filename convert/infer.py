@@ -65,11 +65,14 @@ def infer_fusion(shapes: Shapes, hf: Mapping[str, Any], vision: VisionConfig) ->
         raise CheckpointError(
             f"there is no {PROJECTOR}0.weight: a projector of type mlp2x_gelu is expected"
         )
-    if mixer is None:
-        taps = tuple(ours.get("taps", (_selected(hf, vision),)))
-        mbtf = None
+    if "taps" in ours:
+        taps = tuple(ours["taps"])
+    elif mixer is None:
+        taps = (_selected(hf, vision),)
     else:
-        taps = tuple(ours.get("taps", _default_taps(mixer[1], hf, vision)))
+        taps = _default_taps(mixer[1], hf, vision)
+    mbtf = None
+    if mixer is not None:
         mbtf = MBTFConfig(mlp_width=mixer[0], last_activation=ours.get("last_activation", False))
     area = projector[1] / width
     side = math.isqrt(int(area))

@@ -60,13 +60,13 @@ class TorchFile:
                     f"{self.path} holds more than tensors and would run code when loaded: refused; "
                     "ask its author for a safetensors file"
                 ) from error
-            except (RuntimeError, EOFError, ValueError, KeyError) as error:
+            except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
                 raise _damaged(self.path) from error
-        wrong = [k for k, v in content.items() if not isinstance(v, torch.Tensor)]
-        if wrong:
+        if not isinstance(content, dict) or not all(
+            isinstance(value, torch.Tensor) for value in content.values()
+        ):
             raise CheckpointError(
-                f"{self.path} is no state dict: {wrong[0]!r} is not a tensor; "
-                "save model.state_dict() alone"
+                f"{self.path} is no state dict, tensors by name; save model.state_dict() alone"
             )
         return content
 
@@ -103,13 +103,12 @@ def _dtype(name: str, tensor: Any, path: epath.Path) -> DType:
     kind = str(tensor.dtype).removeprefix("torch.")
     if kind in FLOATS:
         return FLOATS[kind]
-    try:
+    if kind in ("int64", "int32", "int16", "int8", "uint8", "bool", "float64"):
         return np.dtype(kind)
-    except TypeError as error:
-        raise CheckpointError(
-            f"{name} in {path} has dtype {kind}, which stf_jax does not read; "
-            "save the model in float32, float16 or bfloat16"
-        ) from error
+    raise CheckpointError(
+        f"{name} in {path} has dtype {kind}, which stf_jax does not read; "
+        "save the model in float32, float16 or bfloat16"
+    )
 
 
 def _to_numpy(tensor: Any) -> Array:

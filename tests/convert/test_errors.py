@@ -1,0 +1,317 @@
+"""Bad input: one clear message that names the fix, and nothing left behind."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from convert import export_checkpoint, import_checkpoint, open_source
+from convert.torch_file import import_torch
+from stf_jax.checkpoint import CheckpointError
+
+TOWER = "model.vision_tower.vision_tower.vision_model."
+
+
+@pytest.fixture
+def sharded(reference: Path, tmp_path: Path) -> Path:
+    """A copy of the reference's LLaVA-STF to spoil, with its tower's config beside it."""
+    parent = tmp_path / "parent"
+    shutil.copytree(reference / "clip", parent / "clip")
+    return Path(shutil.copytree(reference / "llava-stf", parent / "source"))
+
+
+def refused(source: Path, out: Path, message: str, **options: object) -> str:
+    """The message of the error that an import raises, which leaves nothing behind."""
+    before = set(out.parent.iterdir())
+    with pytest.raises(CheckpointError, match=message) as caught:
+        import_checkpoint(source, out, **options)
+    assert set(out.parent.iterdir()) == before
+    return str(caught.value)
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    content = json.loads(path.read_text())
+    content |= changes
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def shard(source: Path, number: int) -> Path:
+    return source / f"model-{number:05}-of-00008.safetensors"
+
+
+def test_missing_source(tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", tmp_path / "out", r"nowhere does not exist$")
+
+
+def test_existing_out(sharded: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    refused(sharded, out, r"out exists; remove it or choose another name$")
+    assert not list(out.iterdir())
+
+
+def test_missing_shard(sharded: Path, tmp_path: Path) -> None:
+    shard(sharded, 3).unlink()
+    refused(sharded, tmp_path / "out", r"00003-of-00008.safetensors is missing; download or copy")
+
+
+@pytest.mark.parametrize("keep", [0.001, 0.5, 0.999])
+def test_truncated_shard(keep: float, sharded: Path, tmp_path: Path) -> None:
+    file = shard(sharded, 5)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(len(whole) * keep)])
+    message = refused(sharded, tmp_path / "out", r"00005-of-00008.safetensors.*truncated")
+    assert "\n" not in message
+
+
+def test_empty_shard(sharded: Path, tmp_path: Path) -> None:
+    shard(sharded, 1).write_bytes(b"")
+    refused(sharded, tmp_path / "out", r"00001-of-00008.safetensors is empty; download")
+
+
+def test_git_lfs_pointer(sharded: Path, tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4\n"
+    shard(sharded, 2).write_text(pointer)
+    refused(sharded, tmp_path / "out", r"is a git-lfs pointer, .* run `git lfs pull` in /")
+
+
+def test_garbage(sharded: Path, tmp_path: Path) -> None:
+    shard(sharded, 2).write_bytes(bytes(range(256)) * 4)
+    refused(sharded, tmp_path / "out", "is not a safetensors file")
+    shard(sharded, 2).write_bytes((2).to_bytes(8, "little") + b"[]" + b"0" * 99)
+    refused(sharded, tmp_path / "out", "is not a safetensors file")
+
+
+def test_several_damages_in_one_error(sharded: Path, tmp_path: Path) -> None:
+    shard(sharded, 1).unlink()
+    shard(sharded, 2).write_bytes(b"")
+    message = refused(sharded, tmp_path / "out", r"source is not whole:\n")
+    assert "00001-of-00008.safetensors is missing" in message
+    assert "00002-of-00008.safetensors is empty" in message
+
+
+def test_index_and_shards_disagree(sharded: Path, tmp_path: Path) -> None:
+    index = sharded / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    moved, first = weight_map["lm_head.weight"], weight_map.pop("model.norm.weight")
+    edit_json(
+        index,
+        weight_map={
+            **weight_map,
+            "no.such": moved,
+            "lm_head.weight": "model-00001-of-00008.safetensors",
+        },
+    )
+    message = refused(sharded, tmp_path / "out", "is not whole")
+    assert f"the index puts no.such into {moved}, which does not hold it" in message
+    assert f"{first} holds model.norm.weight, which the index puts into no shard" in message
+    assert f"{moved} holds lm_head.weight, which the index puts into model-00001" in message
+
+
+def test_tensor_twice(sharded: Path, tmp_path: Path, read: Callable, write: Callable) -> None:
+    tensors = read(sharded)
+    extra = {
+        "model.norm.weight": tensors["model.norm.weight"],
+        "lm_head.weight": tensors["lm_head.weight"],
+    }
+    write(shard(sharded, 8), extra)
+    refused(
+        sharded, tmp_path / "out", "holds model.norm.weight, which the index puts|does not hold"
+    )
+
+
+def test_index_without_map(sharded: Path, tmp_path: Path) -> None:
+    edit_json(sharded / "model.safetensors.index.json", weight_map=None)
+    refused(sharded, tmp_path / "out", "has no weight_map")
+
+
+def test_no_index(sharded: Path, tmp_path: Path) -> None:
+    (sharded / "model.safetensors.index.json").unlink()
+    refused(sharded, tmp_path / "out", r"but no index \(model.safetensors.index.json\)")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("content", ["{", "", "[1]"])
+def test_bad_json(name: str, content: str, sharded: Path, tmp_path: Path) -> None:
+    (sharded / name).write_text(content)
+    refused(sharded, tmp_path / "out", rf"{name} (is not JSON|holds no JSON object)")
+
+
+def test_no_config(sharded: Path, tmp_path: Path) -> None:
+    (sharded / "config.json").unlink()
+    refused(sharded, tmp_path / "out", r"has no config.json; download or copy it, too$")
+
+
+def test_tensors_that_do_not_fit_are_all_listed(checkpoint: Callable, tmp_path: Path) -> None:
+    spoilt = {
+        "model.norm.weight": lambda array: None,
+        f"{TOWER}encoder.layers.4.mlp.fc1.weight": lambda array: None,
+        "lm_head.weight": lambda array: array[:-1].copy(),
+        "model.mm_projector.2.bias": lambda array: array[None].copy(),
+        "model.layers.1.mlp.up_proj.weight": lambda array: array.astype(np.int64),
+    }
+    source = checkpoint(
+        lambda name, array: spoilt.get(name, lambda same: same)(array),
+        add={
+            "model.layers.0.self_attn.q_proj.bias": np.zeros(64, np.float32),
+            "what": np.ones(1, np.float32),
+        },
+    )
+    message = refused(source, tmp_path / "out", r"does not fit its config.json \(7 tensors\)")
+    for line in (
+        "missing: model.norm.weight (64,)",
+        "missing: vision_model.encoder.layers.4.mlp.fc1.weight (64, 32)",
+        "shape of lm_head.weight: (599, 64), expected (600, 64)",
+        "shape of model.mm_projector.2.bias: (1, 64), expected (64,)",
+        "dtype of model.layers.1.mlp.up_proj.weight: int64, expected float32, float16, bfloat16",
+        "extra: model.layers.0.self_attn.q_proj.bias",
+        "extra: what",
+    ):
+        assert f"\n  {line}" in message
+
+
+def test_hundreds_of_problems_are_shortened(checkpoint: Callable, tmp_path: Path) -> None:
+    source = checkpoint(config={"hidden_size": 32, "head_dim": 16, "num_hidden_layers": 40})
+    message = refused(source, tmp_path / "out", "does not fit its config.json")
+    assert len(message.splitlines()) == 102
+    assert re.search(r"\.\.\. and \d+ more$", message)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "mpt", "llava_mistral"])
+def test_other_families(family: str, checkpoint: Callable, tmp_path: Path) -> None:
+    source = checkpoint(config={"model_type": family})
+    refused(source, tmp_path / "out", rf"model_type is '{family}' .*supported: 'llama'")
+
+
+def test_unknown_tensors(tmp_path: Path, write: Callable) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    write(source / "model.safetensors", {"transformer.blocks.0.ffn": np.zeros(2, np.float32)})
+    (source / "config.json").write_text('{"model_type": "mpt"}')
+    refused(source, tmp_path / "out", r"no CLIP, LLaMA or LLaVA checkpoint \(model_type 'mpt'\)")
+
+
+def test_no_weights(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    refused(tmp_path / "source", tmp_path / "out", "holds no weights: no model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("mm_projector_type", "linear"),
+        ("mm_vision_select_feature", "cls_patch"),
+        ("mm_patch_merge_type", "spatial_unpad"),
+        ("mm_use_im_start_end", True),
+    ],
+)
+def test_unsupported_settings(
+    key: str, value: object, checkpoint: Callable, tmp_path: Path
+) -> None:
+    source = checkpoint(config={key: value})
+    refused(source, tmp_path / "out", rf"{key} is {value!r} in config.json; stf_jax computes only")
+
+
+def test_taps_that_nothing_tells(checkpoint: Callable, tmp_path: Path) -> None:
+    def cut(name: str, array: np.ndarray) -> np.ndarray:
+        return array[:, : 32 * 3].copy() if "crosslayer.0.weight" in name else array
+
+    source = checkpoint(cut)
+    refused(source, tmp_path / "out", r'mixes 3 hidden states .* add "mm_fusion": {"taps"')
+    edit_json(source / "config.json", mm_fusion={"tap": [1]})
+    refused(source, tmp_path / "out", r"mm_fusion in config.json has an unknown key 'tap'")
+    edit_json(source / "config.json", mm_fusion={"taps": [30, 2, 1]})
+    refused(source, tmp_path / "out", r"tap 30 lies beyond the tower's 24 layers")
+
+
+def test_wrong_tower(checkpoint: Callable, tmp_path: Path) -> None:
+    source = checkpoint()
+    edit_json(source.parent / "clip" / "config.json", hidden_size=36, num_attention_heads=4)
+    refused(source, tmp_path / "out", r"no multiple of the tower's width 36; is this the right")
+
+
+def test_tower_is_not_to_be_found(checkpoint: Callable, tmp_path: Path) -> None:
+    source = checkpoint(config={"mm_vision_tower": "/data/my-clip"})
+    refused(source, tmp_path / "out", r"'/data/my-clip', which is not here .*--vision-tower DIR$")
+    source = Path(shutil.copytree(source, tmp_path / "elsewhere"))
+    edit_json(source / "config.json", mm_vision_tower=None)
+    refused(source, tmp_path / "out", r"names no vision tower; give one: --vision-tower DIR$")
+    refused(source, tmp_path / "out", "holds no config.json of a vision", vision_tower=tmp_path)
+
+
+def test_published_tower_without_weights(
+    checkpoint: Callable, tmp_path: Path, reference: Path
+) -> None:
+    name = "openai/clip-vit-large-patch14-336"
+    source = checkpoint(
+        lambda name, array: None if name.startswith(TOWER) else array,
+        config={"mm_vision_tower": name},
+    )
+    refused(source, tmp_path / "out", r"has no vision tower inside; give .*--vision-tower DIR$")
+    imported = import_checkpoint(source, tmp_path / "out", vision_tower=reference / "clip")
+    assert imported.config.vision.width == 32
+
+
+def test_parts_alone(reference: Path, tmp_path: Path, checkpoint: Callable) -> None:
+    out = tmp_path / "out"
+    refused(reference / "clip", out, r"is a vision tower alone; .*--vision-tower ")
+    refused(reference / "vicuna", out, r"names no vision tower; give one: --vision-tower DIR$")
+    whole = checkpoint()
+    refused(whole, out, r"has a language model of its own; leave out --base", base=whole)
+    refused(whole, out, r"has a fusion of its own; leave out --fusion stf$", fusion="stf")
+
+
+def test_options(sharded: Path, tmp_path: Path) -> None:
+    refused(sharded, tmp_path / "out", "dtype is 'int8'; supported: float32", dtype="int8")
+    refused(sharded, tmp_path / "out", "give 1 or more", vocabulary_multiple=0)
+
+
+def test_native_and_pytorch_mixed_up(reference: Path, tmp_path: Path) -> None:
+    native = tmp_path / "native"
+    import_checkpoint(reference / "llava-stf", native)
+    refused(native, tmp_path / "out", "is a native checkpoint; a PyTorch one is expected here")
+    for source, message in (
+        (
+            reference / "llava-stf",
+            r"not a native checkpoint; import it first: stf-jax convert import",
+        ),
+        (tmp_path / "nowhere", "does not exist"),
+        (reference / "images", "is not a native checkpoint"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            export_checkpoint(source, tmp_path / "out", layout="llava-stf")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(CheckpointError, match="there exists; remove it"):
+        export_checkpoint(native, tmp_path / "there", layout="llava-stf")
+    with pytest.raises(CheckpointError, match=r"dtype is 'int8'; supported: float32"):
+        export_checkpoint(native, tmp_path / "out", layout="llava-stf", dtype="int8")
+    assert {path.name for path in tmp_path.iterdir()} == {"native", "there"}
+
+
+def test_without_pytorch(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    with pytest.raises(CheckpointError, match=r"pip install 'stf-jax\[torch\]'"):
+        import_torch("here")
+    import_checkpoint(sharded, tmp_path / "native")
+    export_checkpoint(tmp_path / "native", tmp_path / "out", layout="llava-stf")
+    with pytest.raises(CheckpointError, match=r"PyTorch is needed to write mm_projector.bin"):
+        export_checkpoint(tmp_path / "native", tmp_path / "adapter", layout="adapter")
+    assert not (tmp_path / "adapter").exists()
+    refused(
+        Path(shutil.copy(sharded / "tokenizer.model", tmp_path / "mm_projector.bin")),
+        tmp_path / "other",
+        r"PyTorch is needed to read .*mm_projector.bin: pip install",
+    )
+
+
+def test_values_beyond_float16(checkpoint: Callable, tmp_path: Path) -> None:
+    source = checkpoint(
+        lambda name, array: array * np.float32(1e9) if name == "lm_head.weight" else array
+    )
+    message = r"lm_head.weight holds values beyond float16; choose bfloat16 or float32"
+    refused(source, tmp_path / "out", message, dtype="float16")
+    assert open_source(source).config
