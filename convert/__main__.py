@@ -5,4 +5,4 @@ import sys
 from stf_jax.cli import main
 
 if __name__ == "__main__":
-    main(["convert", *sys.argv[1:]])
+    sys.exit(main(["convert", *sys.argv[1:]]))
