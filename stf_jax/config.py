@@ -264,7 +264,7 @@ class LlavaConfig:
             parsed = parser.parse_object({"model": dict(tree)})
         except jsonargparse.ArgumentError as error:
             raise ValueError(f"not a model config: {error}") from error
-        return parser.instantiate_classes(parsed)["model"]
+        return parser.instantiate(parsed)["model"]
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dictionaries, ready for JSON or YAML."""

@@ -60,8 +60,10 @@ class Generator:
         A row that ended at an end-of-sequence id goes on with padding ids.
 
         Raises:
-            ValueError: a prompt that leaves no room for an answer.
+            ValueError: no tokens wanted, or a prompt that leaves no room for any.
         """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; give 1 or more")
         self._check_lengths(prompts)
         devices = 1 if self.mesh is None else math.prod(self.mesh.shape[a] for a in BATCH_AXES)
         rows = -(-len(prompts) // devices) * devices

@@ -1,0 +1,126 @@
+"""The command line as a user runs it: the reference's answers, and one clear line for a mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from stf_jax.cli import main
+
+
+@pytest.fixture(scope="module")
+def native(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "native"
+    assert main(["convert", "import", str(reference / "llava-stf"), str(out)]) == 0
+    return out
+
+
+def ask(model: Path, image: Path, question: str, *more: str) -> list[str]:
+    return ["generate", str(model), "--image", str(image), "--prompt", question, *more]
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("layout", ["native", "pytorch"])
+def test_answers_of_the_reference(
+    reference: Path, native: Path, capsys: pytest.CaptureFixture[str], index: int, layout: str
+):
+    case = json.loads((reference / "generation.json").read_text())[index]
+    model = native if layout == "native" else reference / "llava-stf"
+    more = ["--template", case["template"], "--max-new-tokens", "24", "--json"]
+    assert main(ask(model, reference / "images" / case["image"], case["question"], *more)) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    answer = json.loads(line)
+    # The reference's list begins with BOS.
+    assert [1, *answer["token_ids"]] == case["output_ids"]
+    assert answer["vision_tokens"] == 4
+    assert answer["finish_reason"] == ("stop" if case["output_ids"][-1] == 2 else "length")
+
+
+def test_in_a_process_of_its_own(reference: Path, native: Path):
+    """Nothing but the answer on stdout, nothing at all on stderr, the text as it streams."""
+    command = ask(native, reference / "images" / "0.png", "What is the color of the bus?")
+    runs = [
+        subprocess.run(
+            [sys.executable, "-m", "stf_jax", *command, *more], capture_output=True, check=True
+        )
+        for more in ([], ["--json"])
+    ]
+    assert [run.stderr for run in runs] == [b"", b""]
+    assert runs[0].stdout.decode() == json.loads(runs[1].stdout)["text"] + "\n"
+
+
+def test_python_m_convert(reference: Path, native: Path):
+    for directory, kind in (
+        (native, b"native checkpoint"),
+        (reference / "llava-stf", b"LLaVA-STF"),
+    ):
+        command = [sys.executable, "-m", "convert", "inspect", str(directory)]
+        out = subprocess.run(command, capture_output=True, check=True).stdout
+        assert kind in out
+        assert b"tokens per image  4" in out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--image", "nowhere.png"], "nowhere.png: no such file"),
+        (["--prompt", " "], "the prompt is empty"),
+        (["--prompt", "<image><image>\nWhich?"], "2 <image> and there are 1 pictures"),
+        (["--prompt", "word " * 5000], "leaves no room for an answer"),
+        (["--template", "v2"], "v2"),
+        (["--temperature", "-1"], "temperature is -1"),
+        (["--top-p", "0"], "top_p is 0"),
+        (["--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["--stop", ""], "stop string is empty"),
+    ],
+)
+def test_mistakes(
+    reference: Path,
+    native: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: list[str],
+    message: str,
+):
+    arguments = ask(native, reference / "images" / "0.png", "What?")
+    if change[0] == "--image":
+        del arguments[2:4]
+    assert main([*arguments, *change]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+@pytest.mark.parametrize("model", ["missing", "empty", "file", "pictures"])
+def test_no_model(reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("no model")
+    path = reference / "images" if model == "pictures" else tmp_path / model
+    assert main(ask(path, reference / "images" / "0.png", "What?")) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert str(path) in line
+
+
+def test_a_photograph_is_shown_upright(
+    reference: Path, native: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Turned by EXIF or turned in its pixels: the same picture, the same answer."""
+    upright = Image.open(reference / "images" / "1.png").convert("RGB")
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    upright.save(tmp_path / "upright.png")
+    turned.save(tmp_path / "turned.png", exif=exif)
+    turned.save(tmp_path / "not_turned_back.png")
+    answers = []
+    for name in ("upright", "turned", "not_turned_back"):
+        picture = tmp_path / f"{name}.png"
+        assert main(ask(native, picture, "How many cats are in the image?")) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+    assert answers[0] != answers[2]
