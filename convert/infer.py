@@ -162,5 +162,6 @@ def _matrix(shapes: Shapes, name: str) -> tuple[int, int] | None:
 
 
 def replace_vocabulary(config: LlavaConfig, rows: int) -> LlavaConfig:
-    """The same model with another number of embedding rows."""
-    return dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=rows))
+    """The same model with so many rows in its embedding, none of them padding."""
+    text = dataclasses.replace(config.text, vocab_size=rows, vocab_padding=0)
+    return dataclasses.replace(config, text=text)

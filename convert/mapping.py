@@ -196,7 +196,7 @@ def text_entries(text: TextConfig, *, vocabulary: int) -> tuple[Entry, ...]:
     """The LLaMA decoder, its embedding and its head."""
     width, hidden = text.width, text.mlp_width
     heads, head_dim = text.heads, text.head_dim
-    padded = text.vocab_size
+    padded = text.padded_vocab_size
 
     def stacked(
         native: str, torch: str, shape: tuple[int, ...], to: tuple[int, ...], transform: Transform

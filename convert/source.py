@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from convert.dtypes import FLOATS, Array, DType, FloatName, cast, common, is_float
-from convert.infer import infer_fusion, new_fusion, replace_vocabulary
+from convert.infer import infer_fusion, new_fusion
 from convert.layouts import Layout
 from convert.mapping import Entry, carried, fusion_entries, is_buffer, table
 from convert.parts import Part, RandomTensors, Tensor, open_part
@@ -53,7 +53,7 @@ class Source:
 
     config: LlavaConfig
     layout: Layout
-    vocabulary: int  # rows of its embedding; config.text.vocab_size may be padded beyond
+    vocabulary: int  # rows of its embedding
     dtype: FloatName | None  # of every leaf; None: as they are
     files: Mapping[str, epath.Path]  # what travels along, by its name in the native `hf/`
     entries: tuple[Entry, ...]
@@ -170,9 +170,9 @@ def open_source(
     config = _explained(part, lambda: LlavaConfig(vision=tower.config, text=text, fusion=between))
     if part.layout == "llama":
         tensors |= _random(config, tensors, seed)
-    padded = -(-text.vocab_size // vocabulary_multiple) * vocabulary_multiple
-    config = replace_vocabulary(config, padded)
-    entries = table(config, vocabulary=text.vocab_size)
+    text = dataclasses.replace(text, vocab_padding=-text.vocab_size % vocabulary_multiple)
+    config = dataclasses.replace(config, text=text)
+    entries = table(config)
     unknown = (*part.unknown, *(language.unknown if language is not part else ()), *tower.unknown)
     return Source(
         config=config,

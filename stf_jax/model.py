@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from stf_jax.config import LlavaConfig
 from stf_jax.data.conversation import IMAGE_MARKER, Template, get_template, render_prompt
 from stf_jax.data.images import ImageProcessor, ImageSource, load_image
 from stf_jax.data.tokenizer import Tokenizer, encode_prompt, expand_images
@@ -50,7 +49,7 @@ class Model:
         image_processor: ImageProcessor,
         mesh: Mesh | None = None,
     ):
-        self.config: LlavaConfig = network.config
+        self.network, self.config = network, network.config
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self._generator = Generator(network, mesh=mesh)
 

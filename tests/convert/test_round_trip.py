@@ -138,7 +138,8 @@ def test_vocabulary_is_padded_and_trimmed(
 ) -> None:
     source = reference / "llava-stf"
     imported = import_checkpoint(source, tmp_path / "native", vocabulary_multiple=128)
-    assert imported.config.text.vocab_size == 640
+    assert imported.config.text.vocab_size == 600
+    assert imported.config.text.padded_vocab_size == 640
     native = open_native(tmp_path / "native")
     assert native.shapes["text/embedding"].shape == (640, 64)
     assert native.shapes["text/head/kernel"].shape == (64, 640)
