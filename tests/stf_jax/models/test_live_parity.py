@@ -74,10 +74,6 @@ def imported(source: Any) -> Llava:
     return model
 
 
-def channels_last(pixels: torch.Tensor) -> np.ndarray:
-    return pixels.permute(0, 2, 3, 1).numpy()
-
-
 def ours(model: Llava, method: Callable[..., Any], *args: Any) -> Any:
     """A method of the model under jit, with the weights as arguments as everywhere."""
     graph, state = nnx.split(model)
@@ -99,33 +95,26 @@ def vision_sizes(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-def rope_parameters() -> st.SearchStrategy[dict[str, Any]]:
-    theta = st.sampled_from([10000.0, 500000.0])
-    return st.one_of(
-        st.fixed_dictionaries({"rope_type": st.just("default"), "rope_theta": theta}),
-        st.fixed_dictionaries(
-            {
-                "rope_type": st.just("linear"),
-                "rope_theta": theta,
-                "factor": st.sampled_from([1.5, 4.0]),
-            }
-        ),
-        st.fixed_dictionaries(
-            {
-                "rope_type": st.just("llama3"),
-                "rope_theta": theta,
-                "factor": st.sampled_from([2.0, 8.0]),
-                "low_freq_factor": st.just(1.0),
-                "high_freq_factor": st.sampled_from([2.0, 4.0]),
-                # So short that wavelengths lie on both sides and between.
-                "original_max_position_embeddings": st.sampled_from([64, 256]),
-            }
-        ),
-    )
+THETA = st.sampled_from([10000.0, 500000.0])
+ROPES = {
+    "default": st.fixed_dictionaries({"rope_theta": THETA}),
+    "linear": st.fixed_dictionaries({"rope_theta": THETA, "factor": st.sampled_from([1.5, 4.0])}),
+    "llama3": st.fixed_dictionaries(
+        {
+            "rope_theta": THETA,
+            "factor": st.sampled_from([2.0, 8.0]),
+            "low_freq_factor": st.just(1.0),
+            "high_freq_factor": st.sampled_from([2.0, 4.0]),
+            # So short that wavelengths lie on both sides and between.
+            "original_max_position_embeddings": st.sampled_from([64, 256]),
+        }
+    ),
+}
 
 
 @st.composite
 def text_sizes(draw: st.DrawFn) -> dict[str, Any]:
+    rope = draw(st.sampled_from(sorted(ROPES)))
     kv_heads = draw(st.sampled_from([1, 2, 3]))
     return {
         "vocab_size": draw(st.sampled_from([64, 101])),
@@ -137,7 +126,7 @@ def text_sizes(draw: st.DrawFn) -> dict[str, Any]:
         # Not always width / heads, as in Llama 3.2 and later.
         "head_dim": draw(st.sampled_from([8, 16])),
         "rms_norm_eps": draw(st.sampled_from([1e-5, 1e-6])),
-        "rope_parameters": draw(rope_parameters()),
+        "rope_parameters": {"rope_type": rope, **draw(ROPES[rope])},
         "tie_word_embeddings": draw(st.booleans()),
         "max_position_embeddings": 1024,
     }
@@ -254,14 +243,18 @@ def test_every_hidden_state_of_clip(
         lambda: VisionTower(source.config.vision, taps=taps, init=Init(rngs=nnx.Rngs(0)))
     )
     nnx.update(every, weights)
-    found = ours(every, VisionTower.__call__, channels_last(pixels))
+    found = ours(every, VisionTower.__call__, pixels.permute(0, 2, 3, 1).numpy())
     for tap, state in zip(taps, found, strict=True):
         np.testing.assert_allclose(state, expected[tap][:, 1:], rtol=0, atol=1e-5, err_msg=str(tap))
 
 
-@settings(**FEW, max_examples=8)
-@given(sizes=text_sizes(), seed=st.integers(0, 99))
-def test_llama_logits(new_folder: NewFolder, sizes: dict[str, Any], seed: int) -> None:
+@pytest.mark.parametrize("rope", ROPES)
+@settings(**FEW, max_examples=4)
+@given(data=st.data(), sizes=text_sizes(), seed=st.integers(0, 99))
+def test_llama_logits(
+    new_folder: NewFolder, rope: str, data: st.DataObject, sizes: dict[str, Any], seed: int
+) -> None:
+    sizes["rope_parameters"] = {"rope_type": rope, **data.draw(ROPES[rope])}
     folder, text = new_folder(), small_text(**sizes)
     _, language = save_parts(folder, small_vision(), text, seed)
     source = open_source(folder, fusion="llava")
@@ -355,16 +348,10 @@ def test_fusion(
     added = {f"{name}.{key}": t for part, name in names for key, t in part.state_dict().items()}
     tensors = {name: t.contiguous().numpy() for name, t in (language.state_dict() | added).items()}
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    fusion = {"taps": taps, "reduction": reduction, "window": window}
+    fusion["last_activation"] = last_activation
     config = json.loads((tmp_path / "config.json").read_text())
-    config |= {
-        "model_type": "llava_llama",
-        "mm_fusion": {
-            "taps": taps,
-            "reduction": reduction,
-            "window": window,
-            "last_activation": last_activation,
-        },
-    }
+    config |= {"model_type": "llava_llama", "mm_fusion": fusion}
     (tmp_path / "config.json").write_text(json.dumps(config))
 
     pixels = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -379,7 +366,7 @@ def test_fusion(
     assert model.config.tokens_per_image == (side // window) ** 2
     # One image a row, then both in one row.
     for rows, images in ((2, 1), (1, 2)):
-        shaped = channels_last(pixels).reshape(rows, images, 12, 12, 3)
+        shaped = pixels.permute(0, 2, 3, 1).numpy().reshape(rows, images, 12, 12, 3)
         found = ours(model, Llava.encode_images, shaped)
         expected_rows = expected.reshape(rows, -1, text.hidden_size)
         np.testing.assert_allclose(found, expected_rows, rtol=0, atol=1e-5)
