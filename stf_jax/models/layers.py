@@ -7,7 +7,7 @@ in the dtype of its parameters; norms and softmax work in float32 inside.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from stf_jax.parallel.sharding import ShardingRules
+
+Remat = Literal["none", "dots", "full"]
+
+# What the backward pass finds stored of each layer: everything, the results of its matmuls with
+# weights, or only what went in.
+REMAT = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 Layer = TypeVar("Layer", bound=nnx.Module)
 Carry = TypeVar("Carry")
@@ -163,11 +173,16 @@ def apply_layers(
     step: Callable[[Carry, Layer], tuple[Carry, Kept]],
     carry: Carry,
     layers: Layer | nnx.List[Layer],
+    *,
+    remat: Remat = "none",
 ) -> tuple[Carry, list[Kept]]:
     """Runs `step` layer after layer, a scan over a stack or an unrolled loop over a list.
 
-    Returns the last carry and what each step kept.
+    Returns the last carry and what each step kept. What the backward pass needs of a layer is
+    stored, or computed again, as `remat` says.
     """
+    if remat not in REMAT:
+        raise ValueError(f"remat is {remat!r}; choose one of {', '.join(REMAT)}")
     if isinstance(layers, nnx.List):
         kept = []
         for layer in layers:
@@ -175,9 +190,14 @@ def apply_layers(
             kept.append(keep)
         return carry, kept
     graph, state = nnx.split(layers)
-    carry, stacked = jax.lax.scan(
-        lambda carry, one: step(carry, nnx.merge(graph, one)), carry, state
-    )
+
+    def one(carry: Carry, layer: nnx.State) -> tuple[Carry, Kept]:
+        return step(carry, nnx.merge(graph, layer))
+
+    if remat != "none":
+        # A scan is a barrier of its own: nothing of one layer's computation merges with another's.
+        one = jax.checkpoint(one, policy=REMAT[remat], prevent_cse=False)
+    carry, stacked = jax.lax.scan(one, carry, state)
     count = jax.tree.leaves(state)[0].shape[0]
     return carry, [jax.tree.map(lambda kept, i=i: kept[i], stacked) for i in range(count)]
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from stf_jax.config import RopeScaling, TextConfig
 from stf_jax.models.cache import KVCache
-from stf_jax.models.layers import Init, Linear, RMSNorm, apply_layers, stack, unstack
+from stf_jax.models.layers import Init, Linear, Remat, RMSNorm, apply_layers, stack, unstack
 from stf_jax.parallel.attention import Mask, attention
 from stf_jax.parallel.sharding import reshard
 
@@ -153,9 +153,10 @@ class Llama(nnx.Module):
         *,
         positions: Int[Array, "B T"],
         segments: Int[Array, "B T"],
+        remat: Remat = "none",
     ) -> Float[Array, "B T H"]:
         """Normed hidden states of whole sequences; several segments may share a row."""
-        return self._sequences(x, positions=positions, segments=segments, keep=False)[0]
+        return self._sequences(x, positions, segments, keep=False, remat=remat)[0]
 
     def prefill(
         self,
@@ -166,7 +167,7 @@ class Llama(nnx.Module):
         slots: int,
     ) -> tuple[Float[Array, "B T H"], KVCache]:
         """The same, and a cache of `slots` slots whose first T hold these sequences."""
-        x, kept = self._sequences(x, positions=positions, segments=segments, keep=True)
+        x, kept = self._sequences(x, positions, segments, keep=True)
         keys, values = zip(*kept, strict=True)
         return x, KVCache.from_prefill(keys, values, segments, slots=slots)
 
@@ -195,7 +196,7 @@ class Llama(nnx.Module):
             return self.norm(x), cache
 
     def _sequences(
-        self, x: Array, *, positions: Array, segments: Array, keep: bool
+        self, x: Array, positions: Array, segments: Array, *, keep: bool, remat: Remat = "none"
     ) -> tuple[Array, list[tuple[Array, Array] | None]]:
         with jax.named_scope("decoder"):
             angles = self._angles(positions)
@@ -206,7 +207,7 @@ class Llama(nnx.Module):
                 x = layer.finish(x, attention(query, key, value, mask=mask))
                 return x, (key, value) if keep else None
 
-            x, kept = apply_layers(step, x, self.layers)
+            x, kept = apply_layers(step, x, self.layers, remat=remat)
             return self.norm(x), kept
 
     def _angles(self, positions: Array) -> tuple[Array, Array]:

@@ -14,7 +14,7 @@ from stf_jax.config import LlavaConfig
 from stf_jax.fusion import Fusion, fused_width
 from stf_jax.models.cache import KVCache
 from stf_jax.models.clip import VisionTower
-from stf_jax.models.layers import MLP, Init, gelu
+from stf_jax.models.layers import MLP, Init, Remat, gelu
 from stf_jax.models.llama import Llama
 from stf_jax.parallel.sharding import ShardingRules, on_mesh
 
@@ -80,13 +80,15 @@ class Llava(nnx.Module):
         """Float32 logits at every position: for parity and small batches; see `loss`."""
         return self.text.logits(self._hidden(batch))
 
-    def loss(self, batch: Batch, *, chunk: int = 256) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    def loss(
+        self, batch: Batch, *, chunk: int = 256, remat: Remat = "none"
+    ) -> tuple[Float[Array, ""], Int[Array, ""]]:
         """Sum of the next-token cross entropies in nats, and the number of supervised tokens.
 
         The head runs over `chunk` positions at a time and again in the backward pass, so logits
-        of the whole batch never exist.
+        of the whole batch never exist. `remat` says what else is computed again.
         """
-        hidden = self._hidden(batch)
+        hidden = self._hidden(batch, remat=remat)
         # What a position predicts is what the next one is; the last predicts nothing.
         targets = jnp.pad(batch.labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED_LABEL)
         length = hidden.shape[1]
@@ -116,8 +118,10 @@ class Llava(nnx.Module):
         hidden, cache = self.text.decode(embedded, positions=positions[:, None], cache=cache)
         return self.text.logits(hidden)[:, 0], cache
 
-    def _hidden(self, batch: Batch) -> Float[Array, "B T H"]:
-        return self.text(self.splice(batch), positions=batch.positions, segments=batch.segments)
+    def _hidden(self, batch: Batch, *, remat: Remat = "none") -> Float[Array, "B T H"]:
+        return self.text(
+            self.splice(batch), positions=batch.positions, segments=batch.segments, remat=remat
+        )
 
     def _cross_entropy(
         self, hidden: Float[Array, "B T H"], targets: Int[Array, "B T"]

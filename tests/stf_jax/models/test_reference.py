@@ -38,7 +38,7 @@ def weights(source) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def batch(tensors: Tensors, source) -> Batch:
-    """The reference's four conversations, padded to eight rows so that eight devices divide them."""
+    """The reference's four conversations, padded to eight rows that eight devices divide."""
     tokens = source.config.tokens_per_image
     length = tensors["spliced.embeds"].shape[1]
     shape = (8, length)
@@ -118,7 +118,8 @@ def test_tower_and_fusion(loaded: Loaded, tensors: Tensors):
     pixels = np.tile(tensors["pixel_values.pad"].transpose(0, 2, 3, 1), (2, 1, 1, 1))
     pixels = jax.device_put(pixels, model.rules.tokens)
     taps = model.vision(pixels)
-    close(np.concatenate([np.asarray(tap) for tap in taps], axis=-1)[:4], tensors["mbtf.input"], 1e-5)
+    concatenated = np.concatenate([np.asarray(tap) for tap in taps], axis=-1)
+    close(concatenated[:4], tensors["mbtf.input"], 1e-5)
     fused = model.fusion(taps)
     channels = model.config.vision.width
     # Ours is (row, column, channel); the published order is (channel, row, column).

@@ -1,0 +1,1 @@
+"""Training: what is trained, the optimiser, and one step of it."""

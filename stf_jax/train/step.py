@@ -1,0 +1,119 @@
+"""One step of training: loss and gradient over the micro-batches of a batch, then AdamW.
+
+Trained parameters are float32 masters and are cast to the compute dtype inside the step; frozen
+ones are stored in it, and have neither gradient nor optimiser state.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from stf_jax.batch import IGNORED_LABEL, Batch
+from stf_jax.checkpoint import unflatten
+from stf_jax.models.layers import Remat
+from stf_jax.models.llava import Llava
+from stf_jax.train.optimizer import Parameters
+
+Normalization = Literal["tokens", "micro_batches"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """What a step changes, and what a checkpoint holds."""
+
+    step: Int[Array, ""]
+    parameters: Parameters  # the trained ones, float32
+    optimizer: optax.OptState
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """Of one step: the loss before it, and the norm of the gradient before clipping."""
+
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    supervised_tokens: Int[Array, ""]
+
+
+Step = Callable[[TrainState, Parameters, Batch], tuple[TrainState, Metrics]]
+
+
+def make_step(
+    model: Llava,
+    optimizer: optax.GradientTransformation,
+    *,
+    normalization: Normalization = "tokens",
+    remat: Remat = "none",
+    dtype: DTypeLike = jnp.float32,
+) -> Step:
+    """The jitted step (state, frozen parameters, batch) -> (state, metrics); the state is donated.
+
+    Every leaf of the batch leads with an axis of micro-batches, [A, B, ...], whose gradients are
+    added up one after the other.
+
+    Args:
+        model: abstract; gives the structure.
+        optimizer: over the trained parameters.
+        normalization: "tokens" is the mean over all supervised tokens of the batch; with
+            "micro_batches" every micro-batch counts alike, as in the PyTorch reference. One without
+            supervised tokens counts as 0 there.
+        remat: what the backward pass computes again rather than stores.
+        dtype: of the forward and backward pass.
+    """
+    graph = nnx.graphdef(model)
+
+    def loss_of(trained: Parameters, frozen: Parameters, batch: Batch) -> tuple[Array, Array]:
+        parameters = {path: leaf.astype(dtype) for path, leaf in {**trained, **frozen}.items()}
+        return nnx.merge(graph, unflatten(parameters)).loss(batch, remat=remat)
+
+    def step(state: TrainState, frozen: Parameters, batch: Batch) -> tuple[TrainState, Metrics]:
+        # Labels move by one: what stands first in a row is never predicted.
+        supervised = (batch.labels[..., 1:] != IGNORED_LABEL).sum(axis=(1, 2))
+        if normalization == "tokens":
+            weights = jnp.broadcast_to(1 / jnp.maximum(supervised.sum(), 1), supervised.shape)
+        else:
+            weights = 1 / (jnp.maximum(supervised, 1) * supervised.shape[0])
+
+        def micro(
+            carry: tuple[Array, Parameters], at: tuple[Batch, Array]
+        ) -> tuple[tuple[Array, Parameters], None]:
+            (loss, gradient), (rows, weight) = carry, at
+
+            def weighted(trained: Parameters) -> Array:
+                return loss_of(trained, frozen, rows)[0] * weight
+
+            part, slope = jax.value_and_grad(weighted)(state.parameters)
+            return (loss + part, jax.tree.map(jnp.add, gradient, slope)), None
+
+        zero = jax.tree.map(jnp.zeros_like, state.parameters)
+        (loss, gradient), _ = jax.lax.scan(micro, (jnp.float32(0), zero), (batch, weights))
+        updates, moments = optimizer.update(gradient, state.optimizer, state.parameters)
+        new = TrainState(
+            step=state.step + 1,
+            parameters=optax.apply_updates(state.parameters, updates),
+            optimizer=moments,
+        )
+        metrics = Metrics(
+            loss=loss, grad_norm=optax.global_norm(gradient), supervised_tokens=supervised.sum()
+        )
+        return new, metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def init_state(parameters: Parameters, optimizer: optax.GradientTransformation) -> TrainState:
+    """Step 0; moments lie where their parameters do."""
+    return TrainState(
+        step=jnp.int32(0),
+        parameters=parameters,
+        optimizer=jax.jit(optimizer.init)(parameters),
+    )

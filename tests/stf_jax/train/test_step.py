@@ -1,0 +1,205 @@
+"""Training against the reference's own curves: 20 steps of each stage, every loss and norm."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from convert import open_source
+from stf_jax.batch import Batch
+from stf_jax.checkpoint import flatten
+from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
+from stf_jax.models.llava import Llava
+from stf_jax.parallel.sharding import BATCH_AXES, P, ShardingRules, make_mesh
+from stf_jax.train.optimizer import (
+    OptimizerConfig,
+    make_optimizer,
+    schedule,
+    split_trained,
+)
+from stf_jax.train.step import init_state, make_step
+
+PEAK = {"pretrain": 1e-3, "finetune": 2e-4}
+MESHES = {
+    "one device": None,
+    "fsdp 8": {"fsdp": 8},
+    "fsdp 2 x tensor 4": {"fsdp": 2, "tensor": 4},
+    "data 2 x fsdp 2 x tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def source(reference: Path):
+    return open_source(reference / "llava-stf")
+
+
+@pytest.fixture(scope="module")
+def weights(source) -> dict[str, np.ndarray]:
+    return {leaf.path: leaf.read() for leaf in source.leaves()}
+
+
+@pytest.fixture(scope="module")
+def curves(reference: Path) -> dict:
+    return json.loads((reference / "training.json").read_text())
+
+
+def batch_of(reference: Path, tokens: int, *, rows: int) -> Batch:
+    """The reference's four conversations, and empty rows up to `rows`: [rows, ...]."""
+    tensors = load_file(reference / "tensors.safetensors")
+    shape = (rows, tensors["spliced.labels"].shape[1])
+    ids, labels = np.zeros(shape, np.int32), np.full(shape, -100, np.int32)
+    segments, slots = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+    pixels = np.zeros((rows, 1, 56, 56, 3), np.float32)
+    labels[:4] = tensors["spliced.labels"]
+    segments[:4] = tensors["spliced.attention_mask"]
+    pixels[:4, 0] = tensors["batch.images"].transpose(0, 2, 3, 1)
+    for row in range(4):
+        text = tensors["batch.input_ids"][row][tensors["batch.attention_mask"][row] > 0]
+        expanded = np.repeat(text, np.where(text == IMAGE_TOKEN_ID, tokens, 1))
+        ids[row, : len(expanded)] = expanded
+        at = np.flatnonzero(expanded == IMAGE_TOKEN_ID)
+        slots[row, at] = range(len(at))
+    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    return Batch(
+        ids=ids,
+        labels=labels,
+        positions=positions,
+        segments=segments,
+        image_slots=slots,
+        pixels=pixels,
+    )
+
+
+def run(
+    source,
+    weights,
+    batch: Batch,
+    stage: str,
+    *,
+    steps: int = 20,
+    on_mesh: bool = False,
+    **options,
+):
+    """(losses, gradient norms, last state) of the first steps of a run of twenty."""
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=PEAK[stage]), steps=20)
+    rules = ShardingRules.default() if on_mesh else ShardingRules.none()
+    model = Llava.abstract(source.config, rules=rules)
+    like = flatten(nnx.to_pure_dict(nnx.state(model)))
+    placed = {path: jax.device_put(weights[path], leaf.sharding) for path, leaf in like.items()}
+    trained, frozen = split_trained(placed, stage)
+    if on_mesh:
+        batch = jax.device_put(batch, P(None, BATCH_AXES))
+    state, step = init_state(trained, optimizer), make_step(model, optimizer, **options)
+    losses, norms = [], []
+    for _ in range(steps):
+        state, metrics = step(state, frozen, batch)
+        losses.append(float(metrics.loss))
+        norms.append(float(metrics.grad_norm))
+    return losses, norms, state
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_curves_of_the_reference(reference, source, weights, curves, stage: str, mesh: str):
+    axes = MESHES[mesh]
+    batch = batch_of(reference, source.config.tokens_per_image, rows=4 if axes is None else 8)
+    batch = jax.tree.map(lambda leaf: leaf[None], batch)
+    if axes is None:
+        losses, norms, state = run(source, weights, batch, stage)
+    else:
+        with jax.set_mesh(make_mesh(**axes)):
+            losses, norms, state = run(source, weights, batch, stage, on_mesh=True)
+            for path, moment in state.optimizer[1].mu.items():
+                assert moment.sharding == state.parameters[path].sharding, path
+    expected = curves[stage]
+    np.testing.assert_allclose(losses, expected["loss"], rtol=1e-4)
+    np.testing.assert_allclose(norms, expected["grad_norm"], rtol=1e-4)
+    assert sum(leaf.size for leaf in state.parameters.values()) == expected["trainable"]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_learning_rates_of_the_reference(curves, stage: str):
+    rates = schedule(PEAK[stage], steps=20, warmup_ratio=0.03)
+    found = [float(rates(step)) for step in range(20)]
+    np.testing.assert_allclose(found, curves[stage]["learning_rate"], rtol=1e-5)
+
+
+def test_accumulation_changes_nothing(reference, source, weights):
+    """Two supervised rows apiece or all at once: the mean over the tokens of the whole batch."""
+    batch = batch_of(reference, source.config.tokens_per_image, rows=4)
+    whole = jax.tree.map(lambda leaf: leaf[None], batch)
+    four = jax.tree.map(lambda leaf: leaf[:, None], batch)
+    once = run(source, weights, whole, "finetune", steps=5)
+    added = run(source, weights, four, "finetune", steps=5)
+    np.testing.assert_allclose(added[0], once[0], rtol=1e-5)
+    np.testing.assert_allclose(added[1], once[1], rtol=1e-5)
+
+
+def test_mean_of_micro_batches(reference, source, weights):
+    """Each micro-batch counts alike; one without a supervised token counts 0 and spoils nothing."""
+    batch = batch_of(reference, source.config.tokens_per_image, rows=5)
+    alone = [
+        run(
+            source,
+            weights,
+            jax.tree.map(lambda leaf, row=row: leaf[row : row + 1][None], batch),
+            "pretrain",
+            steps=1,
+        )[0][0]
+        for row in range(4)
+    ]
+    micro = jax.tree.map(lambda leaf: leaf[:, None], batch)
+    (loss,), (norm,), _ = run(
+        source, weights, micro, "pretrain", steps=1, normalization="micro_batches"
+    )
+    np.testing.assert_allclose(loss, sum(alone) / 5, rtol=1e-5)
+    assert np.isfinite(norm)
+    assert len({round(value, 3) for value in alone}) > 1
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_nothing(reference, source, weights, remat: str):
+    batch = jax.tree.map(
+        lambda leaf: leaf[None], batch_of(reference, source.config.tokens_per_image, rows=4)
+    )
+    stored = run(source, weights, batch, "finetune", steps=3)
+    again = run(source, weights, batch, "finetune", steps=3, remat=remat)
+    np.testing.assert_allclose(again[0], stored[0], rtol=1e-6)
+    np.testing.assert_allclose(again[1], stored[1], rtol=1e-5)
+
+
+def test_unknown_remat_is_an_error(reference, source, weights):
+    batch = jax.tree.map(
+        lambda leaf: leaf[None], batch_of(reference, source.config.tokens_per_image, rows=4)
+    )
+    with pytest.raises(ValueError, match="remat is 'fulll'; choose one of none, dots, full"):
+        run(source, weights, batch, "finetune", steps=1, remat="fulll")
+
+
+def test_two_learning_rates(reference, source, weights):
+    """Adam's first step is as long as the learning rate of each group."""
+    config = OptimizerConfig(learning_rate=1e-4, projector_learning_rate=3e-4, warmup_ratio=0.0)
+    optimizer = make_optimizer(dataclasses.replace(config, clip_norm=None), steps=100)
+    parameters = {"text/norm/scale": jnp.ones(3), "projector/linear_1/bias": jnp.ones(3)}
+    gradient = jax.tree.map(jnp.ones_like, parameters)
+    updates, _ = optimizer.update(gradient, optimizer.init(parameters), parameters)
+    np.testing.assert_allclose(updates["text/norm/scale"], -1e-4, rtol=1e-5)
+    np.testing.assert_allclose(updates["projector/linear_1/bias"], -3e-4, rtol=1e-5)
+
+
+def test_weight_decay_spares_biases_and_norms():
+    config = OptimizerConfig(learning_rate=1e-2, weight_decay=0.5, warmup_ratio=0.0)
+    optimizer = make_optimizer(config, steps=100)
+    names = ("text/norm/scale", "projector/linear_1/bias", "text/head/kernel", "text/embedding")
+    parameters = {name: jnp.ones(3) for name in names}
+    still = jax.tree.map(jnp.zeros_like, parameters)
+    updates, _ = optimizer.update(still, optimizer.init(parameters), parameters)
+    for name in names:
+        decayed = -1e-2 * 0.5 if name.endswith(("kernel", "embedding")) else 0.0
+        np.testing.assert_allclose(updates[name], decayed, atol=1e-9)
