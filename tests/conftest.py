@@ -10,7 +10,15 @@ os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 # Tests read local files only; a library that tries the network should fail at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from collections.abc import Callable
+
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
+
+from convert import Source, open_source
+from stf_jax.batch import Batch
+from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 
 DATA = Path(__file__).parent / "data"
 
@@ -19,3 +27,47 @@ DATA = Path(__file__).parent / "data"
 def reference() -> Path:
     """Checkpoints, pictures and tensors that the PyTorch reference computed; see its README."""
     return DATA / "reference"
+
+
+@pytest.fixture(scope="session")
+def source(reference: Path) -> Source:
+    """The reference's LLaVA-STF, opened."""
+    return open_source(reference / "llava-stf")
+
+
+@pytest.fixture(scope="session")
+def weights(source: Source) -> dict[str, np.ndarray]:
+    """Its parameters by path, in host memory."""
+    return {leaf.path: leaf.read() for leaf in source.leaves()}
+
+
+@pytest.fixture(scope="session")
+def reference_batch(reference: Path, source: Source) -> Callable[[int], Batch]:
+    """The reference's four conversations, three with an image, and empty rows up to a number."""
+    tensors = load_file(reference / "tensors.safetensors")
+    size, tokens = source.config.vision.image_size, source.config.tokens_per_image
+
+    def make(rows: int) -> Batch:
+        shape = (rows, tensors["spliced.labels"].shape[1])
+        ids, labels = np.zeros(shape, np.int32), np.full(shape, -100, np.int32)
+        segments, slots = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+        pixels = np.zeros((rows, 1, size, size, 3), np.float32)
+        labels[:4] = tensors["spliced.labels"]
+        segments[:4] = tensors["spliced.attention_mask"]
+        pixels[:4, 0] = tensors["batch.images"].transpose(0, 2, 3, 1)
+        for row in range(4):
+            text = tensors["batch.input_ids"][row][tensors["batch.attention_mask"][row] > 0]
+            expanded = np.repeat(text, np.where(text == IMAGE_TOKEN_ID, tokens, 1))
+            ids[row, : len(expanded)] = expanded
+            at = np.flatnonzero(expanded == IMAGE_TOKEN_ID)
+            slots[row, at] = range(len(at))
+        return Batch(
+            ids=ids,
+            labels=labels,
+            positions=np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
+            segments=segments,
+            image_slots=slots,
+            pixels=pixels,
+        )
+
+    return make

@@ -103,7 +103,7 @@ def make_step(
             optimizer=moments,
         )
         metrics = Metrics(
-            loss=loss, grad_norm=optax.global_norm(gradient), supervised_tokens=supervised.sum()
+            loss=loss, grad_norm=optax.tree.norm(gradient), supervised_tokens=supervised.sum()
         )
         return new, metrics
 

@@ -10,11 +10,9 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from convert import open_source
 from convert.mapping import table
 from stf_jax.batch import Batch
 from stf_jax.checkpoint import flatten, unflatten
-from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.models.llava import Llava
 from stf_jax.parallel.sharding import ShardingRules, make_mesh
 
@@ -24,46 +22,6 @@ Tensors = dict[str, np.ndarray]
 @pytest.fixture(scope="module")
 def tensors(reference: Path) -> Tensors:
     return load_file(reference / "tensors.safetensors")
-
-
-@pytest.fixture(scope="module")
-def source(reference: Path):
-    return open_source(reference / "llava-stf")
-
-
-@pytest.fixture(scope="module")
-def weights(source) -> dict[str, np.ndarray]:
-    return {leaf.path: leaf.read() for leaf in source.leaves()}
-
-
-@pytest.fixture(scope="module")
-def batch(tensors: Tensors, source) -> Batch:
-    """The reference's four conversations, padded to eight rows that eight devices divide."""
-    tokens = source.config.tokens_per_image
-    length = tensors["spliced.embeds"].shape[1]
-    shape = (8, length)
-    ids, labels = np.zeros(shape, np.int32), np.full(shape, -100, np.int32)
-    segments, slots = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
-    size = source.config.vision.image_size
-    pixels = np.zeros((8, 1, size, size, 3), np.float32)
-    labels[:4] = tensors["spliced.labels"]
-    segments[:4] = tensors["spliced.attention_mask"]
-    for row in range(4):
-        text = tensors["batch.input_ids"][row][tensors["batch.attention_mask"][row] > 0]
-        expanded = np.repeat(text, np.where(text == IMAGE_TOKEN_ID, tokens, 1))
-        ids[row, : len(expanded)] = expanded
-        at = np.flatnonzero(expanded == IMAGE_TOKEN_ID)
-        slots[row, at] = range(len(at))
-        pixels[row, 0] = tensors["batch.images"][row].transpose(1, 2, 0)
-    positions = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
-    return Batch(
-        ids=ids,
-        labels=labels,
-        positions=positions,
-        segments=segments,
-        image_slots=slots,
-        pixels=pixels,
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +38,9 @@ MESHES = {
 
 
 @pytest.fixture(scope="module", params=MESHES)
-def loaded(request: pytest.FixtureRequest, source, weights, batch):
+def loaded(request: pytest.FixtureRequest, source, weights, reference_batch):
     """The reference's model and batch, on one device or spread over a mesh."""
-    axes = MESHES[request.param]
+    axes, batch = MESHES[request.param], reference_batch(8)
     if axes is None:
         model = Llava.abstract(source.config)
         nnx.update(model, unflatten(jax.tree.map(jnp.asarray, weights)))
