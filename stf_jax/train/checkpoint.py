@@ -1,0 +1,137 @@
+"""Checkpoints of a run: the trained parameters, the optimiser and the step, written by Orbax.
+
+They are written while training goes on, each host its own shards, and appear under their step only
+when complete. A run restores on another mesh and another number of hosts. Frozen weights are not
+in them. The data pipeline needs no state of its own: what it gives is a function of the step.
+"""
+
+import importlib.metadata
+import logging
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import orbax.checkpoint.experimental.v1 as ocp
+from etils import epath
+
+from stf_jax.checkpoint import CheckpointError, flatten
+from stf_jax.train.step import TrainState
+
+# What decides the numbers of a run; recorded to explain them, not to refuse a resumption.
+_VERSIONS = ("stf-jax", "jax", "flax", "optax", "orbax-checkpoint")
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one directory; close it, or use it in a `with`.
+
+    Args:
+        directory: local or on gs://; made if it is not there.
+        config: the resolved config of the run, plain values nested in dictionaries.
+        every: steps between checkpoints.
+        keep: how many of the latest are kept; all others are deleted.
+        free: keys of the config ("training.log_every") in which a resumed run may differ.
+
+    Raises:
+        CheckpointError: the directory belongs to a run with another config; lists each difference.
+    """
+
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        *,
+        config: Mapping[str, Any],
+        every: int,
+        keep: int,
+        free: frozenset[str] = frozenset(),
+    ):
+        self._directory = epath.Path(directory)
+        # Orbax reports each save at length.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        policies = ocp.training.save_decision_policies
+        self._checkpointer = ocp.training.Checkpointer(
+            self._directory,
+            save_decision_policy=policies.AnySavePolicy(
+                [policies.InitialSavePolicy(), policies.FixedIntervalPolicy(every)]
+            ),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            custom_metadata={
+                "config": dict(config),
+                "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
+            },
+            cleanup_tmp_directories=True,
+        )
+        self._refuse_another_config(config, free)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the newest complete checkpoint."""
+        newest = self._checkpointer.latest
+        return None if newest is None else newest.step
+
+    def save(self, state: TrainState, *, now: bool = False) -> bool:
+        """Begins to write a checkpoint if its time has come, or `now`; says whether it did.
+
+        The state may be donated to the next step at once: what is written was copied before.
+        """
+        step = int(state.step)
+        if now:
+            self._checkpointer.wait()
+            if self.latest == step:
+                return False
+        return self._checkpointer.save_async(step, state, force=now) is not None
+
+    def restore(self, like: TrainState) -> TrainState:
+        """The newest checkpoint, in the shapes, dtypes and shardings of `like`.
+
+        Raises:
+            CheckpointError: there is none, or it cannot be read.
+        """
+        if self.latest is None:
+            raise CheckpointError(f"{self._directory} has no complete checkpoint")
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like
+        )
+        return self._checkpointer.load(self.latest, abstract)
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        self._checkpointer.close()
+
+    def _refuse_another_config(self, config: Mapping[str, Any], free: frozenset[str]) -> None:
+        written = (self._checkpointer.root_metadata().custom_metadata or {}).get("config", {})
+        differences = [line for key, line in _differences(written, config) if key not in free]
+        if differences:
+            self.close()
+            raise CheckpointError(
+                f"{self._directory} belongs to a run with another config; choose another directory "
+                "or take back:\n" + "\n".join(f"  {line}" for line in differences)
+            )
+
+
+def _differences(
+    written: Mapping[str, Any], config: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
+    """Each key whose values differ, with both of them."""
+    before, after = (
+        {path.replace("/", "."): value for path, value in flatten(tree).items()}
+        for tree in (written, config)
+    )
+    for key in sorted(before | after):
+        # A checkpoint's config went through JSON, which has no tuples.
+        old, new = (
+            list(v) if isinstance(v := side.get(key), tuple) else v for side in (before, after)
+        )
+        if old != new:
+            yield key, f"{key}: {old!r} there, {new!r} here"
