@@ -6,6 +6,7 @@ in them. The data pipeline needs no state of its own: what it gives is a functio
 """
 
 import importlib.metadata
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from types import TracebackType
@@ -46,6 +47,8 @@ class Checkpoints:
         free: frozenset[str] = frozenset(),
     ):
         self._directory = epath.Path(directory)
+        # As it will be read back: JSON has no tuples.
+        config = json.loads(json.dumps(config))
         # Orbax reports each save at length.
         logging.getLogger("absl").setLevel(logging.ERROR)
         policies = ocp.training.save_decision_policies
@@ -56,7 +59,7 @@ class Checkpoints:
             ),
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             custom_metadata={
-                "config": dict(config),
+                "config": config,
                 "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
             },
             cleanup_tmp_directories=True,
@@ -129,9 +132,6 @@ def _differences(
         for tree in (written, config)
     )
     for key in sorted(before | after):
-        # A checkpoint's config went through JSON, which has no tuples.
-        old, new = (
-            list(v) if isinstance(v := side.get(key), tuple) else v for side in (before, after)
-        )
+        old, new = before.get(key), after.get(key)
         if old != new:
             yield key, f"{key}: {old!r} there, {new!r} here"

@@ -108,18 +108,15 @@ def test_another_config_is_refused_with_every_difference(run: Callable[..., Run]
         "optimizer": {"learning_rate": 2e-3, "taps": (1, 2), "clip_norm": 1.0},
         "training": {"log_every": 5},
     }
+    free = frozenset({"training.log_every"})
     with pytest.raises(CheckpointError) as caught:
-        Checkpoints(
-            tmp_path / "run", config=other, every=1, keep=1, free=frozenset({"training.log_every"})
-        )
+        Checkpoints(tmp_path / "run", config=other, every=1, keep=1, free=free)
     assert str(caught.value).splitlines()[1:] == [
         "  optimizer.clip_norm: None there, 1.0 here",
         "  optimizer.learning_rate: 0.001 there, 0.002 here",
     ]
-    free = CONFIG | {"training": {"log_every": 5}}
-    with Checkpoints(
-        tmp_path / "run", config=free, every=1, keep=1, free=frozenset({"training.log_every"})
-    ) as checkpoints:
+    other = CONFIG | {"training": {"log_every": 5}}
+    with Checkpoints(tmp_path / "run", config=other, every=1, keep=1, free=free) as checkpoints:
         assert checkpoints.latest == 0
 
 
