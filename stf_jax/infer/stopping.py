@@ -4,7 +4,11 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Passes text on as it comes and keeps back what may yet turn out to be a stop string."""
+    """Passes text on as it comes and keeps back what may yet turn out to be a stop string.
+
+    The first stop string to be complete ends the text where that string began; of several that end
+    together, the longest. What pieces the text comes in makes no difference.
+    """
 
     def __init__(self, stops: Sequence[str]):
         if "" in stops:
@@ -18,10 +22,11 @@ class StopStrings:
         if self.stopped:
             return ""
         held = self._held + text
-        found = [at for at in map(held.find, self._stops) if at >= 0]
+        # Where each stop string first ends and begins.
+        found = [(at + len(stop), at) for stop in self._stops if (at := held.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""
-            return held[: min(found)]
+            return held[: min(found)[1]]
         # The longest end of the text that some stop string begins with.
         keep = max(
             (n for stop in self._stops for n in range(1, len(stop)) if held.endswith(stop[:n])),
