@@ -48,7 +48,9 @@ def likely(
     ranked = jnp.where((top_k == 0) | (rank < top_k), ranked, -jnp.inf)
     chances = jax.nn.softmax(ranked, axis=-1)
     before = jnp.cumsum(chances, axis=-1) - chances
-    ranked = jnp.where((before < top_p) | (rank == 0), ranked, -jnp.inf)
+    # Rounded, the chances before a token of the tail may add up to one.
+    within = (before < top_p) | (top_p >= 1) | (rank == 0)
+    ranked = jnp.where(within, ranked, -jnp.inf)
     return jnp.take_along_axis(ranked, jnp.argsort(order, axis=-1), axis=-1)
 
 
