@@ -54,10 +54,10 @@ class Generator:
 
     def stream(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int, sampling: Sampling, every: int
-    ) -> Iterator[Int[np.ndarray, "rows new"]]:
+    ) -> Iterator[list[Int[np.ndarray, "new"]]]:
         """New tokens of each prompt, `every` steps at a time, until all have finished.
 
-        A row that ended at an end-of-sequence id goes on with padding ids.
+        A row that ended, at an end-of-sequence id or at its last position, gets no more.
 
         Raises:
             ValueError: no tokens wanted, or a prompt that leaves no room for any.
@@ -91,8 +91,13 @@ class Generator:
             with self._on_mesh():
                 limit = np.int32(min(max(done + every, 1), max_new_tokens))
                 state = self._decode(self._parameters, state, limit, knobs, greedy=greedy)
-                tokens, step, finished = jax.device_get((state.tokens, state.step, state.finished))
-            yield tokens[: len(prompts), done:step]
+                seen = (state.tokens, state.positions, state.step, state.finished)
+                tokens, positions, step, finished = jax.device_get(seen)
+            # The first new token stands at the position after the prompt.
+            yield [
+                tokens[row, done : positions[row] - len(prompt.ids) + 1]
+                for row, prompt in enumerate(prompts)
+            ]
             done, everyone = int(step), bool(finished.all())
 
     def _prefill_step(
@@ -140,7 +145,7 @@ class Generator:
             logits, cache = model.decode(state.last, positions=state.positions, cache=state.cache)
             chosen = self._choose(logits, state.step, knobs, greedy=greedy)
             last = jnp.where(state.finished, self.config.text.pad_id, chosen)
-            positions = state.positions + 1
+            positions = jnp.where(state.finished, state.positions, state.positions + 1)
             return DecodeState(
                 tokens=jax.lax.dynamic_update_slice(state.tokens, last[:, None], (0, state.step)),
                 step=state.step + 1,
