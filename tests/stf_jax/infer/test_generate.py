@@ -4,18 +4,19 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from stf_jax.checkpoint import flatten, unflatten
 from stf_jax.config import LlavaConfig
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.infer.generate import Generator
 from stf_jax.infer.prompts import Prompt, bucket
 from stf_jax.infer.sampling import GREEDY, Sampling
-from stf_jax.models.layers import Init
 from stf_jax.models.llava import Llava
 
 TINY = LlavaConfig.tiny()
@@ -29,10 +30,13 @@ SAMPLED = Sampling(temperature=1.3, top_k=100, top_p=0.95, seed=11)
 
 
 def make_generator(config: LlavaConfig) -> Generator:
-    model = Llava(config, init=Init(rngs=nnx.Rngs(0)))
+    rng, model = np.random.default_rng(0), Llava.abstract(config)
     # Larger weights than training starts from: logits then depend on all of the prompt.
-    larger = jax.tree.map(lambda x: 6 * x if x.ndim > 1 else x, nnx.state(model))
-    nnx.update(model, larger)
+    weights = {
+        path: jnp.asarray(rng.normal(path.endswith("scale"), 0.2, leaf.shape), leaf.dtype)
+        for path, leaf in flatten(nnx.to_pure_dict(nnx.state(model))).items()
+    }
+    nnx.update(model, unflatten(weights))
     return Generator(model)
 
 
@@ -83,7 +87,7 @@ PROMPTS = st.tuples(st.integers(10, 90), st.integers(0, 2), st.integers(0, 99)).
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@settings(derandomize=True, deadline=None, database=None, max_examples=6, phases=(Phase.generate,))
+@settings(derandomize=True, deadline=None, database=None, max_examples=4, phases=(Phase.generate,))
 @given(prompts=st.lists(PROMPTS, min_size=4, max_size=4))
 def test_neighbours_change_nothing(
     generator: Generator, sampling: Sampling, prompts: list[Prompt]
