@@ -148,7 +148,7 @@ def test_buckets() -> None:
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_streaming_gives_the_same_tokens(generator: Generator, sampling: Sampling) -> None:
-    prompts = [prompt(20), prompt(30, images=1), prompt(25, seed=1)]
+    prompts = [prompt(20 + i, images=i % 2, seed=i) for i in range(6)]
     whole = answers(generator, prompts, sampling=sampling, every=30)
     assert len({len(row) for row in whole}) > 1
     for every in (1, 3, 29, 100):
