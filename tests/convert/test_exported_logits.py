@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 
 import stf_jax
 from convert import export_checkpoint, import_checkpoint
@@ -12,7 +13,6 @@ from stf_jax.data.tokenizer import IMAGE_TOKEN_ID, encode_prompt, expand_images
 from stf_jax.infer.prompts import Prompt, pad_prompts
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.torch
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+import transformers
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -85,7 +86,6 @@ def test_older_spellings():
 
 
 def test_defaults_are_those_of_transformers():
-    transformers = pytest.importorskip("transformers")
     ours = text_from_hf({"model_type": "llama"})
     theirs = text_from_hf(transformers.LlamaConfig().to_dict())
     assert ours == dataclasses.replace(theirs, pad_id=ours.pad_id)
