@@ -1,0 +1,82 @@
+"""What training reads, and in what order: the data section of a training config."""
+
+import dataclasses
+from typing import Literal
+
+from stf_jax.data.conversation import get_template
+from stf_jax.data.images import Mode
+
+Packing = Literal["packed", "grouped", "single"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DatasetSource:
+    """One dataset of a mixture.
+
+    Attributes:
+      path: folder made by `stf-jax data build`.
+      weight: passes through it in an epoch. With 1 each example comes once; with 0.5 every second
+        epoch, with 2 twice in each.
+    """
+
+    path: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight <= 1000:
+            raise ValueError(f"weight {self.weight} of {self.path} must be above 0, at most 1000")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Everything that decides which examples stand in which row of which batch.
+
+    Attributes:
+      datasets: what is trained on.
+      template: of the conversations; LLaVA-1.5 uses "plain" in its first stage, "v1" in its second.
+      image_mode: "pad" to a square (second stage), or "crop" the middle (first stage).
+      fast_images: pixels in about two thirds of the time, off from the recipe's by 0.5 to 1.5 of
+        255 on average; see `ImageProcessor.fast`.
+      sequence_length: T, tokens in a row; a longer example is cut.
+      batch_size: rows in a global batch. A packed row holds several examples, so LLaVA's 128
+        examples are fewer rows; `TrainingData.plan` tells how many examples a row holds.
+      packing: "packed" rows of several examples; "grouped" one example a row, each batch of one
+        modality and sorted by length, as LLaVA-1.5's second stage has it; "single" one example a
+        row at random.
+      images_per_row: I, pictures that a row has room for. An example with more is left out.
+      seed: of the order.
+      workers: processes that decode and tokenise; with 0 it is done between the steps.
+      strict_labels: the PyTorch reference's labels, which mask some conversations whole; these are
+        left out.
+      max_lost: pictures or examples that may turn out to be damaged before a run is stopped.
+    """
+
+    datasets: tuple[DatasetSource, ...] = ()
+    template: str = "v1"
+    image_mode: Mode = "pad"
+    fast_images: bool = False
+    sequence_length: int = 2048
+    batch_size: int = 128
+    packing: Packing = "packed"
+    images_per_row: int = 8
+    seed: int = 42
+    workers: int = 8
+    strict_labels: bool = False
+    max_lost: int = 100
+
+    def __post_init__(self) -> None:
+        least = {
+            "sequence_length": 2, "batch_size": 1, "images_per_row": 0, "workers": 0, "max_lost": 0,
+        }  # fmt: skip
+        problems = [
+            f"{name} is {getattr(self, name)}; it must be at least {low}"
+            for name, low in least.items()
+            if getattr(self, name) < low
+        ]
+        if self.packing not in ("packed", "grouped", "single"):
+            problems.append(f"packing is {self.packing!r}; it must be packed, grouped or single")
+        if self.image_mode not in ("pad", "crop"):
+            problems.append(f"image_mode is {self.image_mode!r}; it must be pad or crop")
+        if problems:
+            raise ValueError("; ".join(problems))
+        get_template(self.template)

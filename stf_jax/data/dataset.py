@@ -1,0 +1,199 @@
+"""Datasets as TFDS keeps them: ArrayRecord files with the pictures' own bytes. No TensorFlow.
+
+Any TFDS user can read one: `tfds.builder_from_directory(path).as_data_source("train")`.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from stf_jax.data.index import Index, index_name
+from stf_jax.data.tokenizer import Tokenizer
+
+NAME = "llava"
+SPLIT = "train"
+SOURCE_FILE = "source.json"
+
+
+class DatasetError(ValueError):
+    """A dataset that cannot be used; what is wrong with it and the fix."""
+
+
+def features() -> tfds.features.FeaturesDict:
+    """One example: its id, its turns as a JSON list, and the bytes of its picture files."""
+    return tfds.features.FeaturesDict(
+        {
+            "id": tfds.features.Text(doc="of the entry in LLaVA's JSON"),
+            "conversations": tfds.features.Text(doc='JSON list of {"from", "value"}'),
+            "images": tfds.features.Sequence(tfds.features.Text(), doc="files, as they were"),
+        }
+    )
+
+
+class Stored:
+    """An example as it is stored.
+
+    Attributes:
+      id: of the entry, unique in the dataset.
+      conversation: `{"from": "human" | "gpt", "value": text}` in the order spoken.
+      pictures: bytes of the picture files.
+    """
+
+    def __init__(self, record: dict[str, Any]):
+        self.id: str = record["id"].decode()
+        self.conversation: list[dict[str, str]] = json.loads(record["conversations"])
+        self.pictures: list[bytes] = list(record["images"])
+
+
+class Dataset:
+    """A finished dataset on disk; picklable, and opened anew in each process.
+
+    Raises:
+      DatasetError: there is none, or `build` has not finished it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        if str(path).startswith("gs:"):
+            raise DatasetError(
+                f"{path}: ArrayRecord files are read from a file system; mount the bucket "
+                "with gcsfuse and name the mounted folder"
+            )
+        if not self.path.is_dir():
+            if partial_path(self.path).is_dir():
+                raise DatasetError(
+                    f"{path}: not finished yet; call 'stf-jax data build' again with the same "
+                    "arguments, and it goes on"
+                )
+            raise DatasetError(f"{path}: no such folder; make it with 'stf-jax data build'")
+        if not (self.path / "dataset_info.json").is_file():
+            raise DatasetError(f"{path}: not a dataset; make one with 'stf-jax data build'")
+
+    @cached_property
+    def _builder(self) -> Any:
+        return tfds.builder_from_directory(self.path)
+
+    @cached_property
+    def _source(self) -> Any:
+        return self._builder.as_data_source(SPLIT)
+
+    @property
+    def shards(self) -> int:
+        """Files that hold the examples."""
+        return int(self._builder.info.splits[SPLIT].num_shards)
+
+    @property
+    def bytes(self) -> int:
+        """Of all examples together."""
+        return int(self._builder.info.splits[SPLIT].num_bytes)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, number: int) -> Stored:
+        """Reads one example.
+
+        Raises:
+          DatasetError: the file is damaged there.
+        """
+        try:
+            record = self._source[number]
+        # ArrayRecord and protobuf raise several kinds for damaged files.
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise DatasetError(f"{self.path}: example {number} is damaged ({reason})") from error
+        return Stored(record)
+
+    def ids(self) -> Sequence[str]:
+        """Of all examples, in order; from an index, so that no example is read.
+
+        Raises:
+          DatasetError: there is no index.
+        """
+        for path in sorted(self.path.glob("index-*.npz")):
+            ids: list[str] = Index.load(path).ids.tolist()
+            return ids
+        raise DatasetError(f"{self.path}: no index; 'stf-jax data build' adds one")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path}
+
+    def index(self, tokenizer: Tokenizer, template: str) -> Index:
+        """The index made with this tokenizer and template.
+
+        Raises:
+          DatasetError: there is none.
+        """
+        path = self.index_path(tokenizer, template)
+        if not path.is_file():
+            others = sorted(found.name.split("-")[1] for found in self.path.glob("index-*.npz"))
+            raise DatasetError(
+                f"{self.path}: no index for template {template!r} with this tokenizer (there is "
+                f"one for {', '.join(others) or 'none'}); 'stf-jax data build' with them adds it"
+            )
+        index = Index.load(path)
+        if len(index) != len(self):
+            raise DatasetError(
+                f"{path}: for {len(index)} examples, but the dataset has {len(self)}; delete it "
+                "and build again"
+            )
+        return index
+
+    def index_path(self, tokenizer: Tokenizer, template: str) -> Path:
+        """Where the index for this tokenizer and template is, or belongs."""
+        return self.path / index_name(tokenizer, template)
+
+
+def partial_path(path: Path) -> Path:
+    """Where an unfinished dataset is kept; no name that a reader would look for."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def shard_path(folder: Path, number: int, total: int) -> Path:
+    """A shard's file, as TFDS names it."""
+    return Path(_template(folder).sharded_filepath(shard_index=number, num_shards=total))
+
+
+def write_shard(path: Path, examples: list[tuple[str, str, tuple[bytes, ...]]]) -> int:
+    """Writes (id, conversation, pictures) of each example, whole or not at all; returns bytes."""
+    connector = features()
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    # Groups of one make each record readable alone.
+    writer = ArrayRecordWriter(str(unfinished), "group_size:1")
+    size = 0
+    for name, conversation, pictures in examples:
+        record = {"id": name, "conversations": conversation, "images": list(pictures)}
+        data = connector.serialize_example(connector.encode_example(record))
+        writer.write(data)
+        size += len(data)
+    writer.close()
+    os.replace(unfinished, path)
+    return size
+
+
+def write_metadata(folder: Path, *, shard_lengths: list[int], size: int) -> None:
+    """Makes a folder of shards a TFDS dataset."""
+    template = _template(folder)
+    split = tfds.core.SplitInfo(
+        name=SPLIT, shard_lengths=shard_lengths, num_bytes=size, filename_template=template
+    )
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=features(),
+        split_infos=[split],
+        filename_template=template,
+        description="Conversations about pictures, in LLaVA's form.",
+        check_data=False,
+    )
+
+
+def _template(folder: Path) -> tfds.core.ShardedFileTemplate:
+    return tfds.core.ShardedFileTemplate(
+        data_dir=folder, dataset_name=NAME, split=SPLIT, filetype_suffix="array_record"
+    )

@@ -1,0 +1,91 @@
+"""The lengths of a dataset's examples, in a numpy file beside it: all that packing reads."""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from stf_jax.data.inspection import Measures
+from stf_jax.data.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Index:
+    """One entry for each of a dataset's N examples, in its order; see `Measures`.
+
+    Attributes:
+      ids: str [N], all different.
+      lengths: int32 [N].
+      images: int32 [N].
+      first_supervised: int32 [N].
+      images_before: int32 [N].
+      mismatches: bool [N].
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    images: np.ndarray
+    first_supervised: np.ndarray
+    images_before: np.ndarray
+    mismatches: np.ndarray
+
+    @classmethod
+    def of(cls, ids: Sequence[str], measures: Sequence[Measures]) -> Self:
+        """From the measures of each example."""
+
+        def column(name: str) -> np.ndarray:
+            return np.array([getattr(measure, name) for measure in measures], np.int32)
+
+        return cls(
+            ids=np.array(ids, np.str_),
+            lengths=column("length"),
+            images=column("images"),
+            first_supervised=column("first_supervised"),
+            images_before=column("images_before"),
+            mismatches=column("mismatch").astype(bool),
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def tokens(self, tokens_per_image: int) -> np.ndarray:
+        """Tokens of each example int32 [N], images as so many; uncut."""
+        return self.lengths + self.images * (tokens_per_image - 1)
+
+    def teaches(self, sequence_length: int, tokens_per_image: int) -> np.ndarray:
+        """Whether a supervised token is left when each is cut to `sequence_length`; bool [N]."""
+        place = self.first_supervised + self.images_before * (tokens_per_image - 1)
+        return (self.first_supervised >= 0) & (place < sequence_length)
+
+    def save(self, path: Path) -> None:
+        """Writes the file whole or not at all."""
+        unfinished = path.with_name(f".{path.name}.unfinished")
+        with unfinished.open("wb") as file:
+            np.savez_compressed(file, **dataclasses.asdict(self))
+        os.replace(unfinished, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Reads what `save` wrote.
+
+        Raises:
+          ValueError: the file is damaged.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return cls(**{field.name: arrays[field.name] for field in dataclasses.fields(cls)})
+        except (OSError, EOFError, KeyError, ValueError) as error:
+            raise ValueError(f"{path}: damaged ({error}); delete it and build again") from error
+
+
+def index_name(tokenizer: Tokenizer, template: str) -> str:
+    """The file of the index for a tokenizer and a template; a dataset may have several."""
+    content = "\n".join(
+        [tokenizer.backend.to_str(), str(tokenizer.bos_id), str(tokenizer.marks_start)]
+    )
+    digest = hashlib.sha256(content.encode()).hexdigest()[:12]
+    return f"index-{template}-{digest}.npz"

@@ -1,0 +1,79 @@
+"""Worker processes: a function over many things, and an end that follows the parent's."""
+
+import collections
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def map_in_processes(
+    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int
+) -> Iterator[Result]:
+    """`function` of each item, in order.
+
+    Args:
+      function: pickled, once for each process.
+      items: read only a little ahead of the results.
+      workers: processes; with 0 or 1 all happens in this one.
+
+    Raises:
+      RuntimeError: a process was killed, by want of memory for instance.
+    """
+    if workers <= 1:
+        yield from map(function, items)
+        return
+    # A fork of a process that has threads (JAX has) may hang.
+    context = multiprocessing.get_context("spawn")
+    pending: collections.deque[Future[Result]] = collections.deque()
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_keep, initargs=(function,)
+    ) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(_call, item))
+                if len(pending) >= 3 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "a worker process was killed, perhaps for want of memory; "
+                "use fewer workers and start again"
+            ) from error
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+_function: list[Callable[[Any], Any]] = []
+
+
+def _keep(function: Callable[[Any], Any]) -> None:
+    end_with_parent()
+    _function[:] = [function]
+
+
+def _call(item: Any) -> Any:
+    return _function[0](item)
+
+
+def end_with_parent() -> None:
+    """Called in a worker process: lets it end with its parent, even when that is killed.
+
+    Otherwise the worker would wait for ever for somebody to read its results.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
+
+
+def _exit_after(process: Any) -> None:
+    process.join()
+    os._exit(1)

@@ -1,0 +1,368 @@
+"""Batches for training: from datasets on disk to numpy arrays, the same for any number of hosts.
+
+data = TrainingData(config, tokenizer=..., image_processor=..., tokens_per_image=144)
+for step in data.batches(start_step=resumed_at):
+    train(step.batch)
+"""
+
+import dataclasses
+import gc
+import itertools
+import logging
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from stf_jax.batch import Batch
+from stf_jax.data.config import DataConfig
+from stf_jax.data.conversation import get_template
+from stf_jax.data.dataset import Dataset, DatasetError
+from stf_jax.data.images import ImageProcessor
+from stf_jax.data.index import Index
+from stf_jax.data.parallel import end_with_parent
+from stf_jax.data.planning import Planner
+from stf_jax.data.rows import Lost, Row, RowMaker, RowSource
+from stf_jax.data.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+
+# Rows that a worker keeps ready; each may hold tens of megabytes of pixels.
+_ROWS_AHEAD = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataPlan:
+    """What will be trained on.
+
+    Attributes:
+      examples: used, over all datasets.
+      examples_per_epoch: with the datasets' weights.
+      rows: of the first epoch.
+      steps: of the first epoch.
+      fill: the part of its rows that holds tokens.
+      tokens: of its rows, padding not counted.
+      truncated: used examples that are cut to the sequence length.
+      too_long: left out, because no supervised token is within the sequence length.
+      too_many_images: left out, because they have more pictures than a row.
+      unfit: left out, because the template cannot take them or they teach nothing.
+      masked: left out, because strict labels mask them whole.
+    """
+
+    examples: int
+    examples_per_epoch: int
+    rows: int
+    steps: int
+    fill: float
+    tokens: int
+    truncated: int
+    too_long: int
+    too_many_images: int
+    unfit: int
+    masked: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class TrainingStep:
+    """This host's part of one global batch.
+
+    Attributes:
+      step: its number; going on from it is `batches(start_step=step + 1)`.
+      example_ids: what stands in each row, in order; "dataset/id" if there are several datasets.
+      batch: numpy arrays with this host's rows.
+      lost: what was to stand there and could not be read.
+    """
+
+    step: int
+    example_ids: tuple[tuple[str, ...], ...]
+    batch: Batch
+    lost: tuple[Lost, ...]
+
+
+class TrainingData:
+    """Datasets, planned into rows and steps.
+
+    Global batch number s is a function of (config, datasets, s) and of nothing else: not of hosts,
+    of workers, or of where a run was stopped.
+
+    Args:
+      config: see there.
+      tokenizer: of the model.
+      image_processor: of the tower; `config` decides whether it pads or crops.
+      tokens_per_image: K.
+
+    Raises:
+      DatasetError: a line for each dataset that is missing, unfinished, or has no index for the
+        tokenizer and the template.
+      ValueError: no dataset, or no example that fits.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        tokenizer: Tokenizer,
+        image_processor: ImageProcessor,
+        tokens_per_image: int,
+    ):
+        self.config = config
+        datasets, indices = _open(config, tokenizer)
+        columns = _Columns.of(indices, config, tokens_per_image)
+        sizes = [len(index) for index in indices]
+        starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        used = np.flatnonzero(columns.used)
+        if not len(used):
+            raise ValueError(columns.nothing_fits(config))
+        pools = [
+            used[(used >= first) & (used < last)] for first, last in itertools.pairwise(starts)
+        ]
+        # An empty pool has nothing to draw from.
+        draws = [
+            max(1, round(source.weight * len(pool))) if len(pool) else 0
+            for source, pool in zip(config.datasets, pools, strict=True)
+        ]
+        self.planner = Planner(
+            lengths=np.minimum(columns.tokens, config.sequence_length),
+            images=columns.images,
+            pools=pools,
+            draws=draws,
+            row_length=config.sequence_length,
+            row_images=config.images_per_row,
+            batch_size=config.batch_size,
+            packing=config.packing,
+            seed=config.seed,
+        )
+        self._maker = RowMaker(
+            datasets=datasets,
+            starts=starts,
+            names=_prefixes(datasets),
+            tokenizer=tokenizer,
+            template=get_template(config.template),
+            image_processor=dataclasses.replace(
+                image_processor, mode=config.image_mode, fast=config.fast_images
+            ),
+            tokens_per_image=tokens_per_image,
+            sequence_length=config.sequence_length,
+            strict_labels=config.strict_labels,
+        )
+        self._columns = columns
+        self.lost: dict[str, str] = {}
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches of the first epoch; packed, a later one may have a few more or less."""
+        return self.planner.steps(0)
+
+    def num_steps(self, epochs: int) -> int:
+        """Global batches of so many whole epochs."""
+        return sum(self.planner.steps(epoch) for epoch in range(epochs))
+
+    def plan(self) -> DataPlan:
+        """What will be trained on, in figures."""
+        rows = self.planner.rows(0)
+        columns = self._columns
+        return DataPlan(
+            examples=int(columns.used.sum()),
+            examples_per_epoch=len(rows.examples),
+            rows=len(rows),
+            steps=self.steps_per_epoch,
+            fill=self.planner.fill,
+            tokens=int(self.planner.lengths[rows.examples].sum()),
+            truncated=int((columns.used & (columns.tokens > self.config.sequence_length)).sum()),
+            too_long=int(columns.too_long.sum()),
+            too_many_images=int(columns.too_many_images.sum()),
+            unfit=int(columns.unfit.sum()),
+            masked=int(columns.masked.sum()),
+        )
+
+    def batches(
+        self,
+        *,
+        start_step: int = 0,
+        stop_step: int | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> Iterator[TrainingStep]:
+        """This host's part of each global batch from `start_step` on; close it when done.
+
+        Args:
+          start_step: the first.
+          stop_step: one after the last; None goes on for ever, epoch after epoch.
+          process_index: this host's number.
+          process_count: hosts. Each makes only its own rows: host p of P has rows p*B/P on.
+
+        Raises:
+          ValueError: the global batch does not divide among the hosts, at once.
+          DatasetError: more than `config.max_lost` examples of this host could not be read.
+        """
+        rows, hosts = self.config.batch_size, process_count
+        if rows % hosts:
+            raise ValueError(
+                f"a global batch of {rows} rows does not divide among {hosts} hosts; make "
+                f"batch_size a multiple of {hosts}, {-(-rows // hosts) * hosts} for instance"
+            )
+        if not 0 <= process_index < hosts:
+            raise ValueError(f"process_index is {process_index}, but there are {hosts} hosts")
+        local = rows // hosts
+        source = RowSource(
+            planner=self.planner,
+            maker=self._maker,
+            start_step=start_step,
+            first_row=process_index * local,
+            local_rows=local,
+            rows=sys.maxsize if stop_step is None else (stop_step - start_step) * local,
+        )
+        # Planned here, so that it travels to the workers and not each plans again.
+        self.planner.locate(start_step)
+        return self._collated(source)
+
+    def _collated(self, source: RowSource) -> Iterator[TrainingStep]:
+        rows: list[tuple[Row, np.ndarray]] = []
+        step = source.start_step
+        iterator: Any = iter(_prefetched(source, self.config.workers))
+        try:
+            for row in iterator:
+                rows.append(row)
+                if len(rows) < source.local_rows:
+                    continue
+                yield self._collate(rows, step)
+                rows = []
+                step += 1
+        finally:
+            iterator.close()
+            # Grain's iterators refer to each other and to the last rows' shared memory.
+            del iterator
+            gc.collect()
+
+    def _collate(self, made: list[tuple[Row, np.ndarray]], step: int) -> TrainingStep:
+        rows = [row for row, _ in made]
+        side = self._maker.image_processor.image_size
+        shape = (len(rows), self.config.images_per_row, side, side, 3)
+        pixels: Any = np.zeros(shape, np.float32)
+        for number, (_, pictures) in enumerate(made):
+            pixels[number, : len(pictures)] = pictures
+        text: dict[str, Any] = {
+            name: np.stack([getattr(row, name) for row in rows])
+            for name in ("ids", "labels", "positions", "segments", "image_slots")
+        }
+        lost = tuple(one for row in rows for one in row.contents.lost)
+        self._count_lost(lost)
+        return TrainingStep(
+            step=step,
+            example_ids=tuple(row.contents.example_ids for row in rows),
+            batch=Batch(**text, pixels=pixels),
+            lost=lost,
+        )
+
+    def _count_lost(self, lost: tuple[Lost, ...]) -> None:
+        for one in lost:
+            if one.id not in self.lost:
+                self.lost[one.id] = one.reason
+                _log.warning("left out, since it cannot be read: %s (%s)", one.id, one.reason)
+        if len(self.lost) > self.config.max_lost:
+            raise DatasetError(
+                f"{len(self.lost)} examples cannot be read any more, and max_lost is "
+                f"{self.config.max_lost}: {', '.join(self.lost)}; build the dataset again, or "
+                "raise max_lost"
+            )
+
+
+def _prefetched(source: RowSource, workers: int) -> Any:
+    dataset = grain.MapDataset.source(source).to_iter_dataset(
+        # Threads on top of the processes would only add to what lies ready.
+        grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    )
+    if workers == 0:
+        return dataset
+    if not flags.FLAGS.is_parsed():
+        # Grain asks for its flags, which only a program with an absl main has parsed.
+        flags.FLAGS.mark_as_parsed()
+    return dataset.mp_prefetch(
+        grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_ROWS_AHEAD),
+        worker_init_fn=_start_worker,
+    )
+
+
+def _start_worker(worker: int, workers: int) -> None:
+    end_with_parent()
+
+
+def _open(config: DataConfig, tokenizer: Tokenizer) -> tuple[list[Dataset], list[Index]]:
+    if not config.datasets:
+        raise ValueError("datasets is empty; name at least one folder made by 'stf-jax data build'")
+    datasets, indices, problems = [], [], []
+    for source in config.datasets:
+        try:
+            dataset = Dataset(source.path)
+            indices.append(dataset.index(tokenizer, get_template(config.template).name))
+            datasets.append(dataset)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise DatasetError("\n".join(problems))
+    return datasets, indices
+
+
+def _prefixes(datasets: list[Dataset]) -> list[str]:
+    if len(datasets) == 1:
+        return [""]
+    names = [dataset.path.name for dataset in datasets]
+    # Two folders of the same name are told apart by their place in the list.
+    return [
+        f"{name}/" if names.count(name) == 1 else f"{name}({number})/"
+        for number, name in enumerate(names, start=1)
+    ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Columns:
+    """By example of all datasets, [N]: tokens and pictures, and why it is left out."""
+
+    tokens: np.ndarray
+    images: np.ndarray
+    unfit: np.ndarray
+    masked: np.ndarray
+    too_many_images: np.ndarray
+    too_long: np.ndarray
+
+    @classmethod
+    def of(cls, indices: list[Index], config: DataConfig, tokens_per_image: int) -> "_Columns":
+        tokens = np.concatenate([index.tokens(tokens_per_image) for index in indices])
+        images = np.concatenate([index.images for index in indices])
+        teaches = np.concatenate(
+            [index.teaches(config.sequence_length, tokens_per_image) for index in indices]
+        )
+        mismatches = np.concatenate([index.mismatches for index in indices])
+        unfit = np.concatenate([index.first_supervised < 0 for index in indices])
+        # The reference does not check the count of what it has cut.
+        whole = np.concatenate([index.lengths < config.sequence_length for index in indices])
+        masked = ~unfit & mismatches & whole & config.strict_labels
+        too_many = ~unfit & ~masked & (images > config.images_per_row)
+        return cls(
+            tokens=tokens,
+            images=images,
+            unfit=unfit,
+            masked=masked,
+            too_many_images=too_many,
+            too_long=~unfit & ~masked & ~too_many & ~teaches,
+        )
+
+    @property
+    def used(self) -> np.ndarray:
+        return ~(self.unfit | self.masked | self.too_many_images | self.too_long)
+
+    def nothing_fits(self, config: DataConfig) -> str:
+        reasons = [
+            f"{count} have no supervised token within sequence_length {config.sequence_length}"
+            for count in [int(self.too_long.sum())] if count
+        ] + [
+            f"{count} have more pictures than images_per_row {config.images_per_row}"
+            for count in [int(self.too_many_images.sum())] if count
+        ] + [
+            f"{count} teach nothing under template {config.template!r}"
+            for count in [int((self.unfit | self.masked).sum())] if count
+        ]  # fmt: skip
+        return f"none of the {len(self.tokens)} examples can be trained on: {'; '.join(reasons)}"

@@ -1,0 +1,179 @@
+"""One row of a batch, made of its examples. Runs in the worker processes."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from stf_jax.data.conversation import Template
+from stf_jax.data.dataset import Dataset, DatasetError
+from stf_jax.data.encoding import EncodedConversation, encode_conversation, expand_conversation
+from stf_jax.data.images import ImageError, ImageProcessor
+from stf_jax.data.planning import Planner
+from stf_jax.data.reference_labels import IGNORED_LABEL
+from stf_jax.data.tokenizer import IMAGE_TOKEN_ID, Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lost:
+    """An example that could not be read any more, and why."""
+
+    id: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowContents:
+    """What stands in a row: ids of the examples, and of those that were to stand there."""
+
+    example_ids: tuple[str, ...]
+    lost: tuple[Lost, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Row:
+    """The text of a row of a `Batch`, without its B axis.
+
+    Attributes:
+      ids: int32 [T].
+      labels: int32 [T]; -100 at the first token of each segment.
+      positions: int32 [T], from 0 in each segment.
+      segments: int32 [T], from 1; 0 is padding.
+      image_slots: int32 [T], index into the row's I*K image tokens; -1 where text is.
+      contents: what stands in it.
+    """
+
+    ids: np.ndarray
+    labels: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    image_slots: np.ndarray
+    contents: RowContents
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class RowMaker:
+    """Makes rows from examples' numbers.
+
+    Attributes:
+      datasets: in the planner's order.
+      starts: int64 [datasets + 1], the number of each dataset's first example among all.
+      names: what the ids of each dataset are prefixed with.
+      tokenizer: of the model.
+      template: of the conversations.
+      image_processor: of the tower.
+      tokens_per_image: K.
+      sequence_length: T.
+      strict_labels: the PyTorch reference's labels.
+    """
+
+    datasets: Sequence[Dataset]
+    starts: np.ndarray
+    names: Sequence[str]
+    tokenizer: Tokenizer
+    template: Template
+    image_processor: ImageProcessor
+    tokens_per_image: int
+    sequence_length: int
+    strict_labels: bool
+
+    def make(self, examples: np.ndarray) -> tuple[Row, np.ndarray]:
+        """The row of these examples, and its pixels float32 [images, S, S, 3].
+
+        One that cannot be read, or a picture of which cannot, is left out whole: a conversation
+        about a picture that is not there would teach guessing. The others move up; the free places
+        become padding.
+        """
+        encoded: list[EncodedConversation] = []
+        pixels: list[np.ndarray] = []
+        names: list[str] = []
+        lost: list[Lost] = []
+        for example in examples.tolist():
+            dataset = int(np.searchsorted(self.starts, example, side="right")) - 1
+            number = example - int(self.starts[dataset])
+            name = f"{self.names[dataset]}example {number}"
+            try:
+                stored = self.datasets[dataset][number]
+                name = f"{self.names[dataset]}{stored.id}"
+                one = self._encode(stored.conversation, len(stored.pictures))
+                seen = [self._pixels(data) for data in stored.pictures[: one.num_images]]
+            except (DatasetError, ImageError) as error:
+                lost.append(Lost(id=name, reason=str(error)))
+                continue
+            encoded.append(one)
+            pixels += seen
+            names.append(name)
+        row = self._assemble(encoded, RowContents(example_ids=tuple(names), lost=tuple(lost)))
+        side = self.image_processor.image_size
+        return row, np.stack(pixels) if pixels else np.zeros((0, side, side, 3), np.float32)
+
+    def _encode(self, conversation: list[dict[str, str]], num_images: int) -> EncodedConversation:
+        encoded = encode_conversation(
+            self.tokenizer,
+            conversation,
+            template=self.template,
+            num_images=num_images,
+            max_length=self.sequence_length,
+            strict=self.strict_labels,
+        )
+        return expand_conversation(
+            encoded, tokens_per_image=self.tokens_per_image, max_length=self.sequence_length
+        )
+
+    def _pixels(self, data: bytes) -> np.ndarray:
+        return self.image_processor.pixels(self.image_processor.load(data))
+
+    def _assemble(self, encoded: Sequence[EncodedConversation], contents: RowContents) -> Row:
+        length = self.sequence_length
+        ids, positions, segments = (np.zeros(length, np.int32) for _ in range(3))
+        labels = np.full(length, IGNORED_LABEL, np.int32)
+        image_slots = np.full(length, -1, np.int32)
+        start = slots = 0
+        for segment, one in enumerate(encoded, start=1):
+            end = start + len(one.ids)
+            ids[start:end] = one.ids
+            labels[start:end] = one.labels
+            # Alone, an example has nothing in front that its first token could be predicted from.
+            labels[start] = IGNORED_LABEL
+            positions[start:end] = np.arange(end - start)
+            segments[start:end] = segment
+            places = start + np.flatnonzero(one.ids == IMAGE_TOKEN_ID)
+            image_slots[places] = slots + np.arange(len(places))
+            start, slots = end, slots + len(places)
+        return Row(
+            ids=ids,
+            labels=labels,
+            positions=positions,
+            segments=segments,
+            image_slots=image_slots,
+            contents=contents,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class RowSource:
+    """The rows of one host from a step on, by number: what Grain reads.
+
+    Attributes:
+      planner: which examples a row has.
+      maker: makes a row of them.
+      start_step: the step of row 0.
+      first_row: of a global batch, the first that is this host's.
+      local_rows: of a global batch, how many are this host's.
+      rows: how many there are.
+    """
+
+    planner: Planner
+    maker: RowMaker
+    start_step: int
+    first_row: int
+    local_rows: int
+    rows: int
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, number: int) -> tuple[Row, np.ndarray]:
+        # Apart from the row, so that Grain hands the pixels over in shared memory.
+        step, row = divmod(int(number), self.local_rows)
+        return self.maker.make(self.planner.row(self.start_step + step, self.first_row + row))
