@@ -283,3 +283,65 @@ def test_long_and_thin_pictures(monkeypatch: pytest.MonkeyPatch, mode: Mode) -> 
 def test_pixels_want_rgb() -> None:
     with pytest.raises(ImageError, match="mode L; open it with load_image"):
         SMALL.pixels(Image.new("L", (4, 4)))
+
+
+def test_fast_pixels_stay_close_to_the_exact_ones() -> None:
+    exact, fast = ImageProcessor(), ImageProcessor(fast=True)
+    for size, seed in (((640, 480), 0), ((427, 640), 1), ((1600, 1200), 2), ((900, 1400), 3)):
+        file = io.BytesIO()
+        photograph(*size, seed).save(file, "JPEG", quality=90)
+        data = file.getvalue()
+        one, other = (
+            np.asarray(p.picture(p.pixels(p.load(data))), np.int16) for p in (exact, fast)
+        )
+        assert 0 < np.abs(one - other).mean() < 2
+        np.testing.assert_array_equal(
+            exact.pixels(exact.load(data)), exact.pixels(load_image(data))
+        )
+
+
+def photograph(width: int, height: int, seed: int) -> Image.Image:
+    """Noise with the amplitude spectrum of photographs, 1/f."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = 1
+    values = []
+    for _ in range(3):
+        spectrum = np.fft.rfft2(rng.standard_normal((height, width))) / frequency**1.2
+        values.append(np.fft.irfft2(spectrum, s=(height, width)))
+    picture = np.stack([values[0] + 0.3 * values[n] for n in range(3)], axis=-1)
+    scaled = 115 + 45 * (picture - picture.mean()) / picture.std()
+    return Image.fromarray(np.clip(scaled, 0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["pad", "crop"])
+@pytest.mark.parametrize("size", [(90, 40), (40, 90), (56, 20), (20, 56), (57, 56), (400, 391)])
+def test_resizing_before_padding_changes_no_pixel(mode: Mode, size: tuple[int, int]) -> None:
+    """Against the steps in the recipe's own order."""
+    processor = ImageProcessor(image_size=56, shortest_edge=56, mode=mode)
+    image = noise(*size)
+    side, edge = max(size), 56
+    if mode == "pad":
+        square = Image.new("RGB", (side, side), (122, 116, 104))
+        square.paste(image, ((side - size[0]) // 2, (side - size[1]) // 2))
+        expected = square.resize((edge, edge), Image.Resampling.BICUBIC)
+    else:
+        ends = tuple(edge if s == min(size) else int(edge * side / min(size)) for s in size)
+        left, top = ((end - edge) // 2 for end in ends)
+        resized = image.resize(ends, Image.Resampling.BICUBIC)
+        expected = resized.crop((left, top, left + edge, top + edge))
+    np.testing.assert_array_equal(
+        array(processor.picture(processor.pixels(image))), array(expected)
+    )
+
+
+def test_a_jpeg_is_decoded_small_only_as_far_as_asked() -> None:
+    data = saved(noise(800, 600), "JPEG")
+    assert load_image(data).size == (800, 600)
+    assert load_image(data, min_edge=301).size == (800, 600)
+    assert load_image(data, min_edge=300).size == (400, 300)
+    assert load_image(data, min_edge=1, min_longest_edge=200).size == (200, 150)
+    assert load_image(data, min_edge=1).size == (100, 75)
+    assert load_image(saved(noise(800, 600)), min_edge=1).size == (800, 600)
+    with pytest.raises(ImageError, match="damaged"):
+        load_image(data[:-2000], min_edge=1)

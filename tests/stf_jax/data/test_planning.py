@@ -1,4 +1,4 @@
-"""Epochs and steps: each example as often as its weight says, each step a function of its number."""
+"""Epochs and steps: each example as often as its weight says, each step a function of its index."""
 
 import pickle
 import time
