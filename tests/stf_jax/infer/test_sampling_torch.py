@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.generation import logits_process
 
 from stf_jax.infer.sampling import likely
 
 torch = pytest.importorskip("torch")
+# It imports PyTorch.
+logits_process = pytest.importorskip("transformers.generation.logits_process")
 pytestmark = pytest.mark.torch
 
 VOCABULARY = 300
