@@ -87,7 +87,7 @@ PROMPTS = st.tuples(st.integers(10, 90), st.integers(0, 2), st.integers(0, 99)).
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@settings(derandomize=True, deadline=None, database=None, max_examples=4, phases=(Phase.generate,))
+@settings(derandomize=True, deadline=None, database=None, max_examples=3, phases=(Phase.generate,))
 @given(prompts=st.lists(PROMPTS, min_size=4, max_size=4))
 def test_neighbours_change_nothing(
     generator: Generator, sampling: Sampling, prompts: list[Prompt]

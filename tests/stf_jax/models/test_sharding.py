@@ -1,9 +1,9 @@
 """One device and eight give the same numbers, and every array lies where it is said to lie."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stf_jax.batch import Batch
@@ -96,15 +96,14 @@ def weights_for(config: LlavaConfig) -> Arrays:
     rng = np.random.default_rng(0)
     shapes = flatten(nnx.to_pure_dict(nnx.state(Llava.abstract(config))))
     return {
-        path: rng.normal(float(path.endswith("scale")), 0.12, leaf.shape).astype(np.float32)
+        path: rng.normal(path.endswith("scale"), 0.12, leaf.shape).astype(np.float32)
         for path, leaf in shapes.items()
     }
 
 
 def make_prompts(config: LlavaConfig) -> list[Prompt]:
     """Eleven rows, which no mesh divides, with none to two images."""
-    rng = np.random.default_rng(1)
-    size, prompts = config.vision.image_size, []
+    rng, size, prompts = np.random.default_rng(1), config.vision.image_size, []
     for row in range(11):
         count = row % 3
         ids = rng.integers(3, 597, 5 + 4 * row)
@@ -311,7 +310,7 @@ def test_cache(on_mesh: OnMesh) -> None:
 
 
 @functools.cache
-def one_device_generator(name: str) -> Generator:
+def alone(name: str) -> Generator:
     return Generator(loaded(CONFIGS[name], expected_of(name).weights, ShardingRules.none()))
 
 
@@ -324,7 +323,7 @@ def test_generated_tokens(name: str, axes: str) -> None:
     with jax.set_mesh(mesh):
         spread = Generator(loaded(CONFIGS[name], weights, ShardingRules.default()), mesh=mesh)
     for sampling in asked:
-        expected = generated(one_device_generator(name), sampling)
+        expected = generated(alone(name), sampling)
         assert len(set(itertools.chain(*expected))) > 20
         assert generated(spread, sampling) == expected
 
@@ -354,7 +353,7 @@ def test_every_offender_is_listed() -> None:
         "vision.heads 3 by tensor 4",
         "vision.mlp_width 63 by tensor 4",
     ]
-    with pytest.raises(ValueError, match=re.escape("text.width 62 by fsdp 8")):
+    with pytest.raises(ValueError, match=r"text\.width 62 by fsdp 8"):
         check_divisible(config, make_mesh(fsdp=8))
 
 
@@ -367,7 +366,6 @@ def test_every_offender_is_listed() -> None:
         max_size=2,
     ),
 )
-@example(axes=MESHES["fsdp 2 x tensor 4"], changes={})
 def test_refused_exactly_when_it_does_not_divide(
     axes: dict[str, int], changes: dict[str, int]
 ) -> None:
@@ -396,10 +394,6 @@ def test_refused_exactly_when_it_does_not_divide(
         fits = True
     except ValueError:
         fits = False
-    with jax.set_mesh(mesh):
-        try:
-            Llava.abstract(config, rules=ShardingRules.default())
-        except ValueError:
-            assert not fits
-        else:
-            assert fits
+    outcome = contextlib.nullcontext() if fits else pytest.raises(ValueError, match="divi")
+    with jax.set_mesh(mesh), outcome:
+        Llava.abstract(config, rules=ShardingRules.default())
