@@ -183,37 +183,32 @@ class TrainingData:
         *,
         start_step: int = 0,
         stop_step: int | None = None,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: range | None = None,
     ) -> Iterator[TrainingStep]:
         """This host's part of each global batch from `start_step` on; close it when done.
 
         Args:
           start_step: the first.
           stop_step: one after the last; None goes on for ever, epoch after epoch.
-          process_index: this host's number.
-          process_count: hosts. Each makes only its own rows: host p of P has rows p*B/P on.
+          rows: of each global batch, those that this host makes; default all. Hosts may ask for
+            the same ones, as where a row's computation is spread over several.
 
         Raises:
-          ValueError: the global batch does not divide among the hosts, at once.
+          ValueError: `rows` are not consecutive rows of the global batch, at once.
           DatasetError: more than `config.max_lost` examples of this host could not be read.
         """
-        rows, hosts = self.config.batch_size, process_count
-        if rows % hosts:
+        rows = range(self.config.batch_size) if rows is None else rows
+        if rows.step != 1 or not 0 <= rows.start < rows.stop <= self.config.batch_size:
             raise ValueError(
-                f"a global batch of {rows} rows does not divide among {hosts} hosts; make "
-                f"batch_size a multiple of {hosts}, {-(-rows // hosts) * hosts} for instance"
+                f"rows is {rows}; it must be consecutive rows of the global batch, "
+                f"within range({self.config.batch_size})"
             )
-        if not 0 <= process_index < hosts:
-            raise ValueError(f"process_index is {process_index}, but there are {hosts} hosts")
-        local = rows // hosts
         source = RowSource(
             planner=self.planner,
             maker=self._maker,
             start_step=start_step,
-            first_row=process_index * local,
-            local_rows=local,
-            rows=sys.maxsize if stop_step is None else (stop_step - start_step) * local,
+            batch_rows=rows,
+            rows=sys.maxsize if stop_step is None else (stop_step - start_step) * len(rows),
         )
         # Planned here, so that it travels to the workers and not each plans again.
         self.planner.locate(start_step)
@@ -226,7 +221,7 @@ class TrainingData:
         try:
             for row in iterator:
                 rows.append(row)
-                if len(rows) < source.local_rows:
+                if len(rows) < len(source.batch_rows):
                     continue
                 yield self._collate(rows, step)
                 rows = []

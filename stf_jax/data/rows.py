@@ -158,16 +158,14 @@ class RowSource:
       planner: which examples a row has.
       maker: makes a row of them.
       start_step: the step of row 0.
-      first_row: of a global batch, the first that is this host's.
-      local_rows: of a global batch, how many are this host's.
+      batch_rows: of each global batch, the rows that this host makes.
       rows: how many there are.
     """
 
     planner: Planner
     maker: RowMaker
     start_step: int
-    first_row: int
-    local_rows: int
+    batch_rows: range
     rows: int
 
     def __len__(self) -> int:
@@ -175,5 +173,5 @@ class RowSource:
 
     def __getitem__(self, number: int) -> tuple[Row, np.ndarray]:
         # Apart from the row, so that Grain hands the pixels over in shared memory.
-        step, row = divmod(int(number), self.local_rows)
-        return self.maker.make(self.planner.row(self.start_step + step, self.first_row + row))
+        step, row = divmod(int(number), len(self.batch_rows))
+        return self.maker.make(self.planner.row(self.start_step + step, self.batch_rows[row]))

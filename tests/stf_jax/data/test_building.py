@@ -197,6 +197,33 @@ def test_a_folder_of_something_else_is_left_alone(run: Build, tmp_path: Path) ->
     assert (tmp_path / "out/thesis.tex").exists()
 
 
+def test_damage_in_a_shard_is_found_and_named(corpus: Any, run: Build, tmp_path: Path) -> None:
+    run(examples_per_shard=60)
+    (shard,) = (tmp_path / "out").glob("*array_record*")
+    whole = shard.read_bytes()
+    kept = expected(corpus)
+    # Up to the records' end there is something of an example at each place.
+    end = sum(len(picture) for _, _, pictures in kept for picture in pictures)
+    named = set()
+    for place in range(1000, end, end // 20):
+        damage = bytes(byte ^ 0x55 for byte in whole[place : place + 8])
+        shard.write_bytes(whole[:place] + damage + whole[place + 8 :])
+        dataset = Dataset(tmp_path / "out")
+        lost = []
+        for number in range(60):
+            try:
+                one = dataset[number]
+            except DatasetError as error:
+                assert f"example {number} is damaged" in str(error)
+                lost.append(number)
+            else:
+                assert (one.id, one.conversation, one.pictures) == kept[number]
+        # Damage across a border takes both sides.
+        assert 1 <= len(lost) <= 2
+        named |= set(lost)
+    assert len(named) > 10
+
+
 def test_another_template_only_adds_an_index(
     corpus: Any, run: Build, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:

@@ -78,6 +78,11 @@ def joined(parts: list[TrainingStep]) -> TrainingStep:
     return TrainingStep(step=parts[0].step, example_ids=ids, batch=batch, lost=())
 
 
+def part_of(host: int, hosts: int) -> range:
+    """The host's part of a global batch of four rows."""
+    return range(host * 4 // hosts, (host + 1) * 4 // hosts)
+
+
 @pytest.mark.parametrize("packing", ["packed", "grouped", "single"])
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_an_epoch_has_every_example_once(make: Make, corpus: Any, packing: str, hosts: int) -> None:
@@ -91,8 +96,7 @@ def test_an_epoch_has_every_example_once(make: Make, corpus: Any, packing: str, 
                 data.batches(
                     start_step=start,
                     stop_step=start + data.planner.steps(start > 0),
-                    process_index=host,
-                    process_count=hosts,
+                    rows=part_of(host, hosts),
                 )
             )
         ]
@@ -105,11 +109,20 @@ def test_hosts_together_have_the_same_global_batches(make: Make) -> None:
     alone = list(data.batches(stop_step=6))
     for hosts in (2, 4):
         parts = [
-            list(data.batches(stop_step=6, process_index=host, process_count=hosts))
-            for host in range(hosts)
+            list(data.batches(stop_step=6, rows=part_of(host, hosts))) for host in range(hosts)
         ]
         for number, step in enumerate(alone):
             assert_same(joined([part[number] for part in parts]), step)
+
+
+def test_hosts_may_make_the_same_rows(make: Make) -> None:
+    data = make()
+    (alone,) = data.batches(stop_step=1)
+    for rows in (range(0, 3), range(1, 4), range(2, 3)):
+        (part,) = data.batches(stop_step=1, rows=rows)
+        assert part.example_ids == alone.example_ids[rows.start : rows.stop]
+        np.testing.assert_array_equal(part.batch.ids, alone.batch.ids[rows.start : rows.stop])
+        np.testing.assert_array_equal(part.batch.pixels, alone.batch.pixels[rows.start : rows.stop])
 
 
 def test_going_on_at_any_step_gives_the_same_bytes(make: Make) -> None:
@@ -360,12 +373,9 @@ def test_bad_input_is_named_before_any_step(make: Make, dataset: Path, tmp_path:
         "60 have no supervised token within sequence_length 20",
     ):
         make(sequence_length=20)
-    with pytest.raises(
-        ValueError, match=r"4 rows does not divide among 3 hosts; make batch_size .* 6 for instance"
-    ):
-        make().batches(process_count=3)
-    with pytest.raises(ValueError, match="process_index is 2, but there are 2 hosts"):
-        make().batches(process_index=2, process_count=2)
+    for rows in (range(2, 5), range(-1, 2), range(2, 2), range(0, 4, 2)):
+        with pytest.raises(ValueError, match=r"rows is range.* consecutive .* within range\(4\)"):
+            make().batches(rows=rows)
 
 
 @pytest.mark.parametrize(
