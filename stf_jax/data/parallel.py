@@ -24,7 +24,7 @@ def map_in_processes(
       workers: processes; with 0 or 1 all happens in this one.
 
     Raises:
-      RuntimeError: a process was killed, by want of memory for instance.
+      ChildProcessError: a process was killed, by want of memory for instance.
     """
     if workers <= 1:
         yield from map(function, items)
@@ -43,7 +43,7 @@ def map_in_processes(
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool as error:
-            raise RuntimeError(
+            raise ChildProcessError(
                 "a worker process was killed, perhaps for want of memory; "
                 "use fewer workers and start again"
             ) from error

@@ -10,7 +10,7 @@ import gc
 import itertools
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -183,25 +183,25 @@ class TrainingData:
         *,
         start_step: int = 0,
         stop_step: int | None = None,
-        rows: range | None = None,
+        rows: Sequence[int] | None = None,
     ) -> Iterator[TrainingStep]:
         """This host's part of each global batch from `start_step` on; close it when done.
 
         Args:
           start_step: the first.
           stop_step: one after the last; None goes on for ever, epoch after epoch.
-          rows: of each global batch, those that this host makes; default all. Hosts may ask for
-            the same ones, as where a row's computation is spread over several.
+          rows: of each global batch, those that this host makes, ascending; default all. Hosts may
+            ask for the same ones, as where a row's computation is spread over several.
 
         Raises:
-          ValueError: `rows` are not consecutive rows of the global batch, at once.
+          ValueError: `rows` are not rows of the global batch, at once.
           DatasetError: more than `config.max_lost` examples of this host could not be read.
         """
         rows = range(self.config.batch_size) if rows is None else rows
-        if rows.step != 1 or not 0 <= rows.start < rows.stop <= self.config.batch_size:
+        if not rows or sorted({*rows} & {*range(self.config.batch_size)}) != list(rows):
             raise ValueError(
-                f"rows is {rows}; it must be consecutive rows of the global batch, "
-                f"within range({self.config.batch_size})"
+                f"rows is {rows}; give rows of the global batch, ascending, "
+                f"from 0 to {self.config.batch_size - 1}"
             )
         source = RowSource(
             planner=self.planner,

@@ -165,7 +165,7 @@ class RowSource:
     planner: Planner
     maker: RowMaker
     start_step: int
-    batch_rows: range
+    batch_rows: Sequence[int]
     rows: int
 
     def __len__(self) -> int:

@@ -81,7 +81,7 @@ def show(
 
     Args:
       dataset: folder made by `build`.
-      example: its place, or its id.
+      example: its place, or its id; a text that is no id but a number is a place too.
       tokenizer: of the model.
       template: one of `conversation.TEMPLATES`.
       image_processor: default CLIP's at 336 px, padding.
@@ -133,16 +133,19 @@ def show(
 
 
 def _find(dataset: Dataset, example: int | str) -> int:
-    if isinstance(example, int):
-        if not 0 <= example < len(dataset):
+    if isinstance(example, str):
+        ids = dataset.ids()
+        if example in ids:
+            return ids.index(example)
+        if not example.isdecimal():
             raise DatasetError(
-                f"{dataset.path}: no example {example}; it has 0 to {len(dataset) - 1}"
+                f"{dataset.path}: no example with the id {example!r}; "
+                f"give another, or a place from 0 to {len(dataset) - 1}"
             )
-        return example
-    for number, name in enumerate(dataset.ids()):
-        if name == example:
-            return number
-    raise DatasetError(f"{dataset.path}: no example with the id {example!r}")
+    number = int(example)
+    if not 0 <= number < len(dataset):
+        raise DatasetError(f"{dataset.path}: no example {number}; it has 0 to {len(dataset) - 1}")
+    return number
 
 
 def _spans(tokenizer: Tokenizer, ids: np.ndarray, supervised: np.ndarray) -> tuple[Span, ...]:
