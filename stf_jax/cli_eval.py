@@ -1,0 +1,150 @@
+"""The verb `stf-jax eval`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stf_jax.cli import FLOATS, Verbs, add_verb
+
+if TYPE_CHECKING:
+    from stf_jax.eval.questions import Answerer
+    from stf_jax.eval.running import Result
+
+# Other than those of a mistake, so that a script can tell.
+INCOMPLETE = 3
+
+_ALL = "all"
+
+
+def add_eval(verbs: Verbs) -> None:
+    """Adds `eval`."""
+    parser = add_verb(verbs, "eval", _eval, "the paper's nine benchmarks under its own protocol")
+    parser.epilog = (
+        f"Exit status: 0 if every question has an answer, {INCOMPLETE} if not. "
+        "What was stopped goes on when it is called again."
+    )
+    parser.add_argument(
+        "benchmark",
+        metavar="BENCHMARK",
+        help="vqav2, gqa, vizwiz, scienceqa, textvqa, pope, mme, mmbench, mmbench-cn or all",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help="a native checkpoint or a PyTorch directory"
+    )
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        type=Path,
+        help="where LLaVA's Evaluation.md puts the benchmarks: playground/data/eval",
+    )
+    parser.add_argument(
+        "--path",
+        metavar="ROLE=PATH",
+        action="append",
+        default=[],
+        help="a file or folder that lies elsewhere, such as images=DIR; may be given several times",
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, help="results, in a folder for each benchmark"
+    )
+    parser.add_argument(
+        "--answers", metavar="FILE", type=Path, help="score this answer file; no model is needed"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions (all)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="(8)")
+    parser.add_argument("--dtype", choices=FLOATS, help="(float32 on CPU, else bfloat16)")
+    parser.add_argument("--vision-tower", metavar="DIR", help="CLIP, for a PyTorch directory")
+    parser.add_argument("--json", action="store_true", help="one object a benchmark")
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from stf_jax.eval.report import render
+
+    results = _score(options) if options.answers else _ask(options)
+    if options.json:
+        lines = [json.dumps(result.to_json(), ensure_ascii=False) for result in results]
+        text = "\n".join(lines)
+    else:
+        text = render(results)
+    sys.stdout.write(f"{text}\n")
+    return INCOMPLETE if any(result.score.missing for result in results) else 0
+
+
+def _score(options: argparse.Namespace) -> "list[Result]":
+    from stf_jax.eval.registry import get_benchmark
+    from stf_jax.eval.running import score_file
+
+    if options.model is not None:
+        raise ValueError("an answer file needs no model; leave out MODEL or --answers")
+    if options.benchmark == _ALL:
+        raise ValueError("an answer file is one benchmark's; name it in the place of 'all'")
+    benchmark = get_benchmark(options.benchmark)
+    return [
+        score_file(
+            benchmark,
+            options.answers,
+            data=options.data,
+            paths=_paths(options),
+            out=options.out and options.out / benchmark.name,
+            limit=options.limit,
+        )
+    ]
+
+
+def _ask(options: argparse.Namespace) -> "list[Result]":
+    from stf_jax.cli_data import _progress
+    from stf_jax.eval.registry import BENCHMARKS, get_benchmark
+    from stf_jax.eval.running import ask, prepare
+
+    if options.model is None or options.out is None:
+        raise ValueError("give MODEL and --out to ask a model, or --answers FILE to score a file")
+    everything = options.benchmark == _ALL
+    if everything and options.path:
+        raise ValueError("--path is for one benchmark; with 'all' lay the files out under --data")
+    chosen = list(BENCHMARKS.values()) if everything else [get_benchmark(options.benchmark)]
+    # All of them before the model is loaded: nobody wants to hear of a missing file after hours.
+    prepared, problems = [], []
+    for one in chosen:
+        try:
+            prepared.append(
+                prepare(one, data=options.data, paths=_paths(options), limit=options.limit)
+            )
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    answerer = _answerer(options)
+    results = []
+    for ready in prepared:
+        with _progress(ready.benchmark.title) as progress:
+            out = options.out / ready.benchmark.name
+            results.append(ask(ready, answerer, out=out, progress=progress))
+    return results
+
+
+def _answerer(options: argparse.Namespace) -> "Answerer":
+    import jax
+
+    import stf_jax
+    from stf_jax.eval.generation import ModelAnswerer
+
+    dtype: Any = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    model = stf_jax.load(options.model, dtype=dtype, vision_tower=options.vision_tower)
+    return ModelAnswerer(
+        model,
+        model_id=Path(options.model).name,
+        batch_size=options.batch_size,
+        dtype=dtype,
+    )
+
+
+def _paths(options: argparse.Namespace) -> dict[str, Path]:
+    paths = {}
+    for text in options.path:
+        role, equals, path = text.partition("=")
+        if not (role and equals and path):
+            raise ValueError(f"--path is {text!r}; write it as ROLE=PATH, such as images=DIR")
+        paths[role] = Path(path)
+    return paths

@@ -1,0 +1,1 @@
+"""The nine benchmarks: questions in, answers as jsonl, submission files and scores out; no jax."""

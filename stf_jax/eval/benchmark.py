@@ -1,0 +1,100 @@
+"""What every benchmark is made of: files, questions, a score, a submission."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stf_jax.eval.answers import AnswerRecord, by_id, pair
+from stf_jax.eval.files import read_jsonl
+from stf_jax.eval.questions import Decoding, Question
+
+# By role ("questions", "images", "annotations", ...).
+Paths = Mapping[str, Path]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score:
+    """What a benchmark's answers are worth.
+
+    Attributes:
+      figures: everything that the reference's script prints, by name.
+      headline: the figure that papers quote, in their unit (per cent, points); None where only a
+        server knows it.
+      questions: how many answers the figures stand on; a missing one counts as wrong and is here.
+      missing: names of the questions that have no answer.
+      note: what a reader of the headline must know; empty if nothing.
+    """
+
+    figures: Mapping[str, Any]
+    headline: float | None
+    questions: int
+    missing: tuple[str, ...]
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """One of the nine.
+
+    Attributes:
+      name: on the command line, and of its folder of results.
+      title: as papers write it, with the figure that they quote.
+      paths: by role, where LLaVA's instructions put each official file or folder, under the data
+        folder.
+      to_ask: roles needed to put the questions.
+      to_score: roles needed to score or submit existing answers.
+      decoding: how the reference puts and answers its questions.
+      published: the paper's figures by system (FACTS section 5), in the unit of `Score.headline`.
+      read: the questions.
+      score: (paths, answers, answered_only) to a score.
+      submit: (paths, answers, folder) writes what the server or the official script takes and
+        returns it; None where they take the answer file itself. Every question has an answer.
+    """
+
+    name: str
+    title: str
+    paths: Mapping[str, str]
+    to_ask: tuple[str, ...]
+    to_score: tuple[str, ...]
+    decoding: Decoding = dataclasses.field(default_factory=Decoding)
+    published: Mapping[str, float | None]
+    read: Callable[[Paths], list[Question]]
+    score: Callable[[Paths, Sequence[AnswerRecord], bool], Score]
+    submit: Callable[[Paths, Sequence[AnswerRecord], Path], Path] | None = None
+
+    def locate(self, data: Path | None, given: Mapping[str, Path] | None = None) -> dict[str, Path]:
+        """Every role's path: as given, else under `data`.
+
+        Raises:
+          ValueError: a role that this benchmark has not, or one without any path.
+        """
+        given = given or {}
+        if strange := [role for role in given if role not in self.paths]:
+            raise ValueError(
+                f"{self.name} has no file {', '.join(map(repr, strange))}; it has "
+                f"{', '.join(map(repr, self.paths))}"
+            )
+        if data is None:
+            return dict(given)
+        return {role: given.get(role, data / place) for role, place in self.paths.items()}
+
+
+SYSTEMS = ("LLaVA-1.5", "AvgPool 25 %", "LLaVA-STF")
+
+
+def published(*figures: float | None) -> dict[str, float | None]:
+    """Figures of the systems of FACTS section 5, in their order."""
+    return dict(zip(SYSTEMS, figures, strict=True))
+
+
+def score_on_server(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -> Score:
+    """No figures, since nobody but the server knows the truth; only what has no answer."""
+    asked = [str(line["question_id"]) for line in read_jsonl(paths["questions"], ("question_id",))]
+    paired = pair(asked, answers, key=by_id, answered_only=answered_only)
+    return Score(
+        figures={},
+        headline=None,
+        questions=len(paired.answers) + len(paired.missing),
+        missing=paired.missing,
+    )

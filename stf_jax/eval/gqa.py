@@ -1,0 +1,56 @@
+"""GQA testdev-balanced: exact match, without the scene graphs that the official script asks for."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from stf_jax.eval.answers import AnswerRecord, by_id, pair
+from stf_jax.eval.benchmark import Benchmark, Paths, Score, published
+from stf_jax.eval.files import check_fields, read_json, write_json
+from stf_jax.eval.questions import read_llava_questions
+
+
+def _prediction(answer: AnswerRecord) -> str:
+    return answer.text.rstrip(".").lower()
+
+
+def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -> Score:
+    path = paths["annotations"]
+    truth = read_json(path, dict)
+    check_fields(path, list(truth.items()), ("answer",))
+    paired = pair(list(truth), answers, key=by_id, answered_only=answered_only)
+    right = sum(_prediction(answer) == truth[one]["answer"] for one, answer in paired.answers)
+    questions = len(paired.answers) + len(paired.missing)
+    accuracy = 100 * right / questions
+    return Score(
+        figures={"accuracy": accuracy, "correct": right},
+        headline=accuracy,
+        questions=questions,
+        missing=paired.missing,
+    )
+
+
+def _submit(paths: Paths, answers: Sequence[AnswerRecord], folder: Path) -> Path:
+    """What GQA's own script takes: a JSON list of {questionId, prediction}."""
+    out = folder / "testdev_balanced_predictions.json"
+    write_json(
+        out,
+        [{"questionId": one.question_id, "prediction": _prediction(one)} for one in answers],
+    )
+    return out
+
+
+GQA = Benchmark(
+    name="gqa",
+    title="GQA",
+    paths={
+        "questions": "gqa/llava_gqa_testdev_balanced.jsonl",
+        "images": "gqa/data/images",
+        "annotations": "gqa/data/testdev_balanced_questions.json",
+    },
+    to_ask=("questions", "images"),
+    to_score=("annotations",),
+    published=published(62.0, 62.1, 61.9),
+    read=read_llava_questions,
+    score=_score,
+    submit=_submit,
+)

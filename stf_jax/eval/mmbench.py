@@ -1,0 +1,187 @@
+"""MMBench dev, in English and in Chinese: lettered options, asked in every rotation."""
+
+import base64
+import binascii
+import csv
+import functools
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stf_jax.eval.answers import AnswerRecord, by_id, pair
+from stf_jax.eval.benchmark import Benchmark, Paths, Score, published
+from stf_jax.eval.files import check_fields, write_whole
+from stf_jax.eval.questions import OPTION_LETTER, Decoding, Question, image_prompt
+
+_LETTERS = "ABCD"
+_ROTATION = 1_000_000
+_NEEDED = ("index", "question", "hint", "image", *_LETTERS)
+
+# The server's table: these columns go, and the answer stands at this place.
+_DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
+_AT = 6
+
+# What the reference's table reader takes for an empty cell.
+_EMPTY = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND"} | {
+    *("1.#QNAN", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null")
+}
+# A bare letter, or one with a mark behind it; "A dog" names no option.
+_LETTER = re.compile(r"\(?([A-D])(?:[.):,]|$)")
+
+_LOCAL = "the circular accuracy by letters; the server has a language model read other answers"
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of the TSV; `index` is a number, an empty cell None."""
+    # A picture in base64 is longer than csv's default limit for a cell.
+    csv.field_size_limit(sys.maxsize)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file, dialect="excel-tab", restval=""))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: cannot be read as TSV ({error}); fetch it again") from error
+    if not rows:
+        raise ValueError(f"{path}: empty; fetch it again")
+    check_fields(path, [("the header", rows[0])], _NEEDED)
+    for number, row in enumerate(rows, start=1):
+        if None in row or not row["index"].isdecimal():
+            raise ValueError(
+                f"{path}: row {number} has too many columns or an index that is no number "
+                f"({row['index']!r}); fetch it again"
+            )
+    return [
+        {name: None if cell in _EMPTY else cell for name, cell in row.items()}
+        | {"index": int(row["index"])}
+        for row in rows
+    ]
+
+
+def _absent(cell: str | None) -> bool:
+    return cell is None or cell.lower() in ("nan", "none")
+
+
+def _read(paths: Paths, *, ending: str) -> list[Question]:
+    path = paths["questions"]
+    return [_question(path, n, row, ending) for n, row in enumerate(_rows(path))]
+
+
+def _question(path: Path, number: int, row: dict[str, Any], ending: str) -> Question:
+    options: list[str] = []
+    for letter in _LETTERS:
+        if _absent(row[letter]):
+            break
+        options.append(row[letter])
+    if row["question"] is None or row["image"] is None:
+        raise ValueError(f"{path}: index {row['index']} has no question or image; fetch it again")
+    lines = [] if _absent(row["hint"]) else [row["hint"]]
+    lines += [row["question"], *(f"{a}. {b}" for a, b in zip(_LETTERS, options, strict=False))]
+    text = "\n".join(lines)
+    try:
+        picture = base64.b64decode(row["image"], validate=True)
+    except binascii.Error as error:
+        raise ValueError(
+            f"{path}: the picture of index {row['index']} is no base64 ({error}); fetch it again"
+        ) from error
+    return Question(
+        number=number,
+        question_id=row["index"],
+        text=text,
+        prompt=image_prompt(f"{text}\n{ending}"),
+        images=(picture,),
+        extra={
+            "round_id": 0,
+            "options": options,
+            "option_char": list(_LETTERS[: len(options)]),
+        },
+    )
+
+
+def named_letter(text: str) -> str | None:
+    """The option that an answer names: "B", "B.", "(B)", "B. a dog"; None if none."""
+    found = _LETTER.match(text.strip())
+    return found[1] if found else None
+
+
+def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -> Score:
+    rows = _rows(paths["questions"])
+    truth = {str(row["index"]): row.get("answer") for row in rows}
+    paired = pair(list(truth), answers, key=by_id, answered_only=answered_only)
+    questions = len(paired.answers) + len(paired.missing)
+    unread = sum(named_letter(answer.text) is None for _, answer in paired.answers)
+    figures: dict[str, Any] = {"answers_without_letter": unread}
+    headline = None
+    # The test split keeps its answers on the server.
+    if all(truth.values()):
+        right = dict.fromkeys(paired.missing, False)
+        right |= {one: named_letter(answer.text) == truth[one] for one, answer in paired.answers}
+        rotations: dict[int, list[bool]] = defaultdict(list)
+        for one, correct in right.items():
+            rotations[int(one) % _ROTATION].append(correct)
+        headline = 100 * sum(map(all, rotations.values())) / len(rotations)
+        figures |= {
+            "accuracy": 100 * sum(right.values()) / len(right),
+            "circular_accuracy": headline,
+            "circular_questions": len(rotations),
+        }
+    return Score(
+        figures=figures,
+        headline=headline,
+        questions=questions,
+        missing=paired.missing,
+        note=_LOCAL if headline is not None else "",
+    )
+
+
+def _submit(paths: Paths, answers: Sequence[AnswerRecord], folder: Path, *, name: str) -> Path:
+    """The server's spreadsheet: the official table with the answers in it and pictures left out."""
+    # Importing it takes a moment that other benchmarks need not wait for.
+    from openpyxl import Workbook  # type: ignore[import-untyped]
+    from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE  # type: ignore[import-untyped]
+
+    rows = _rows(paths["questions"])
+    texts = {by_id(answer): answer.text for answer in answers}
+    columns = [column for column in rows[0] if column not in _DROPPED]
+    columns.insert(_AT, "prediction")
+    book = Workbook()
+    sheet = book.active
+    sheet.append(columns)
+    for number, row in enumerate(rows, start=2):
+        row["prediction"] = texts[str(row["index"])]
+        for place, column in enumerate(columns, start=1):
+            cell = sheet.cell(number, place)
+            value = row[column]
+            if isinstance(value, str):
+                cell.value = ILLEGAL_CHARACTERS_RE.sub("", value)
+                # Text stays text where it begins with "=".
+                cell.data_type = "s"
+            else:
+                cell.value = value
+    out = folder / f"{name}.xlsx"
+    write_whole(out, book.save)
+    return out
+
+
+def _mmbench(
+    name: str, title: str, split: str, ending: str, figures: tuple[float, float, float]
+) -> Benchmark:
+    return Benchmark(
+        name=name,
+        title=title,
+        paths={"questions": f"mmbench/{split}.tsv"},
+        to_ask=("questions",),
+        to_score=("questions",),
+        decoding=Decoding(max_new_tokens=1024),
+        published=published(*figures),
+        read=functools.partial(_read, ending=ending),
+        score=_score,
+        submit=functools.partial(_submit, name=split),
+    )
+
+
+MMBENCH = _mmbench("mmbench", "MMB", "mmbench_dev_20230712", OPTION_LETTER, (64.3, 65.0, 66.2))
+MMBENCH_CN = _mmbench(
+    "mmbench-cn", "MMB-CN", "mmbench_dev_cn_20231003", "请直接回答选项字母。", (58.3, 57.9, 58.9)
+)

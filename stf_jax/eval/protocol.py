@@ -1,0 +1,74 @@
+"""Under which conditions questions were answered; without them a score compares with nothing."""
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stf_jax.eval.benchmark import Benchmark, Paths
+from stf_jax.eval.files import read_json, sha256, write_text
+from stf_jax.eval.questions import Answerer
+
+NAME = "protocol.json"
+
+# Other harnesses leave OCR tokens out, or have other system texts or limits: FACTS section 6.
+_FOLLOWS = "LLaVA-1.5's own evaluation scripts, as LLaVA-STF runs them"
+_PACKAGES = ("stf-jax", "jax", "jaxlib", "flax", "numpy", "pillow", "sentencepiece", "transformers")
+
+
+def describe(benchmark: Benchmark, paths: Paths, answerer: Answerer) -> dict[str, Any]:
+    """The protocol of a run, for JSON: prompt, decoding, model, question files, versions."""
+    decoding = benchmark.decoding
+    return {
+        "benchmark": benchmark.name,
+        "follows": _FOLLOWS,
+        "template": decoding.template,
+        "decoding": {"method": "greedy", "max_new_tokens": decoding.max_new_tokens},
+        "model": {"model_id": answerer.model_id, **answerer.describe()},
+        "files": hashes({role: paths[role] for role in benchmark.to_ask if role != "images"}),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def hashes(paths: Paths) -> dict[str, dict[str, str]]:
+    """Name and SHA-256 of each file, by role."""
+    return {role: {"name": path.name, "sha256": sha256(path)} for role, path in paths.items()}
+
+
+def settle(folder: Path, protocol: Mapping[str, Any]) -> None:
+    """Stores the protocol of the answers to come, or checks that they go on under the stored one.
+
+    Raises:
+      ValueError: the folder's answers were given under another protocol; says what differs.
+    """
+    path = folder / NAME
+    if not path.exists():
+        write_text(path, json.dumps(protocol, indent=2, ensure_ascii=False) + "\n")
+        return
+    stored = read_json(path, dict)
+    if different := _differences(stored, protocol):
+        raise ValueError(
+            f"{path}: the answers there were given under another protocol "
+            f"({'; '.join(different)}); give another --out, or delete that folder to ask again"
+        )
+
+
+def _differences(stored: Any, now: Any, name: str = "") -> list[str]:
+    if isinstance(stored, Mapping) and isinstance(now, Mapping):
+        keys = dict.fromkeys([*stored, *now])
+        pairs = ((key, stored.get(key), now.get(key)) for key in keys)
+        return [
+            line
+            for key, one, other in pairs
+            for line in _differences(one, other, f"{name}.{key}" if name else key)
+        ]
+    return [] if stored == now else [f"{name} {stored!r}, now {now!r}"]
+
+
+def stored_beside(answers: Path) -> dict[str, Any] | None:
+    """The protocol of an answer file; None if it came without, as the reference's do."""
+    path = answers.with_name(NAME)
+    return read_json(path, dict) if path.exists() else None

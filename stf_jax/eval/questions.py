@@ -1,0 +1,100 @@
+"""A question of a benchmark, and LLaVA's question files."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from stf_jax.data.conversation import IMAGE_MARKER
+from stf_jax.eval.files import read_jsonl
+
+# What the reference appends to a question with lettered options.
+OPTION_LETTER = "Answer with the option's letter from the given choices directly."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is asked, once.
+
+    Attributes:
+      number: its place among the benchmark's questions, from 0; the only unique name it has, since
+        TextVQA and MME use a picture's name as the id of every question about it.
+      question_id: as the official file has it.
+      text: what the reference stores as `prompt` beside the answer.
+      prompt: the user's turn, `<image>` and a newline in front where there is a picture.
+      images: paths, or a picture file's bytes; at most one in these nine benchmarks.
+      extra: further fields of the answer's line.
+    """
+
+    number: int
+    question_id: int | str
+    text: str
+    prompt: str
+    images: tuple[Path | bytes, ...]
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reply:
+    """A model's answer to the question of this `number`."""
+
+    number: int
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How every question of a benchmark is put and answered (FACTS section 6); always greedy."""
+
+    template: str = "v1"
+    max_new_tokens: int = 128
+
+
+class Answerer(Protocol):
+    """Whatever answers questions: one model at a time, or an engine over many slots and hosts.
+
+    Attributes:
+      model_id: goes into every answer's line.
+    """
+
+    model_id: str
+
+    def describe(self) -> dict[str, Any]:
+        """What of the model belongs to the protocol, for JSON: image mode, vision tokens, dtype."""
+
+    def answer(self, questions: Sequence[Question], decoding: Decoding) -> Iterator[Reply]:
+        """Replies in the order of the questions, as they come.
+
+        Raises:
+          ValueError: naming every question that is longer than the context, before the first reply.
+        """
+
+
+def image_prompt(text: str) -> str:
+    """A user's turn about one picture."""
+    return f"{IMAGE_MARKER}\n{text}"
+
+
+def read_llava_questions(paths: Mapping[str, Path]) -> list[Question]:
+    """LLaVA's jsonl `paths["questions"]` (`question_id, image, text`) about `paths["images"]`.
+
+    Raises:
+      ValueError: unreadable, empty, or a line without one of these fields.
+    """
+    fields = ("question_id", "image", "text")
+    return [
+        Question(
+            number=number,
+            question_id=line["question_id"],
+            text=line["text"],
+            prompt=image_prompt(line["text"]),
+            images=(paths["images"] / line["image"],),
+        )
+        for number, line in enumerate(read_jsonl(paths["questions"], fields))
+    ]
+
+
+def missing_pictures(questions: Sequence[Question]) -> list[Path]:
+    """Picture files that are not there, each once, in the order asked."""
+    paths = {path: None for one in questions for path in one.images if isinstance(path, Path)}
+    return [path for path in paths if not path.is_file()]

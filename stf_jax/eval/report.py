@@ -1,0 +1,41 @@
+"""Scores for a terminal, beside the published ones."""
+
+from collections.abc import Sequence
+
+from stf_jax.eval.benchmark import SYSTEMS
+from stf_jax.eval.files import name_some
+from stf_jax.eval.registry import BENCHMARKS
+from stf_jax.eval.running import Result
+
+
+def render(results: Sequence[Result]) -> str:
+    """A table with a line for each result, then what is missing and what is to be submitted."""
+    rows: list[tuple[str, ...]] = [("", "this model", *SYSTEMS)]
+    for result in results:
+        benchmark = BENCHMARKS[result.benchmark]
+        here = "on the server" if result.score.headline is None else f"{result.score.headline:.1f}"
+        there = ("-" if one is None else f"{one:.1f}" for one in benchmark.published.values())
+        rows.append((benchmark.title, here, *there))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
+    for result in results:
+        lines += _notes(result)
+    return "\n".join(lines)
+
+
+def _notes(result: Result) -> list[str]:
+    name, score, lines = result.benchmark, result.score, []
+    if result.limit is not None:
+        lines.append(f"{name}: a try-out over {score.questions} questions, no score to quote")
+    if score.note:
+        lines.append(f"{name}: {score.note}")
+    if score.missing:
+        lines.append(
+            f"{name}: {len(score.missing)} of {score.questions} questions have no answer and count "
+            f"as wrong: {name_some(score.missing)}"
+        )
+    if result.submission is not None:
+        lines.append(f"{name}: submit {result.submission}")
+    return lines

@@ -1,0 +1,220 @@
+"""A benchmark from its official files to a score: ask, record, submit, score."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stf_jax.eval import protocol
+from stf_jax.eval.answers import answer_line, count_answered, read_answers
+from stf_jax.eval.benchmark import Benchmark, Score
+from stf_jax.eval.files import check_there, name_some, write_text
+from stf_jax.eval.questions import Answerer, Question, missing_pictures
+
+ANSWERS = "answers.jsonl"
+SCORES = "scores.json"
+
+_NAMED = 20
+
+# Called with (questions answered, of how many).
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """A benchmark's outcome.
+
+    Attributes:
+      benchmark: its name.
+      score: figures, and what has no answer.
+      limit: only so many questions were asked; None for all.
+      answers: the answer file.
+      submission: for a server or an official script; None where there is none to write, or an
+        answer is missing, or only some questions were asked.
+      protocol: of the answers; None for an answer file that came without.
+      files: name and SHA-256 of the answer file and of the files scored against.
+    """
+
+    benchmark: str
+    score: Score
+    limit: int | None
+    answers: Path
+    submission: Path | None
+    protocol: Mapping[str, Any] | None
+    files: Mapping[str, Mapping[str, str]]
+
+    def to_json(self) -> dict[str, Any]:
+        """For `json.dumps`."""
+        return {
+            "benchmark": self.benchmark,
+            "headline": self.score.headline,
+            "figures": dict(self.score.figures),
+            "note": self.score.note,
+            "questions": self.score.questions,
+            "missing": {"count": len(self.score.missing), "questions": list(self.score.missing)},
+            "limit": self.limit,
+            "answers": str(self.answers),
+            "submission": None if self.submission is None else str(self.submission),
+            "protocol": self.protocol,
+            "files": self.files,
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A benchmark whose files have all been found, ready to be asked."""
+
+    benchmark: Benchmark
+    paths: Mapping[str, Path]
+    questions: Sequence[Question]
+    limit: int | None
+
+
+def prepare(
+    benchmark: Benchmark,
+    *,
+    data: Path | None,
+    paths: Mapping[str, Path] | None = None,
+    limit: int | None = None,
+) -> Prepared:
+    """Reads the questions and looks for every file that asking and scoring will need.
+
+    Args:
+      benchmark: of `registry.BENCHMARKS`.
+      data: the folder in which LLaVA's instructions lay out the benchmarks.
+      paths: by role, what lies elsewhere.
+      limit: ask only the first so many.
+
+    Raises:
+      ValueError: files or pictures that are not there, or a question file with missing fields.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"the limit is {limit}; give 1 or more, or none")
+    located = _located(benchmark, (*benchmark.to_ask, *benchmark.to_score), data, paths)
+    questions = benchmark.read(located)
+    if lost := missing_pictures(questions[:limit]):
+        raise ValueError(
+            f"{benchmark.name}: {len(lost)} pictures are not there "
+            f"({name_some([str(path) for path in lost], limit=_NAMED)}); fetch them, or give their "
+            "folder with --path images=DIR"
+        )
+    return Prepared(benchmark=benchmark, paths=located, questions=questions, limit=limit)
+
+
+def _located(
+    benchmark: Benchmark,
+    roles: Sequence[str],
+    data: Path | None,
+    given: Mapping[str, Path] | None,
+) -> dict[str, Path]:
+    paths = benchmark.locate(data, given)
+    if lost := [role for role in dict.fromkeys(roles) if role not in paths]:
+        raise ValueError(
+            f"{benchmark.name}: where are {', '.join(lost)}? give the data folder with --data, or "
+            f"each with --path {lost[0]}=PATH"
+        )
+    needed = {role: paths[role] for role in dict.fromkeys(roles)}
+    check_there(needed, option="--path")
+    return needed
+
+
+def ask(
+    prepared: Prepared, answerer: Answerer, *, out: Path, progress: Progress | None = None
+) -> Result:
+    """Asks what `out` does not answer yet, then scores.
+
+    Each answer is written as it comes, in the order of the questions; after a kill, the same call
+    goes on where it stopped, and the answer file ends up the same.
+
+    Args:
+      prepared: by `prepare`.
+      answerer: the model.
+      out: a folder for `answers.jsonl`, `protocol.json`, `scores.json` and the submission.
+      progress: called after each answer.
+
+    Raises:
+      ValueError: `out` holds answers to other questions or under another protocol; a question
+        longer than the context; a picture that cannot be read.
+    """
+    benchmark = prepared.benchmark
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / ANSWERS
+    protocol.settle(out, protocol.describe(benchmark, prepared.paths, answerer))
+    done = count_answered(path, prepared.questions)
+    asked = prepared.questions[: prepared.limit]
+    rest = asked[done:]
+    if progress:
+        progress(min(done, len(asked)), len(asked))
+    if rest:
+        with path.open("a", encoding="utf-8") as file:
+            for reply in answerer.answer(rest, benchmark.decoding):
+                question = prepared.questions[done]
+                if reply.number != question.number:
+                    raise ValueError(
+                        f"reply {reply.number} came where that to question {question.number} is "
+                        "due; an answerer must keep the order asked"
+                    )
+                file.write(answer_line(question, reply.text, model_id=answerer.model_id))
+                file.flush()
+                done += 1
+                if progress:
+                    progress(done, len(asked))
+    return _finish(benchmark, prepared.paths, path, out=out, limit=prepared.limit)
+
+
+def score_file(
+    benchmark: Benchmark,
+    answers: Path,
+    *,
+    data: Path | None,
+    paths: Mapping[str, Path] | None = None,
+    out: Path | None = None,
+    limit: int | None = None,
+) -> Result:
+    """Scores an existing answer file, ours or the reference's, without a model.
+
+    Args:
+      benchmark: of `registry.BENCHMARKS`.
+      answers: the jsonl.
+      data: as for `prepare`; pictures are not needed.
+      paths: by role, what lies elsewhere.
+      out: a folder for `scores.json` and the submission; none are written by default.
+      limit: take only the first so many answers, and call nothing missing.
+
+    Raises:
+      ValueError: files that are not there or not official, answers to other questions.
+    """
+    located = _located(benchmark, benchmark.to_score, data, paths)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    return _finish(benchmark, located, answers, out=out, limit=limit)
+
+
+def _finish(
+    benchmark: Benchmark,
+    paths: Mapping[str, Path],
+    path: Path,
+    *,
+    out: Path | None,
+    limit: int | None,
+) -> Result:
+    answers = read_answers(path)[:limit]
+    score = benchmark.score(paths, answers, limit is not None)
+    submission = None
+    if out is not None and benchmark.submit and limit is None and not score.missing:
+        submission = benchmark.submit(paths, answers, out)
+    scored = {role: paths[role] for role in benchmark.to_score}
+    result = Result(
+        benchmark=benchmark.name,
+        score=score,
+        limit=limit,
+        answers=path,
+        submission=submission,
+        protocol=protocol.stored_beside(path),
+        files=protocol.hashes({"answers": path, **scored}),
+    )
+    if out is not None:
+        text = json.dumps(result.to_json(), indent=2, ensure_ascii=False)
+        write_text(out / SCORES, f"{text}\n")
+    return result

@@ -1,0 +1,116 @@
+"""ScienceQA test: lettered options, with and without a picture."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stf_jax.data.conversation import IMAGE_MARKER
+from stf_jax.eval.answers import AnswerRecord, by_id, pair
+from stf_jax.eval.benchmark import Benchmark, Paths, Score, published
+from stf_jax.eval.files import check_fields, name_some, read_json
+from stf_jax.eval.questions import OPTION_LETTER, Decoding, Question, image_prompt
+
+_LETTERS = "ABCDE"
+# The last dot is the reference's: any character but a newline.
+_SENTENCE = re.compile(r"The answer is ([A-Z]).")
+
+_MISSING_IMAGES = "SQA-I leaves out what has no answer, as the reference's script does"
+
+
+def _read(paths: Paths) -> list[Question]:
+    path = paths["questions"]
+    entries = read_json(path, list)
+    check_fields(path, _named(entries), ("id", "conversations"))
+    return [_question(number, entry, paths["images"]) for number, entry in enumerate(entries)]
+
+
+def _named(entries: Sequence[Any]) -> list[tuple[str, Any]]:
+    return [(f"entry {number}", entry) for number, entry in enumerate(entries, start=1)]
+
+
+def _question(number: int, entry: dict[str, Any], images: Path) -> Question:
+    asked = entry["conversations"][0]["value"].replace(IMAGE_MARKER, "").strip()
+    text = f"{asked}\n{OPTION_LETTER}"
+    if "image" not in entry:
+        return Question(number=number, question_id=entry["id"], text=text, prompt=text, images=())
+    # The reference stores the marker too, and knows by it which answers are about a picture.
+    text = image_prompt(text)
+    return Question(
+        number=number,
+        question_id=entry["id"],
+        text=text,
+        prompt=text,
+        images=(images / entry["image"],),
+    )
+
+
+def _chosen(text: str, choices: int) -> int | None:
+    """Which option an answer names, from 0; None if none, or one that is not offered."""
+    if text in tuple(_LETTERS):
+        letter = text
+    elif text[:1] in tuple(_LETTERS) and text[1:3] == ". ":
+        letter = text[0]
+    else:
+        found = _SENTENCE.findall(text)
+        letter = found[0] if len(found) == 1 else ""
+    index = _LETTERS.find(letter) if letter else -1
+    return index if 0 <= index < choices else None
+
+
+def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -> Score:
+    split = read_json(paths["splits"], dict)
+    problems = read_json(paths["problems"], dict)
+    if "test" not in split:
+        raise ValueError(f"{paths['splits']}: has no split 'test'; fetch the official file again")
+    if lost := [one for one in split["test"] if one not in problems]:
+        raise ValueError(
+            f"{paths['problems']}: lacks {name_some(lost)} of the test split; take both files from "
+            "the same release"
+        )
+    check_fields(
+        paths["problems"], [(one, problems[one]) for one in split["test"]], ("choices", "answer")
+    )
+    paired = pair(split["test"], answers, key=by_id, answered_only=answered_only)
+    right, right_images, images = 0, 0, 0
+    for one, answer in paired.answers:
+        problem = problems[one]
+        correct = _chosen(answer.text, len(problem["choices"])) == problem["answer"]
+        about_image = IMAGE_MARKER in answer.prompt
+        right += correct
+        images += about_image
+        right_images += correct and about_image
+    questions = len(paired.answers) + len(paired.missing)
+    accuracy = 100 * right / questions
+    image_accuracy = 100 * right_images / images if images else None
+    return Score(
+        figures={
+            "accuracy": accuracy,
+            "correct": right,
+            "total": questions,
+            "image_accuracy": image_accuracy,
+            "image_total": images,
+        },
+        headline=image_accuracy,
+        questions=questions,
+        missing=paired.missing,
+        note=_MISSING_IMAGES if paired.missing else "",
+    )
+
+
+SCIENCEQA = Benchmark(
+    name="scienceqa",
+    title="SQA-I",
+    paths={
+        "questions": "scienceqa/llava_test_CQM-A.json",
+        "images": "scienceqa/images/test",
+        "problems": "scienceqa/problems.json",
+        "splits": "scienceqa/pid_splits.json",
+    },
+    to_ask=("questions", "images"),
+    to_score=("problems", "splits"),
+    decoding=Decoding(max_new_tokens=1024),
+    published=published(66.8, 69.8, 70.5),
+    read=_read,
+    score=_score,
+)

@@ -1,0 +1,81 @@
+"""TextVQA val with OCR tokens in the question: the mean agreement with ten people."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from stf_jax.eval.answers import AnswerRecord, pair
+from stf_jax.eval.benchmark import Benchmark, Paths, Score, published
+from stf_jax.eval.evalai import normalise_answer
+from stf_jax.eval.files import check_fields, read_json
+from stf_jax.eval.questions import read_llava_questions
+
+_PEOPLE = 10
+_ENOUGH = 3
+_OCR = "Reference OCR token:"
+
+
+def _key(answer: AnswerRecord) -> tuple[str, str]:
+    """(picture, question): the answer's id names only the picture."""
+    lines = answer.prompt.split("\n")
+    if len(lines) not in (2, 3):
+        raise ValueError(
+            f"the answer about picture {answer.question_id} has no 'prompt' of two or three lines; "
+            "TextVQA's answer files need it, since it holds the question"
+        )
+    asked = lines[1] if len(lines) == 3 and lines[0].startswith(_OCR) else lines[0]
+    return str(answer.question_id), asked.lower()
+
+
+def _agreement(text: str, people: Sequence[str]) -> float:
+    """The mean, over each person left out, of min(1, others who agree / 3)."""
+    said = normalise_answer(text)
+    agrees = [normalise_answer(one) == said for one in people]
+    total = sum(agrees)
+    # An answer that nobody gave is 0 either way.
+    return sum(min(1, (total - one) / _ENOUGH) for one in agrees) / _PEOPLE
+
+
+def _truth(paths: Paths) -> list[dict[str, Any]]:
+    path = paths["annotations"]
+    content = read_json(path, dict)
+    check_fields(path, [("it", content)], ("data",))
+    entries = content["data"]
+    named = [(f"entry {number}", entry) for number, entry in enumerate(entries, start=1)]
+    check_fields(path, named, ("image_id", "question", "answers"))
+    if short := [name for name, entry in named if len(entry["answers"]) != _PEOPLE]:
+        raise ValueError(
+            f"{path}: {short[0]} has not {_PEOPLE} answers; fetch TextVQA_0.5.1_val.json again"
+        )
+    return entries
+
+
+def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -> Score:
+    entries = _truth(paths)
+    keys = [(str(entry["image_id"]), entry["question"].lower()) for entry in entries]
+    people = {key: entry["answers"] for key, entry in zip(keys, entries, strict=True)}
+    paired = pair(keys, answers, key=_key, answered_only=answered_only)
+    questions = len(paired.answers) + len(paired.missing)
+    total = sum(_agreement(answer.text, people[key]) for key, answer in paired.answers)
+    accuracy = total / questions
+    return Score(
+        figures={"accuracy": accuracy},
+        headline=100 * accuracy,
+        questions=questions,
+        missing=tuple(f"{image}: {asked}" for image, asked in paired.missing),
+    )
+
+
+TEXTVQA = Benchmark(
+    name="textvqa",
+    title="TextVQA",
+    paths={
+        "questions": "textvqa/llava_textvqa_val_v051_ocr.jsonl",
+        "images": "textvqa/train_images",
+        "annotations": "textvqa/TextVQA_0.5.1_val.json",
+    },
+    to_ask=("questions", "images"),
+    to_score=("annotations",),
+    published=published(58.2, 55.5, 57.4),
+    read=read_llava_questions,
+    score=_score,
+)

@@ -1,0 +1,42 @@
+"""VQAv2 test-dev, scored by EvalAI's server."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from stf_jax.eval.answers import AnswerRecord, by_id
+from stf_jax.eval.benchmark import Benchmark, Paths, published, score_on_server
+from stf_jax.eval.evalai import normalise_answer
+from stf_jax.eval.files import name_some, read_jsonl, write_json
+from stf_jax.eval.questions import read_llava_questions
+
+
+def _submit(paths: Paths, answers: Sequence[AnswerRecord], folder: Path) -> Path:
+    """A JSON list of {question_id, answer} for every test question, "" where it is not asked."""
+    texts = {by_id(answer): normalise_answer(answer.text) for answer in answers}
+    every = [line["question_id"] for line in read_jsonl(paths["test_questions"], ("question_id",))]
+    known = set(map(str, every))
+    if left := [one for one in texts if one not in known]:
+        raise ValueError(
+            f"{paths['test_questions']}: lacks {len(left)} questions that are answered "
+            f"({name_some(left)}); it must be the whole of test2015"
+        )
+    out = folder / "vqav2_upload.json"
+    write_json(out, [{"question_id": one, "answer": texts.get(str(one), "")} for one in every])
+    return out
+
+
+VQAV2 = Benchmark(
+    name="vqav2",
+    title="VQAv2",
+    paths={
+        "questions": "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl",
+        "test_questions": "vqav2/llava_vqav2_mscoco_test2015.jsonl",
+        "images": "vqav2/test2015",
+    },
+    to_ask=("questions", "images"),
+    to_score=("questions", "test_questions"),
+    published=published(78.5, 77.0, 78.1),
+    read=read_llava_questions,
+    score=score_on_server,
+    submit=_submit,
+)
