@@ -1,18 +1,20 @@
 """Native -> PyTorch."""
 
 import dataclasses
+import functools
 import json
+import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from etils import epath
 
 from convert.dtypes import FLOATS, Array, DType, FloatName, cast
-from convert.layouts import ExportLayout, published
+from convert.layouts import ExportLayout, PublishedLayout, published
 from convert.mapping import Entry, carried, fusion_entries, is_buffer, table
 from convert.progress import progress
 from convert.readers import read_json
@@ -20,15 +22,15 @@ from convert.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorI
 from convert.sidecars import hf_sidecars, llava_sidecars
 from convert.source import THREADS
 from convert.torch_file import import_torch, write_torch
+from stf_jax import checkpoint
 from stf_jax.checkpoint import (
     CheckpointError,
     NativeCheckpoint,
-    is_native,
     list_some,
     new_directory,
-    open_native,
 )
 from stf_jax.config import FusionConfig, LlavaConfig
+from stf_jax.train.run import open_model
 
 # What transformers calls 5GB.
 SHARD_BYTES = 5 * 10**9
@@ -52,7 +54,7 @@ class Native:
     @property
     def hf(self) -> epath.Path:
         """The files that travel along."""
-        return self.checkpoint.path / "hf"
+        return self.checkpoint.extras / "hf"
 
     def dtype(self, name: str, entry: Entry) -> DType:
         """The dtype in which a tensor came, or in which its parameter is stored."""
@@ -78,28 +80,34 @@ def export_checkpoint(
     vocabulary: int | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a native checkpoint in a published PyTorch layout.
+    """Writes a native checkpoint, or the model of a run, in a published PyTorch layout.
 
     What came in through `import_checkpoint` goes out bit for bit, under the published names.
 
     Args:
-        source: A native checkpoint.
+        source: A native checkpoint, or the directory of a run of `stf-jax train`.
         out: The new directory; it appears under this name only when it is complete.
         layout: "llava-stf" or "llava" (the vision tower inside), "hf" (for
             `transformers.LlavaForConditionalGeneration`), or "adapter" (`mm_projector.bin`, what
-            lies between tower and language model; needs PyTorch).
+            lies between tower and language model; needs PyTorch); or "native", which makes one
+            checkpoint of a run and the models that it began with.
         dtype: The dtype of every weight; None gives back the one it came in.
         vocabulary: Rows of the embedding; None gives back as many as came, and for "hf" as many
             more as the image and padding tokens need.
         shard_bytes: The most that one file holds, unless one tensor is larger.
 
     Raises:
-        CheckpointError: `source` is no whole native checkpoint, `layout` cannot hold the model, or
-            `out` exists.
+        CheckpointError: `source` is no whole native checkpoint or run, `layout` cannot hold the
+            model, or `out` exists.
     """
     native = _open(source)
     if dtype is not None and dtype not in FLOATS:
         raise CheckpointError(f"dtype is {dtype!r}; supported: {', '.join(FLOATS)}")
+    if layout == "native":
+        if vocabulary is not None:
+            raise CheckpointError("layout native keeps the vocabulary; leave out --vocabulary")
+        _write_native(native.checkpoint, out, None if dtype is None else FLOATS[dtype])
+        return
     _check_layout(native.config.fusion, layout)
     if layout == "adapter":
         import_torch("to write mm_projector.bin")
@@ -125,16 +133,11 @@ def export_checkpoint(
 
 
 def _open(source: epath.PathLike) -> Native:
-    path = epath.Path(source)
-    if path.is_dir() and not is_native(path) and (path / "config.json").exists():
-        raise CheckpointError(
-            f"{path} is not a native checkpoint; import it first: stf-jax convert import {path} OUT"
-        )
-    checkpoint = open_native(path)
-    pytorch = path / "pytorch"
+    opened = open_model(source)
+    pytorch = opened.extras / "pytorch"
     carried = SafetensorsFile(pytorch / "carried.safetensors")
     return Native(
-        checkpoint=checkpoint,
+        checkpoint=opened,
         origin=read_json(pytorch / "origin.json"),
         carried=carried if carried.path.exists() else None,
     )
@@ -161,7 +164,7 @@ def _rows(native: Native, layout: str) -> int:
     return rows
 
 
-def _plan(native: Native, layout: ExportLayout, rows: int, dtype: DType | None) -> _Plan:
+def _plan(native: Native, layout: PublishedLayout, rows: int, dtype: DType | None) -> _Plan:
     entries = table(native.config, vocabulary=rows)
     if layout == "adapter":
         entries = fusion_entries(native.config)
@@ -210,6 +213,27 @@ def _sidecars(native: Native, layout: str, rows: int, dtype: FloatName | None) -
     return {"config.json": files["config.json"]} if layout == "adapter" else files
 
 
+def _write_native(source: NativeCheckpoint, out: epath.PathLike, dtype: DType | None) -> None:
+    def leaves() -> Iterator[checkpoint.Leaf]:
+        total = sum(math.prod(leaf.shape) for leaf in source.shapes.values())
+        with progress("Exporting", total=total) as advance:
+            for path, leaf in source.shapes.items():
+                kind = dtype or leaf.dtype
+                yield checkpoint.Leaf(
+                    path=path,
+                    shape=leaf.shape,
+                    dtype=kind,
+                    read=functools.partial(_read, source, path, kind),
+                )
+                advance(math.prod(leaf.shape))
+
+    checkpoint.write(out, config=source.config, leaves=leaves(), extras=source.copy_extras)
+
+
+def _read(source: NativeCheckpoint, name: str, dtype: DType) -> Array:
+    return cast(source.read(name), dtype, name=name)
+
+
 def _write_adapter(native: Native, plan: _Plan, directory: epath.Path) -> None:
     tensors: dict[str, Array] = {}
     _each_tensor(native, plan, "adapter", tensors.__setitem__)
@@ -217,7 +241,7 @@ def _write_adapter(native: Native, plan: _Plan, directory: epath.Path) -> None:
 
 
 def _write_shards(
-    native: Native, plan: _Plan, layout: ExportLayout, directory: epath.Path, limit: int
+    native: Native, plan: _Plan, layout: PublishedLayout, directory: epath.Path, limit: int
 ) -> None:
     shards = split(plan.infos, limit)
     names = ["model.safetensors"]
@@ -252,7 +276,7 @@ def split(infos: Mapping[str, TensorInfo], limit: int) -> list[list[str]]:
 
 
 def _each_tensor(
-    native: Native, plan: _Plan, layout: ExportLayout, put: Callable[[str, Array], None]
+    native: Native, plan: _Plan, layout: PublishedLayout, put: Callable[[str, Array], None]
 ) -> None:
     """Calls `put` with every tensor under its published name; one parameter in memory at a time."""
 

@@ -5,7 +5,8 @@ from typing import Literal
 
 # What a directory of PyTorch weights can be; the first three are whole models.
 Layout = Literal["llava-stf", "llava", "hf", "llama", "clip", "adapter"]
-ExportLayout = Literal["llava-stf", "llava", "hf", "adapter"]
+PublishedLayout = Literal["llava-stf", "llava", "hf", "adapter"]
+ExportLayout = Literal[PublishedLayout, "native"]
 
 _LLAVA = (
     ("model.vision_tower.vision_tower.vision_model.", "vision_model."),

@@ -156,6 +156,11 @@ class NativeCheckpoint:
     path: epath.Path
     config: LlavaConfig
 
+    @property
+    def extras(self) -> epath.Path:
+        """The directory in which `EXTRAS` lie."""
+        return self.path
+
     @functools.cached_property
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of every stored parameter, by its path ("text/norm/scale")."""
@@ -168,8 +173,7 @@ class NativeCheckpoint:
     def read(self, name: str) -> np.ndarray[Any, Any]:
         """One parameter as it is stored, in host memory."""
         stored = self.shapes[name]
-        like = np.broadcast_to(np.zeros((), stored.dtype), stored.shape)
-        return flatten(self._load({name: like}))[name]
+        return self.load({name: host_like(stored.shape, stored.dtype)})[name]
 
     def restore(self, tree: Tree) -> dict[str, Any]:
         """Reads parameters onto devices, each host only what its devices hold.
@@ -192,28 +196,52 @@ class NativeCheckpoint:
         if problems:
             raise CheckpointError(f"{self.path} does not fit the model:\n" + list_some(problems))
         one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        return self._load(
-            {
-                name: jax.ShapeDtypeStruct(
-                    leaf.shape, leaf.dtype, sharding=leaf.sharding or one_device
-                )
-                for name, leaf in wanted.items()
-            }
+        return unflatten(
+            self.load(
+                {
+                    name: jax.ShapeDtypeStruct(
+                        leaf.shape, leaf.dtype, sharding=leaf.sharding or one_device
+                    )
+                    for name, leaf in wanted.items()
+                }
+            )
         )
+
+    def load(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """Parameters by path, each cast and placed like `host_like` or a shape with a sharding."""
+        return flatten(load_some(self.path / _PARAMS, unflatten(wanted)))
 
     def copy_extras(self, directory: epath.Path) -> None:
         """Copies tokenizer, image processor and the rest of `EXTRAS` into another checkpoint."""
         for folder in EXTRAS:
-            for name in _sizes(self.path / folder):
+            for name in _sizes(self.extras / folder):
                 target = directory / folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                (self.path / folder / name).copy(target)
+                (self.extras / folder / name).copy(target)
 
-    def _load(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
-        context = ocp.Context()
-        context.pytree.loading.partial_load = True
-        with context:
-            return ocp.load(self.path / _PARAMS, unflatten(wanted))
+
+def load_some(path: epath.Path, wanted: Tree) -> dict[str, Any]:
+    """The leaves of an Orbax checkpoint that are wanted, in the form of `wanted`."""
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        loaded: dict[str, Any] = ocp.load(path, wanted)
+    return loaded
+
+
+def host_like(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
+    """What asks `load` for an array in host memory; takes no memory itself."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def place(array: np.ndarray[Any, Any], like: Any) -> Any:
+    """Casts a host array and puts it where `like` says; each device gets its own part only."""
+    array = array.astype(like.dtype, copy=False)
+    if isinstance(like, np.ndarray):
+        return array
+    if like.sharding is None:
+        return jax.device_put(array)
+    return jax.make_array_from_callback(array.shape, like.sharding, lambda part: array[part])
 
 
 def flatten(tree: Tree) -> dict[str, Any]:

@@ -13,13 +13,22 @@ FLOATS = ("float32", "float16", "bfloat16")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; a user's mistake is one line on stderr and exit status 1."""
+    """Runs one command and returns its exit status.
+
+    0 is success; 1 a user's mistake, in one line on stderr (argparse's own are 2); a verb may have
+    others, which its help names.
+    """
     # transformers says at length that it does not find PyTorch, which nobody needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if "overrides" in options:
+        options.overrides = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        options.run(options)
+        return options.run(options) or 0
     except BrokenPipeError:
         # The reader of our output has gone; nothing is left to tell it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -36,26 +45,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _raised_here(error: BaseException) -> bool:
     """Whether the message is ours, or the system's; a library's ValueError is a bug to be seen."""
     frame, _ = list(traceback.walk_tb(error.__traceback__))[-1]
-    module = frame.f_globals["__name__"].partition(".")[0]
-    return isinstance(error, OSError) or module in ("stf_jax", "convert")
+    # An error from a worker process has our class and no frame of ours.
+    modules = (frame.f_globals["__name__"], type(error).__module__)
+    ours = any(module.partition(".")[0] in ("stf_jax", "convert") for module in modules)
+    return isinstance(error, OSError) or ours
 
 
 def _parser() -> argparse.ArgumentParser:
+    from stf_jax.cli_data import add_data
+    from stf_jax.cli_train import add_train
+
     parser = argparse.ArgumentParser(
         prog="stf-jax", description="LLaVA-STF in JAX: vision-language models with few tokens."
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     _add_convert(verbs)
     _add_generate(verbs)
+    add_data(verbs)
+    add_train(verbs)
     return parser
 
 
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
-def _verb(
-    verbs: Verbs, name: str, run: Callable[[argparse.Namespace], None], summary: str
+def add_verb(
+    verbs: Verbs, name: str, run: Callable[[argparse.Namespace], int | None], summary: str
 ) -> argparse.ArgumentParser:
+    """A verb that calls `run`, whose result is the exit status; None is 0."""
     parser = verbs.add_parser(name, help=summary, description=summary)
     parser.set_defaults(run=run)
     return parser
@@ -66,7 +83,7 @@ def _add_convert(verbs: Verbs) -> None:
     convert = verbs.add_parser("convert", help=summary, description=summary)
     actions = convert.add_subparsers(required=True, metavar="import|export|inspect")
 
-    parser = _verb(actions, "import", _import, "PyTorch -> native")
+    parser = add_verb(actions, "import", _import, "PyTorch -> native")
     parser.add_argument(
         "source",
         metavar="SRC",
@@ -91,10 +108,15 @@ def _add_convert(verbs: Verbs) -> None:
         help="pad the vocabulary to a multiple, so that a mesh divides it (1)",
     )
 
-    parser = _verb(actions, "export", _export, "native -> PyTorch")
-    parser.add_argument("source", metavar="SRC", help="a native checkpoint")
+    parser = add_verb(actions, "export", _export, "native -> PyTorch")
+    parser.add_argument("source", metavar="SRC", help="a native checkpoint, or a run's directory")
     parser.add_argument("out", metavar="OUT", help="the new directory")
-    parser.add_argument("--layout", required=True, choices=("llava-stf", "llava", "hf", "adapter"))
+    parser.add_argument(
+        "--layout",
+        required=True,
+        choices=("llava-stf", "llava", "hf", "adapter", "native"),
+        help="of PyTorch; or native, to make one checkpoint of a run and what it began with",
+    )
     parser.add_argument("--dtype", choices=FLOATS, help="of every weight (as it came)")
     parser.add_argument(
         "--vocabulary",
@@ -103,15 +125,17 @@ def _add_convert(verbs: Verbs) -> None:
         help="rows of the embedding (as many as came; hf: and its two tokens)",
     )
 
-    parser = _verb(actions, "inspect", _inspect, "what a checkpoint is, and whether it is whole")
+    parser = add_verb(actions, "inspect", _inspect, "what a checkpoint is, and whether it is whole")
     parser.add_argument("source", metavar="SRC")
     parser.add_argument("--vision-tower", metavar="DIR", help="CLIP, where SRC has none inside")
     parser.add_argument("--base", metavar="DIR", help="the language model under an adapter")
 
 
 def _add_generate(verbs: Verbs) -> None:
-    parser = _verb(verbs, "generate", _generate, "ask a model about pictures")
-    parser.add_argument("model", metavar="MODEL", help="a native checkpoint or a PyTorch directory")
+    parser = add_verb(verbs, "generate", _generate, "ask a model about pictures")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a native checkpoint, a PyTorch directory or a run's"
+    )
     parser.add_argument(
         "--image",
         action="append",

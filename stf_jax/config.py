@@ -16,6 +16,12 @@ Reduction = Literal["identity", "average", "stf"]
 # The hidden states of the tower that LLaVA-STF mixes, in the order of concatenation.
 STF_TAPS = (23, 21, 18, 15, 12, 9, 6, 3)
 
+# The factories of `LlavaConfig`, for configs that name one.
+ARCHITECTURES = (
+    "llava_stf_7b", "llava_stf_13b", "llava_1_5_7b", "llava_1_5_13b",
+    "llava_average_7b", "llava_average_13b", "tiny",
+)  # fmt: skip
+
 
 def _positive(config: Any, *names: str) -> None:
     for name in names:
@@ -240,11 +246,33 @@ class LlavaConfig:
         return cls(text=TextConfig.vicuna_13b(), fusion=FusionConfig.llava(text_width=5120))
 
     @classmethod
+    def llava_average_7b(cls) -> Self:
+        """The paper's AvgPool arm over Vicuna-7B-v1.5: 144 tokens an image."""
+        return cls(fusion=FusionConfig.average(text_width=4096))
+
+    @classmethod
+    def llava_average_13b(cls) -> Self:
+        """The paper's AvgPool arm over Vicuna-13B-v1.5: 144 tokens an image."""
+        return cls(text=TextConfig.vicuna_13b(), fusion=FusionConfig.average(text_width=5120))
+
+    @classmethod
     def tiny(cls) -> Self:
         """LLaVA-STF small enough for a test: 4 tokens an image."""
         vision = VisionConfig.tiny()
         fusion = FusionConfig.stf(vision_width=vision.width, taps=(3, 1))
         return cls(vision=vision, text=TextConfig.tiny(), fusion=fusion)
+
+    @classmethod
+    def named(cls, name: str) -> Self:
+        """The factory of that name.
+
+        Raises:
+            ValueError: there is none; lists them.
+        """
+        if name not in ARCHITECTURES:
+            raise ValueError(f"architecture {name!r} is not one of {', '.join(ARCHITECTURES)}")
+        config: Self = getattr(cls, name)()
+        return config
 
     @property
     def tokens_per_image(self) -> int:

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from stf_jax.models.lora import LoRA, LoRAConfig
 from stf_jax.parallel.sharding import ShardingRules
 
 Remat = Literal["none", "dots", "full"]
@@ -69,17 +70,39 @@ class Linear(nnx.Module):
         kernel: PartitionSpec | None,
         bias: PartitionSpec | None = None,
         use_bias: bool = True,
+        lora: LoRAConfig | None = None,
     ):
         self.contracted = len(inputs)
         self.kernel = init.normal(*inputs, *outputs, spec=kernel)
         self.bias = init.zeros(*outputs, spec=bias) if use_bias else None
+        self.lora = None if lora is None else _adapter(lora, inputs, outputs, kernel, init)
 
     def __call__(self, x: Float[Array, "..."], *, out: PartitionSpec | None) -> Float[Array, "..."]:
         """`out` is the partition spec of the result; it says which collective is meant."""
         kernel = self.kernel[...]
         axes = tuple(range(x.ndim - self.contracted, x.ndim)), tuple(range(self.contracted))
         y = jax.lax.dot_general(x, kernel, (axes, ((), ())), out_sharding=out)
+        if self.lora is not None:
+            y = y + self.lora(x, out=out)
         return y if self.bias is None else y + self.bias[...]
+
+
+def _adapter(
+    config: LoRAConfig,
+    inputs: tuple[int, ...],
+    outputs: tuple[int, ...],
+    kernel: PartitionSpec | None,
+    init: Init,
+) -> LoRA:
+    return LoRA(
+        config,
+        inputs,
+        outputs,
+        kernel=kernel,
+        inner=init.rules.tokens,
+        key=init.rngs.params(),
+        dtype=init.dtype,
+    )
 
 
 class MLP(nnx.Module):

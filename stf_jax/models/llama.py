@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from stf_jax.config import RopeScaling, TextConfig
 from stf_jax.models.cache import KVCache
 from stf_jax.models.layers import Init, Linear, Remat, RMSNorm, apply_layers, stack, unstack
+from stf_jax.models.lora import LoRAConfig
 from stf_jax.parallel.attention import Mask, attention
 from stf_jax.parallel.sharding import reshard
 
@@ -54,27 +55,27 @@ def rotate(
 class DecoderAttention(nnx.Module):
     """Projections without biases; N query heads share K key-value heads."""
 
-    def __init__(self, config: TextConfig, *, init: Init):
+    def __init__(self, config: TextConfig, *, init: Init, lora: LoRAConfig | None):
         self.rules = rules = init.rules
         width, dim = (config.width,), config.head_dim
-        project = partial(Linear, init=init, kernel=rules.column, use_bias=False)
+        linear = partial(Linear, init=init, use_bias=False, lora=lora)
+        project = partial(linear, kernel=rules.column)
         self.query = project(width, (config.heads, dim))
         self.key = project(width, (config.kv_heads, dim))
         self.value = project(width, (config.kv_heads, dim))
-        self.output = Linear(
-            (config.heads, dim), width, init=init, kernel=rules.row_heads, use_bias=False
-        )
+        self.output = linear((config.heads, dim), width, kernel=rules.row_heads)
 
 
 class GatedMLP(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: TextConfig, *, init: Init):
+    def __init__(self, config: TextConfig, *, init: Init, lora: LoRAConfig | None):
         self.rules = rules = init.rules
         width, hidden = (config.width,), (config.mlp_width,)
-        self.gate = Linear(width, hidden, init=init, kernel=rules.column, use_bias=False)
-        self.up = Linear(width, hidden, init=init, kernel=rules.column, use_bias=False)
-        self.down = Linear(hidden, width, init=init, kernel=rules.row, use_bias=False)
+        linear = partial(Linear, init=init, use_bias=False, lora=lora)
+        self.gate = linear(width, hidden, kernel=rules.column)
+        self.up = linear(width, hidden, kernel=rules.column)
+        self.down = linear(hidden, width, kernel=rules.row)
 
     def __call__(self, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
         """The hidden width is split over `tensor`, the result is not."""
@@ -86,11 +87,11 @@ class GatedMLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """A pre-norm transformer block, in the two halves between which keys are cached."""
 
-    def __init__(self, config: TextConfig, *, init: Init):
+    def __init__(self, config: TextConfig, *, init: Init, lora: LoRAConfig | None = None):
         self.attention_norm = RMSNorm(config.width, epsilon=config.norm_eps, init=init)
-        self.attention = DecoderAttention(config, init=init)
+        self.attention = DecoderAttention(config, init=init, lora=lora)
         self.mlp_norm = RMSNorm(config.width, epsilon=config.norm_eps, init=init)
-        self.mlp = GatedMLP(config, init=init)
+        self.mlp = GatedMLP(config, init=init, lora=lora)
 
     def project(
         self, x: Float[Array, "B T H"], angles: tuple[Array, Array]
@@ -110,14 +111,17 @@ class DecoderLayer(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """Embeddings in, hidden states out; the head is applied where logits are wanted."""
+    """Embeddings in, hidden states out; the head is applied where logits are wanted.
 
-    def __init__(self, config: TextConfig, *, init: Init):
+    With `lora`, every matmul of the layers has an adapter.
+    """
+
+    def __init__(self, config: TextConfig, *, init: Init, lora: LoRAConfig | None = None):
         self.config, self.rules = config, init.rules
         rules, width, vocabulary = init.rules, config.width, config.padded_vocab_size
         self.embedding = init.normal(vocabulary, width, spec=rules.embedding)
         self.layers: DecoderLayer | nnx.List[DecoderLayer] = stack(
-            lambda init: DecoderLayer(config, init=init), config.layers, init=init
+            lambda init: DecoderLayer(config, init=init, lora=lora), config.layers, init=init
         )
         self.norm = RMSNorm(width, epsilon=config.norm_eps, init=init)
         self.head = (

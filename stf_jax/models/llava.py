@@ -16,13 +16,14 @@ from stf_jax.models.cache import KVCache
 from stf_jax.models.clip import VisionTower
 from stf_jax.models.layers import MLP, Init, Remat, gelu
 from stf_jax.models.llama import Llama
+from stf_jax.models.lora import LoRAConfig
 from stf_jax.parallel.sharding import ShardingRules, on_mesh
 
 
 class Llava(nnx.Module):
-    """CLIP tower -> fusion -> projector -> LLaMA."""
+    """CLIP tower -> fusion -> projector -> LLaMA, which has adapters where `lora` is given."""
 
-    def __init__(self, config: LlavaConfig, *, init: Init):
+    def __init__(self, config: LlavaConfig, *, init: Init, lora: LoRAConfig | None = None):
         vision_width = config.vision.width
         self.config, self.rules = config, init.rules
         self.vision = VisionTower(config.vision, taps=config.fusion.taps, init=init)
@@ -33,7 +34,7 @@ class Llava(nnx.Module):
             config.text.width,
             init=init,
         )
-        self.text = Llama(config.text, init=init)
+        self.text = Llama(config.text, init=init, lora=lora)
 
     @classmethod
     def abstract(
@@ -42,10 +43,11 @@ class Llava(nnx.Module):
         *,
         rules: ShardingRules = ShardingRules.none(),
         dtype: DTypeLike = jnp.float32,
+        lora: LoRAConfig | None = None,
     ) -> "Llava":
         """The model with shapes, dtypes and, on a mesh, shardings in place of arrays."""
         model = nnx.eval_shape(
-            lambda: cls(config, init=Init(rngs=nnx.Rngs(0), rules=rules, dtype=dtype))
+            lambda: cls(config, init=Init(rngs=nnx.Rngs(0), rules=rules, dtype=dtype), lora=lora)
         )
         if rules != ShardingRules.none():
             # Shapes know the abstract mesh; what is to be filled in lies on the real one.

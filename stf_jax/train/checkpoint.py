@@ -5,10 +5,11 @@ when complete. A run restores on another mesh and another number of hosts. Froze
 in them. The data pipeline needs no state of its own: what it gives is a function of the step.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -31,10 +32,11 @@ class Checkpoints:
         config: the resolved config of the run, plain values nested in dictionaries.
         every: steps between checkpoints.
         keep: how many of the latest are kept; all others are deleted.
-        free: keys of the config ("training.log_every") in which a resumed run may differ.
+        free: keys of the config, or sections of it ("mesh"), in which a resumed run may differ.
 
     Raises:
-        CheckpointError: the directory belongs to a run with another config; lists each difference.
+        CheckpointError: the directory cannot be written to, or belongs to a run with another
+            config; lists each difference.
     """
 
     def __init__(
@@ -44,26 +46,25 @@ class Checkpoints:
         config: Mapping[str, Any],
         every: int,
         keep: int,
-        free: frozenset[str] = frozenset(),
+        free: Sequence[str] = (),
     ):
         self._directory = epath.Path(directory)
         # As it will be read back: JSON has no tuples.
         config = json.loads(json.dumps(config))
         # Orbax reports each save at length.
         logging.getLogger("absl").setLevel(logging.ERROR)
-        policies = ocp.training.save_decision_policies
-        self._checkpointer = ocp.training.Checkpointer(
-            self._directory,
-            save_decision_policy=policies.AnySavePolicy(
-                [policies.InitialSavePolicy(), policies.FixedIntervalPolicy(every)]
-            ),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            custom_metadata={
-                "config": config,
-                "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
-            },
-            cleanup_tmp_directories=True,
-        )
+        self._every = every
+        with self._explained():
+            self._checkpointer = ocp.training.Checkpointer(
+                self._directory,
+                preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+                custom_metadata={
+                    "config": config,
+                    "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
+                },
+                cleanup_tmp_directories=True,
+            )
+        self._writing: Any = None
         self._refuse_another_config(config, free)
 
     def __enter__(self) -> Self:
@@ -83,17 +84,49 @@ class Checkpoints:
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
 
-    def save(self, state: TrainState, *, now: bool = False) -> bool:
-        """Begins to write a checkpoint if its time has come, or `now`; says whether it did.
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is to be written when `step` steps are done."""
+        return step % self._every == 0
 
-        The state may be donated to the next step at once: what is written was copied before.
+    def save(self, step: int, state: TrainState) -> None:
+        """Begins to write a checkpoint, unless there is one of that step.
+
+        Args:
+            step: that of the state, known here so that nothing waits for the device.
+            state: may be donated to the next step at once: what is written was copied before.
+
+        Raises:
+            CheckpointError: this one or the one before cannot be written.
         """
-        step = int(state.step)
-        if now:
-            self._checkpointer.wait()
-            if self.latest == step:
-                return False
-        return self._checkpointer.save_async(step, state, force=now) is not None
+        with self._explained():
+            self._finish()
+            if self.latest != step:
+                self._writing = self._checkpointer.save_async(step, state, force=True)
+
+    def wait(self) -> None:
+        """Returns when everything that was begun is written.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        with self._explained():
+            self._finish()
+
+    def _finish(self) -> None:
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise CheckpointError(
+                f"{self._directory}: no checkpoint can be written ({reason}); see that there is "
+                "room and that it may be written to"
+            ) from error
 
     def restore(self, like: TrainState) -> TrainState:
         """The newest checkpoint, in the shapes, dtypes and shardings of `like`.
@@ -103,18 +136,28 @@ class Checkpoints:
         """
         if self.latest is None:
             raise CheckpointError(f"{self._directory} has no complete checkpoint")
+        one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=leaf.sharding or one_device
+            ),
+            like,
         )
         return self._checkpointer.load(self.latest, abstract)
 
     def close(self) -> None:
         """Waits until everything is written."""
-        self._checkpointer.close()
+        with self._explained():
+            self._finish()
+            self._checkpointer.close()
 
-    def _refuse_another_config(self, config: Mapping[str, Any], free: frozenset[str]) -> None:
+    def _refuse_another_config(self, config: Mapping[str, Any], free: Sequence[str]) -> None:
         written = (self._checkpointer.root_metadata().custom_metadata or {}).get("config", {})
-        differences = [line for key, line in _differences(written, config) if key not in free]
+        differences = [
+            line
+            for key, line in _differences(written, config)
+            if not any(f"{key}.".startswith(f"{one}.") for one in free)
+        ]
         if differences:
             self.close()
             raise CheckpointError(

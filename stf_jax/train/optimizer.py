@@ -11,16 +11,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-Stage = Literal["pretrain", "finetune"]
+from stf_jax.models.lora import is_adapter
+
+Stage = Literal["pretrain", "finetune", "lora"]
 
 # Every parameter by its path in the model: "text/layers/mlp/up/kernel".
 Parameters = dict[str, Array]
-
-# The parts of the model that a stage trains; the vision tower is frozen in both.
-_PREFIXES: dict[Stage, tuple[str, ...]] = {
-    "pretrain": ("fusion/", "projector/"),
-    "finetune": ("fusion/", "projector/", "text/"),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +28,7 @@ class OptimizerConfig:
         projector_learning_rate: the peak for fusion and projector, where it is another one.
         warmup_ratio: of all steps, rounded up.
         clip_norm: of the gradient over all parameters; None does not clip.
-        weight_decay: of matrices and embeddings; biases and norms are never decayed.
+        weight_decay: of matrices, adapters and embeddings; biases and norms are never decayed.
         moments_dtype: of the first moment; bfloat16 halves its memory.
     """
 
@@ -54,10 +50,21 @@ class OptimizerConfig:
 
 
 def split_trained(parameters: Parameters, stage: Stage) -> tuple[Parameters, Parameters]:
-    """The parameters that a stage trains, and those that it leaves alone."""
-    trained = {p: leaf for p, leaf in parameters.items() if p.startswith(_PREFIXES[stage])}
-    frozen = {p: leaf for p, leaf in parameters.items() if p not in trained}
-    return trained, frozen
+    """The parameters that a stage trains, and those that it leaves alone.
+
+    Every stage trains fusion and projector and none the vision tower; of the language model
+    "finetune" trains all, "lora" the adapters only.
+    """
+
+    def is_trained(path: str) -> bool:
+        return (
+            path.startswith(("fusion/", "projector/"))
+            or (stage == "finetune" and path.startswith("text/"))
+            or (stage == "lora" and is_adapter(path))
+        )
+
+    trained = {path: leaf for path, leaf in parameters.items() if is_trained(path)}
+    return trained, {path: leaf for path, leaf in parameters.items() if path not in trained}
 
 
 def schedule(peak: float, *, steps: int, warmup_ratio: float) -> optax.Schedule:
@@ -99,4 +106,5 @@ def _group(parameters: Parameters) -> dict[str, str]:
 
 
 def _is_decayed(parameters: Parameters) -> dict[str, bool]:
-    return {path: path.rpartition("/")[2] in ("kernel", "embedding") for path in parameters}
+    decayed = ("kernel", "embedding", "a", "b")
+    return {path: path.rpartition("/")[2] in decayed for path in parameters}

@@ -16,9 +16,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from stf_jax.batch import IGNORED_LABEL, Batch
-from stf_jax.checkpoint import unflatten
+from stf_jax.checkpoint import flatten, unflatten
 from stf_jax.models.layers import Remat
 from stf_jax.models.llava import Llava
+from stf_jax.models.lora import DropoutKey
 from stf_jax.train.optimizer import Parameters
 
 Normalization = Literal["tokens", "micro_batches"]
@@ -37,11 +38,15 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """Of one step: the loss before it, and the norm of the gradient before clipping."""
+    """Of one step: the loss before it, and the norm of the gradient before clipping.
+
+    `tokens` are those of all examples in the batch, its padding not counted.
+    """
 
     loss: Float[Array, ""]
     grad_norm: Float[Array, ""]
     supervised_tokens: Int[Array, ""]
+    tokens: Int[Array, ""]
 
 
 Step = Callable[[TrainState, Parameters, Batch], tuple[TrainState, Metrics]]
@@ -54,11 +59,13 @@ def make_step(
     normalization: Normalization = "tokens",
     remat: Remat = "none",
     dtype: DTypeLike = jnp.float32,
+    seed: int = 0,
 ) -> Step:
     """The jitted step (state, frozen parameters, batch) -> (state, metrics); the state is donated.
 
     Every leaf of the batch leads with an axis of micro-batches, [A, B, ...], whose gradients are
-    added up one after the other.
+    added up one after the other. Where the loss or the gradient is not finite, the step changes
+    nothing but its own number.
 
     Args:
         model: abstract; gives the structure.
@@ -68,12 +75,23 @@ def make_step(
             supervised tokens counts as 0 there.
         remat: what the backward pass computes again rather than stores.
         dtype: of the forward and backward pass.
+        seed: of the adapters' dropout, whose masks follow from it and the step's number.
     """
     graph = nnx.graphdef(model)
+    dropout = flatten(nnx.to_pure_dict(nnx.state(model, DropoutKey)))
 
-    def loss_of(trained: Parameters, frozen: Parameters, batch: Batch) -> tuple[Array, Array]:
-        parameters = {path: leaf.astype(dtype) for path, leaf in {**trained, **frozen}.items()}
-        return nnx.merge(graph, unflatten(parameters)).loss(batch, remat=remat)
+    def dropout_keys(step: Array, micro_batch: Array) -> Parameters:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), micro_batch)
+        return {
+            path: jax.random.split(jax.random.fold_in(key, number), like.shape)
+            for number, (path, like) in enumerate(sorted(dropout.items()))
+        }
+
+    def loss_of(
+        trained: Parameters, frozen: Parameters, keys: Parameters, batch: Batch
+    ) -> tuple[Array, Array]:
+        leaves = {path: leaf.astype(dtype) for path, leaf in {**trained, **frozen}.items()} | keys
+        return nnx.merge(graph, unflatten(leaves)).loss(batch, remat=remat)
 
     def step(state: TrainState, frozen: Parameters, batch: Batch) -> tuple[TrainState, Metrics]:
         # Labels move by one: what stands first in a row is never predicted.
@@ -84,27 +102,36 @@ def make_step(
             weights = 1 / (jnp.maximum(supervised, 1) * supervised.shape[0])
 
         def micro(
-            carry: tuple[Array, Parameters], at: tuple[Batch, Array]
+            carry: tuple[Array, Parameters], at: tuple[Batch, Array, Array]
         ) -> tuple[tuple[Array, Parameters], None]:
-            (loss, gradient), (rows, weight) = carry, at
+            (loss, gradient), (rows, weight, number) = carry, at
+            keys = dropout_keys(state.step, number)
 
             def weighted(trained: Parameters) -> Array:
-                return loss_of(trained, frozen, rows)[0] * weight
+                return loss_of(trained, frozen, keys, rows)[0] * weight
 
             part, slope = jax.value_and_grad(weighted)(state.parameters)
             return (loss + part, jax.tree.map(jnp.add, gradient, slope)), None
 
         zero = jax.tree.map(jnp.zeros_like, state.parameters)
-        (loss, gradient), _ = jax.lax.scan(micro, (jnp.float32(0), zero), (batch, weights))
+        parts = (batch, weights, jnp.arange(len(weights)))
+        (loss, gradient), _ = jax.lax.scan(micro, (jnp.float32(0), zero), parts)
+        norm = optax.tree.norm(gradient)
         updates, moments = optimizer.update(gradient, state.optimizer, state.parameters)
-        new = TrainState(
-            step=state.step + 1,
-            parameters=optax.apply_updates(state.parameters, updates),
-            optimizer=moments,
+        parameters = optax.apply_updates(state.parameters, updates)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        parameters, moments = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (parameters, moments),
+            (state.parameters, state.optimizer),
         )
         metrics = Metrics(
-            loss=loss, grad_norm=optax.tree.norm(gradient), supervised_tokens=supervised.sum()
+            loss=loss,
+            grad_norm=norm,
+            supervised_tokens=supervised.sum(),
+            tokens=(batch.segments > 0).sum(),
         )
+        new = TrainState(step=state.step + 1, parameters=parameters, optimizer=moments)
         return new, metrics
 
     return jax.jit(step, donate_argnums=0)

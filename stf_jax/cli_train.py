@@ -1,0 +1,39 @@
+"""The verb `stf-jax train`."""
+
+import argparse
+
+from stf_jax.cli import Verbs, add_verb
+
+# "Try again later" of sysexits.h: a launcher starts such a run again, and no other.
+INTERRUPTED = 75
+
+
+def add_train(verbs: Verbs) -> None:
+    """Adds `train`."""
+    parser = add_verb(verbs, "train", _train, "train a model, or go on with a run")
+    parser.usage = "stf-jax train CONFIG [--section.key=value ...] [options]"
+    parser.epilog = (
+        "A run that has been stopped goes on when it is called again. Exit status: 0 when the run "
+        f"is finished, {INTERRUPTED} when SIGTERM or Ctrl-C has interrupted it, with a checkpoint."
+    )
+    parser.allow_abbrev = False
+    parser.add_argument("config", metavar="CONFIG", help="YAML, as in configs/")
+    parser.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="of process 0; not needed on a TPU pod"
+    )
+    parser.add_argument("--processes", type=int, metavar="N", help="how many hosts there are")
+    parser.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
+    # What no argument takes is for the config.
+    parser.set_defaults(overrides=[])
+
+
+def _train(options: argparse.Namespace) -> int:
+    from stf_jax.train.config import TrainConfig
+
+    config = TrainConfig.load(options.config, options.overrides)
+    from stf_jax.train import distributed
+
+    distributed.start(options.coordinator, options.processes, options.process)
+    from stf_jax.train.loop import train
+
+    return 0 if train(config) == "finished" else INTERRUPTED

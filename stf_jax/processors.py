@@ -1,0 +1,110 @@
+"""What texts and pictures go through before a model's weights; read without reading the weights."""
+
+import contextlib
+import dataclasses
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from convert import open_source
+from stf_jax.checkpoint import CheckpointError, is_native
+from stf_jax.data.images import ImageProcessor
+from stf_jax.data.tokenizer import Tokenizer, load_tokenizer
+from stf_jax.train.run import is_run, open_model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Processors:
+    """Everything of a model that data needs to know.
+
+    Attributes:
+        tokenizer: of its language model.
+        image_processor: of its vision tower; it pads or crops as the model's config says.
+        tokens_per_image: K.
+    """
+
+    tokenizer: Tokenizer
+    image_processor: ImageProcessor
+    tokens_per_image: int
+
+
+def load_processors(
+    path: epath.PathLike, *, vision_tower: epath.PathLike | None = None
+) -> Processors:
+    """Reads the processors of a model, of its weights at most the shapes.
+
+    Args:
+        path: a native checkpoint, a run or a PyTorch directory, as for `stf_jax.load`.
+        vision_tower: a directory with CLIP, for a PyTorch directory that does not lead to one.
+
+    Raises:
+        CheckpointError: what is missing, damaged or does not fit, and what to do.
+    """
+    path = epath.Path(path)
+    if is_native(path) or is_run(path):
+        if vision_tower is not None:
+            raise CheckpointError(f"{path} has its vision tower inside; leave out --vision-tower")
+        checkpoint = open_model(path)
+        config, files = checkpoint.config, extra_files(checkpoint.extras)
+    else:
+        source = open_source(path, vision_tower=vision_tower)
+        config, files = source.config, dict(source.files)
+    return read_processors(path, files, tokens_per_image=config.tokens_per_image)
+
+
+def extra_files(extras: epath.Path) -> dict[str, epath.Path]:
+    """By name, the files that a native checkpoint carries beside its weights."""
+    return {file.name: file for file in (extras / "hf").iterdir() if file.is_file()}
+
+
+def read_processors(
+    path: epath.Path, files: Mapping[str, epath.Path], *, tokens_per_image: int
+) -> Processors:
+    """The processors in `files`, which belong to the checkpoint at `path`.
+
+    Raises:
+        CheckpointError: a file that is missing, damaged or of another kind.
+    """
+    return Processors(
+        tokenizer=_tokenizer(path, files),
+        image_processor=_image_processor(path, files),
+        tokens_per_image=tokens_per_image,
+    )
+
+
+def _tokenizer(path: epath.Path, files: Mapping[str, epath.Path]) -> Tokenizer:
+    with _local(files, lambda name: "token" in name) as directory:
+        try:
+            return load_tokenizer(directory)
+        except ValueError as error:
+            raise CheckpointError(str(error).replace(str(directory), str(path))) from error
+
+
+def _image_processor(path: epath.Path, files: Mapping[str, epath.Path]) -> ImageProcessor:
+    """As LLaVA's second stage and its evaluation: padded, unless the config says otherwise."""
+    if "preprocessor_config.json" not in files:
+        raise CheckpointError(
+            f"{path} has no preprocessor_config.json; copy it there from the vision tower"
+        )
+    config = json.loads(files["config.json"].read_text())
+    ratio = config.get("image_aspect_ratio", "pad")
+    if ratio not in ("pad", "square", None):
+        raise CheckpointError(
+            f"{path} was trained with image_aspect_ratio {ratio!r}; supported: 'pad', 'square'"
+        )
+    processor = json.loads(files["preprocessor_config.json"].read_text())
+    return ImageProcessor.from_hf(processor, mode="pad" if ratio == "pad" else "crop")
+
+
+@contextlib.contextmanager
+def _local(files: Mapping[str, epath.Path], wanted: Any) -> Iterator[Path]:
+    """A local directory with the wanted files: transformers cannot read gs://."""
+    with tempfile.TemporaryDirectory() as directory:
+        for name, file in files.items():
+            if wanted(name):
+                file.copy(Path(directory, name), overwrite=True)
+        yield Path(directory)

@@ -1,0 +1,348 @@
+"""A run from its config to its last step: refused before it begins, or resumed until it is done."""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import sys
+import time
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import yaml
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
+
+from stf_jax import flops
+from stf_jax.checkpoint import NativeCheckpoint, flatten, unflatten
+from stf_jax.config import LlavaConfig
+from stf_jax.data.pipeline import TrainingData, TrainingStep
+from stf_jax.models.layers import Init
+from stf_jax.models.llava import Llava
+from stf_jax.models.lora import is_adapter
+from stf_jax.parallel.sharding import ShardingRules, make_mesh
+from stf_jax.processors import load_processors
+from stf_jax.train.checkpoint import Checkpoints
+from stf_jax.train.config import FREE, TrainConfig
+from stf_jax.train.interruption import Interruption
+from stf_jax.train.metrics import MetricsLog, StepRecord
+from stf_jax.train.optimizer import Parameters, schedule
+from stf_jax.train.program import Program, make_program
+from stf_jax.train.run import CHECKPOINTS, CONFIG, FILES, TENSORBOARD, TrainedCheckpoint, open_model
+from stf_jax.train.screen import first_screen
+from stf_jax.train.step import Metrics, TrainState, init_state
+
+Ending = Literal["finished", "interrupted"]
+
+
+class TrainingError(ValueError):
+    """A run that cannot begin or go on; the message names the fix."""
+
+
+def train(config: TrainConfig) -> Ending:
+    """Begins a run, or goes on with the one in `config.out`.
+
+    Everything that can be refused is, before the first step; a first checkpoint is written then,
+    too. With several hosts, `distributed.start` comes before.
+
+    Returns:
+        "finished"; or "interrupted", by SIGTERM or Ctrl-C, with a checkpoint of the last step.
+
+    Raises:
+        ValueError: what cannot be, in one line or a list, and what to do.
+    """
+    config = _absolute(config)
+    out = epath.Path(config.out)
+    _check_out(out)
+    first = open_model(config.model)
+    _check_architecture(config, first)
+    processors = load_processors(config.model)
+    data = TrainingData(
+        config.data,
+        tokenizer=processors.tokenizer,
+        image_processor=processors.image_processor,
+        tokens_per_image=processors.tokens_per_image,
+    )
+    steps = config.steps or data.num_steps(config.epochs)
+    mesh = _mesh(config)
+    with contextlib.ExitStack() as stack:
+        if mesh is not None:
+            stack.enter_context(jax.set_mesh(mesh))
+        program = make_program(config, first.config, steps=steps, mesh=mesh)
+        checkpoints = stack.enter_context(
+            Checkpoints(
+                out / CHECKPOINTS,
+                config=config.to_dict() | {"begins_with": _fingerprint(first, data)},
+                every=config.checkpoint.every,
+                keep=config.checkpoint.keep,
+                free=FREE,
+            )
+        )
+        start = checkpoints.latest or 0
+        if start == steps:
+            _say(f"{out} is finished: {steps} steps")
+            return "finished"
+        if jax.process_index() == 0:
+            _write_config(config, out)
+        state, frozen = _parameters(config, first, checkpoints, program)
+        # While it is written the step is compiled; no step runs before a full disk is found out.
+        checkpoints.save(start, state)
+        step = _compiled(program)
+        checkpoints.wait()
+        _say(first_screen(config, first, data, program, step, steps=steps, start=start))
+        log = stack.enter_context(
+            MetricsLog(
+                out,
+                start=start,
+                stop=steps,
+                every=config.log_every,
+                flops=_flops(config, first.config) / jax.device_count(),
+                writes=jax.process_index() == 0,
+            )
+        )
+        interruption = stack.enter_context(Interruption())
+        run = _Run(config, data, program, step, frozen, checkpoints, log, interruption)
+        return run.go(state, start=start, stop=steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What stays the same from step to step."""
+
+    config: TrainConfig
+    data: TrainingData
+    program: Program
+    step: Any
+    frozen: Parameters
+    checkpoints: Checkpoints
+    log: MetricsLog
+    interruption: Interruption
+
+    def go(self, state: TrainState, *, start: int, stop: int) -> Ending:
+        """Runs the steps from `start` on, always one ahead of what it reports."""
+        report = _Report(self.config, self.log, steps=stop)
+        profile = self.config.profile or (-1, -1)
+        rows = self.program.layout.local_rows
+        batches = self.data.batches(start_step=start, stop_step=stop, rows=rows)
+        with contextlib.closing(batches), contextlib.ExitStack() as tracing:  # type: ignore[type-var]
+            for number, made in zip(itertools.count(start), batches):
+                placed = self.program.layout.place(made.batch)
+                if self.interruption.requested(number):
+                    report.write()
+                    self.checkpoints.save(number, state)
+                    self.checkpoints.wait()
+                    _say(f"interrupted after step {number}; start it again to go on")
+                    return "interrupted"
+                if number == profile[0]:
+                    tracing.enter_context(jax.profiler.trace(_trace_directory(self.config)))
+                state, metrics = self.step(state, self.frozen, placed)
+                report.write()
+                report.pending = made, metrics
+                if number + 1 == profile[1]:
+                    report.write()
+                    tracing.close()
+                if self.checkpoints.due(number + 1) or number + 1 == stop:
+                    # A step that was not finite must not get into a checkpoint unseen.
+                    report.write()
+                    self.checkpoints.save(number + 1, state)
+        self.checkpoints.wait()
+        return "finished"
+
+
+class _Report:
+    """Takes a step's metrics off the device when the next step is under way already."""
+
+    def __init__(self, config: TrainConfig, log: MetricsLog, *, steps: int):
+        self.pending: tuple[TrainingStep, Metrics] | None = None
+        self._config, self._log = config, log
+        rate = config.optimizer.learning_rate
+        if config.stage == "pretrain":
+            rate = config.optimizer.projector_learning_rate or rate
+        rates = schedule(rate, steps=steps, warmup_ratio=config.optimizer.warmup_ratio)
+        self._rates = np.asarray(jax.jit(rates)(jnp.arange(steps)))
+        self._positions = config.data.batch_size * config.data.sequence_length
+        self._last = time.perf_counter()
+
+    def write(self) -> None:
+        """Waits for the pending step and records it.
+
+        Raises:
+            TrainingError: its loss or gradient was not finite, and that stops the run.
+        """
+        if self.pending is None:
+            return
+        (made, metrics), self.pending = self.pending, None
+        metrics = jax.device_get(metrics)
+        now = time.perf_counter()
+        record = StepRecord(
+            step=made.step,
+            loss=float(metrics.loss),
+            grad_norm=float(metrics.grad_norm),
+            learning_rate=float(self._rates[made.step]),
+            supervised_tokens=int(metrics.supervised_tokens),
+            fill=int(metrics.tokens) / self._positions,
+            seconds=now - self._last,
+        )
+        self._last = now
+        self._log.write(record)
+        if not record.is_finite:
+            self._refuse(made, record)
+
+    def _refuse(self, made: TrainingStep, record: StepRecord) -> None:
+        names = ", ".join(itertools.chain(*made.example_ids))
+        what = (
+            f"step {record.step}: the loss is {record.loss} and the gradient's norm "
+            f"{record.grad_norm}, with the examples {names}"
+        )
+        if self._config.nonfinite == "stop":
+            raise TrainingError(
+                f"{what}; the checkpoints in {self._config.out} are from before. Look at the "
+                "examples with 'stf-jax data show', or go on without such steps: --nonfinite=skip"
+            )
+        _say(f"{what}; skipped")
+
+
+def _absolute(config: TrainConfig) -> TrainConfig:
+    """With paths that hold wherever the run is opened from."""
+
+    def absolute(path: str) -> str:
+        return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+    datasets = tuple(
+        dataclasses.replace(source, path=absolute(source.path)) for source in config.data.datasets
+    )
+    return dataclasses.replace(
+        config,
+        model=absolute(config.model),
+        out=absolute(config.out),
+        data=dataclasses.replace(config.data, datasets=datasets),
+    )
+
+
+def _check_out(out: epath.Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise TrainingError(f"{out} is a file; choose a directory for the run")
+    strangers = [child.name for child in out.iterdir()] if out.exists() else []
+    strangers = [name for name in strangers if name not in FILES and not name.startswith(".")]
+    if strangers:
+        raise TrainingError(
+            f"{out} holds something else than a run ({sorted(strangers)[0]}); choose another "
+            "directory"
+        )
+
+
+def _check_architecture(config: TrainConfig, first: NativeCheckpoint) -> None:
+    if config.architecture is None:
+        return
+    wanted, found = (
+        flatten(dataclasses.asdict(one))
+        for one in (LlavaConfig.named(config.architecture), first.config)
+    )
+    # Padding of the vocabulary is the importer's choice.
+    differences = [
+        f"{path.replace('/', '.')}: {wanted[path]} there, {found.get(path)} here"
+        for path in wanted
+        if wanted[path] != found.get(path) and path != "text/vocab_padding"
+    ]
+    if differences:
+        raise TrainingError(
+            f"{config.model} is no {config.architecture}; name another model, or another "
+            "architecture:\n" + "\n".join(f"  {line}" for line in differences)
+        )
+
+
+def _mesh(config: TrainConfig) -> Mesh | None:
+    if config.mesh is not None:
+        return make_mesh(**config.mesh.sizes(jax.device_count()))
+    if jax.process_count() > 1:
+        raise TrainingError("several hosts need a mesh; leave out mesh: null")
+    return None
+
+
+def _fingerprint(first: NativeCheckpoint, data: TrainingData) -> dict[str, Any]:
+    """What a config only names: the model's own training so far, and the examples."""
+    planner = data.planner
+    digest = hashlib.sha256()
+    for array in (planner.lengths, planner.images, *planner.pools):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    step = first.step if isinstance(first, TrainedCheckpoint) else None
+    return {"model_step": step, "examples": digest.hexdigest()}
+
+
+def _write_config(config: TrainConfig, out: epath.Path) -> None:
+    unfinished = out / f".{CONFIG}.unfinished"
+    # YAML has no tuples.
+    plain = json.loads(json.dumps(config.to_dict()))
+    unfinished.write_text(yaml.safe_dump(plain, sort_keys=False))
+    unfinished.replace(out / CONFIG)
+
+
+def _parameters(
+    config: TrainConfig, first: NativeCheckpoint, checkpoints: Checkpoints, program: Program
+) -> tuple[TrainState, Parameters]:
+    """The state to go on from, and the parameters that stay; each host reads its own parts."""
+
+    def read(like: Parameters) -> Parameters:
+        return flatten(first.restore(unflatten(like))) if like else {}
+
+    frozen = read(program.frozen)
+    if checkpoints.latest is not None:
+        return checkpoints.restore(program.state), frozen
+    trained = program.state.parameters
+    begun = read({path: leaf for path, leaf in trained.items() if not is_adapter(path)})
+    if config.stage == "lora":
+        begun |= _new_adapters(config, first.config, program)
+    state = init_state({path: begun[path] for path in trained}, program.optimizer)
+    # The step's number lies on every device, too.
+    like = jax.tree.map(lambda leaf: leaf.sharding, program.state)
+    return jax.device_put(state, like), frozen
+
+
+def _new_adapters(config: TrainConfig, model: LlavaConfig, program: Program) -> Parameters:
+    rules = ShardingRules.none() if program.layout.mesh is None else ShardingRules.default()
+
+    def make() -> Parameters:
+        network = Llava(model, init=Init(rngs=nnx.Rngs(config.seed), rules=rules), lora=config.lora)
+        leaves = flatten(nnx.to_pure_dict(nnx.state(network, nnx.Param)))
+        return {path: leaf for path, leaf in leaves.items() if is_adapter(path)}
+
+    # Compiled, nothing but the adapters is ever made.
+    return jax.jit(make)()
+
+
+def _compiled(program: Program) -> Any:
+    try:
+        return program.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise TrainingError(
+            "a training step does not fit into the memory of a device; use more micro_batches, "
+            "remat full, a larger mesh or fewer images_per_row "
+            f"({str(error).strip().partition(chr(10))[0]})"
+        ) from error
+
+
+def _flops(config: TrainConfig, model: LlavaConfig) -> float:
+    data = config.data
+    return flops.training(
+        model,
+        stage=config.stage,
+        rows=data.batch_size,
+        length=data.sequence_length,
+        images=data.images_per_row,
+    ).total
+
+
+def _trace_directory(config: TrainConfig) -> str:
+    return os.fspath(epath.Path(config.out) / TENSORBOARD)
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        sys.stderr.write(f"{text}\n")

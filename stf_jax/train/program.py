@@ -1,0 +1,118 @@
+"""The compiled step of a config: what `train` runs, and what `plan` asks the compiler about."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from stf_jax.batch import Batch
+from stf_jax.checkpoint import flatten
+from stf_jax.config import LlavaConfig
+from stf_jax.models.llava import Llava
+from stf_jax.parallel.sharding import P, ShardingRules, check_divisible
+from stf_jax.train.config import TrainConfig
+from stf_jax.train.distributed import BatchLayout
+from stf_jax.train.optimizer import Parameters, make_optimizer, split_trained
+from stf_jax.train.step import Step, TrainState, init_state, make_step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """A training step and what goes into it; shapes, dtypes and shardings in place of arrays.
+
+    Attributes:
+        step: jitted.
+        optimizer: that it updates with.
+        state: what it changes.
+        frozen: the parameters that it leaves alone.
+        batch: [A, B, ...].
+        layout: of the batch's rows on the mesh.
+    """
+
+    step: Step
+    optimizer: optax.GradientTransformation
+    state: TrainState
+    frozen: Parameters
+    batch: Batch
+    layout: BatchLayout
+
+    def compile(self) -> Any:
+        """The step as an executable, which takes arrays of just these shapes and shardings."""
+        return self.step.lower(self.state, self.frozen, self.batch).compile()  # type: ignore[attr-defined]
+
+
+def make_program(
+    config: TrainConfig, model: LlavaConfig, *, steps: int, mesh: Mesh | None
+) -> Program:
+    """The step of a config for a model, on a mesh that has been entered, or on one device.
+
+    Args:
+        config: of the run.
+        model: that is trained.
+        steps: of the whole run.
+        mesh: None for one device.
+
+    Raises:
+        ValueError: the mesh does not divide the model or the batch, or the model has fewer
+            positions than a row.
+    """
+    if config.data.sequence_length > model.text.max_positions:
+        raise ValueError(
+            f"data.sequence_length {config.data.sequence_length} is more than the "
+            f"{model.text.max_positions} positions of the language model"
+        )
+    if mesh is not None:
+        check_divisible(model, mesh)
+    layout = BatchLayout(mesh=mesh, rows=config.data.batch_size, micro_batches=config.micro_batches)
+    rules = ShardingRules.none() if mesh is None else ShardingRules.default()
+    lora = config.lora if config.stage == "lora" else None
+    network = Llava.abstract(model, rules=rules, lora=lora)
+    parameters = flatten(nnx.to_pure_dict(nnx.state(network, nnx.Param)))
+    trained, frozen = split_trained(parameters, config.stage)
+    dtype = jnp.dtype(config.dtype)
+    optimizer = make_optimizer(config.optimizer, steps=steps)
+    step = make_step(
+        network,
+        optimizer,
+        normalization=config.normalization,
+        remat=config.remat,
+        dtype=dtype,
+        seed=config.seed,
+    )
+    state = jax.eval_shape(lambda parameters: init_state(parameters, optimizer), trained)
+    return Program(
+        step=step,
+        optimizer=optimizer,
+        state=jax.tree.map(lambda leaf: _on(leaf, leaf.dtype, mesh), state),
+        frozen={path: _on(leaf, dtype, mesh) for path, leaf in frozen.items()},
+        batch=layout.like(_batch(config, model)),
+        layout=layout,
+    )
+
+
+def _on(leaf: Any, dtype: Any, mesh: Mesh | None) -> Any:
+    """A leaf where it lies; shapes that went through a trace know the abstract mesh only."""
+    if mesh is None:
+        return jax.ShapeDtypeStruct(leaf.shape, dtype)
+    spec = P() if leaf.sharding is None else leaf.sharding.spec
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=NamedSharding(mesh, spec))
+
+
+def _batch(config: TrainConfig, model: LlavaConfig) -> Batch:
+    """One row, for its shapes."""
+    text: Any = jax.ShapeDtypeStruct((1, config.data.sequence_length), jnp.int32)
+    side = model.vision.image_size
+    shape = (1, config.data.images_per_row, side, side, 3)
+    pixels: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return Batch(
+        ids=text,
+        labels=text,
+        positions=text,
+        segments=text,
+        image_slots=text,
+        pixels=pixels,
+    )
