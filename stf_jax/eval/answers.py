@@ -36,11 +36,14 @@ def read_answers(path: Path) -> list[AnswerRecord]:
     Raises:
       ValueError: unreadable, empty, a line that is no JSON or lacks `question_id` or `text`.
     """
+    lines = read_jsonl(path, ("question_id", "text"))
+    if odd := [str(line["question_id"]) for line in lines if not isinstance(line["text"], str)]:
+        raise ValueError(f"{path}: the 'text' of {name_some(odd)} is no string; answer them again")
     return [
         AnswerRecord(
             question_id=line["question_id"], prompt=line.get("prompt", ""), text=line["text"]
         )
-        for line in read_jsonl(path, ("question_id", "text"))
+        for line in lines
     ]
 
 

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stf_jax.data.conversation import get_template, render_prompt
 from stf_jax.eval.benchmark import Benchmark, Paths
 from stf_jax.eval.files import read_json, sha256, write_text
-from stf_jax.eval.questions import Answerer
+from stf_jax.eval.questions import Answerer, Question
 
 NAME = "protocol.json"
 
@@ -18,13 +19,20 @@ _FOLLOWS = "LLaVA-1.5's own evaluation scripts, as LLaVA-STF runs them"
 _PACKAGES = ("stf-jax", "jax", "jaxlib", "flax", "numpy", "pillow", "sentencepiece", "transformers")
 
 
-def describe(benchmark: Benchmark, paths: Paths, answerer: Answerer) -> dict[str, Any]:
-    """The protocol of a run, for JSON: prompt, decoding, model, question files, versions."""
+def describe(
+    benchmark: Benchmark, paths: Paths, first: Question, answerer: Answerer
+) -> dict[str, Any]:
+    """The protocol of a run, for JSON: prompt, decoding, model, question files, versions.
+
+    The `first` question stands in it as the model gets it, with system text and suffix.
+    """
     decoding = benchmark.decoding
+    prompt = render_prompt(first.prompt, template=get_template(decoding.template))
     return {
         "benchmark": benchmark.name,
         "follows": _FOLLOWS,
         "template": decoding.template,
+        "first_prompt": prompt,
         "decoding": {"method": "greedy", "max_new_tokens": decoding.max_new_tokens},
         "model": {"model_id": answerer.model_id, **answerer.describe()},
         "files": hashes({role: paths[role] for role in benchmark.to_ask if role != "images"}),

@@ -140,7 +140,8 @@ def ask(
     benchmark = prepared.benchmark
     out.mkdir(parents=True, exist_ok=True)
     path = out / ANSWERS
-    protocol.settle(out, protocol.describe(benchmark, prepared.paths, answerer))
+    first = prepared.questions[0]
+    protocol.settle(out, protocol.describe(benchmark, prepared.paths, first, answerer))
     done = count_answered(path, prepared.questions)
     asked = prepared.questions[: prepared.limit]
     rest = asked[done:]

@@ -21,7 +21,10 @@ _MISSING_IMAGES = "SQA-I leaves out what has no answer, as the reference's scrip
 def _read(paths: Paths) -> list[Question]:
     path = paths["questions"]
     entries = read_json(path, list)
-    check_fields(path, _named(entries), ("id", "conversations"))
+    named = _named(entries)
+    check_fields(path, named, ("id", "conversations"))
+    first_turns = [(place, next(iter(entry["conversations"]), None)) for place, entry in named]
+    check_fields(path, first_turns, ("value",))
     return [_question(number, entry, paths["images"]) for number, entry in enumerate(entries)]
 
 

@@ -1,0 +1,195 @@
+"""`stf-jax eval` as a user runs it, with the small reference model and without any."""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import stf_jax
+from stf_jax.cli_eval import INCOMPLETE, add_eval
+from stf_jax.data.images import ImageError, ImageProcessor, load_image
+from stf_jax.eval.generation import ModelAnswerer
+from stf_jax.eval.questions import Decoding, Question
+from stf_jax.eval.registry import BENCHMARKS, get_benchmark
+from stf_jax.eval.running import prepare
+from tests.stf_jax.eval.miniature import write_jsonl
+
+
+def run(*arguments: str | int | Path) -> int:
+    parser = argparse.ArgumentParser()
+    add_eval(parser.add_subparsers(required=True))
+    options = parser.parse_args(["eval", *map(str, arguments)])
+    return options.run(options)
+
+
+@pytest.fixture(scope="module")
+def model(reference: Path) -> stf_jax.Model:
+    return stf_jax.load(reference / "llava-stf")
+
+
+def answerer(model: stf_jax.Model, **options: Any) -> ModelAnswerer:
+    return ModelAnswerer(model, model_id="tiny", dtype="float32", **options)
+
+
+@pytest.mark.slow
+def test_all_nine_end_to_end(
+    reference: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = ("--data", data, "--out", out, "--batch-size", 1, "--json")
+    assert run("all", reference / "llava-stf", *arguments) == 0
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["benchmark"] for one in printed] == list(BENCHMARKS)
+    for one in printed:
+        folder = out / one["benchmark"]
+        assert json.loads((folder / "scores.json").read_text()) == one
+        asked = prepare(get_benchmark(one["benchmark"]), data=data).questions
+        lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+        assert [line["prompt"] for line in lines] == [question.text for question in asked]
+        assert {line["model_id"] for line in lines} == {"llava-stf"}
+        assert one["protocol"]["model"]["image_mode"] == "pad"
+        assert one["protocol"]["model"]["tokens_per_image"] == 4
+    submissions = [Path(one["submission"]).name for one in printed if one["submission"]]
+    assert submissions == [
+        "vqav2_upload.json",
+        "testdev_balanced_predictions.json",
+        "vizwiz_upload.json",
+        "mme_results",
+        "mmbench_dev_20230712.xlsx",
+        "mmbench_dev_cn_20231003.xlsx",
+    ]
+
+
+def test_the_reference_s_answers(reference: Path, model: stf_jax.Model) -> None:
+    """The prompt as a benchmark forms it, to the reference's own greedy text."""
+    cases = json.loads((reference / "generation.json").read_text())
+    questions = [
+        Question(
+            number=number,
+            question_id=number,
+            text=case["question"],
+            prompt=f"<image>\n{case['question'].removeprefix('<image>').strip()}",
+            images=(reference / "images" / case["image"],),
+        )
+        for number, case in enumerate(cases)
+    ]
+    decoding = Decoding(template=cases[0]["template"], max_new_tokens=24)
+    for batch_size in (1, 2):
+        replies = list(answerer(model, batch_size=batch_size).answer(questions, decoding))
+        assert [reply.number for reply in replies] == [0, 1]
+        for reply, case in zip(replies, cases, strict=True):
+            assert reply.text == model.tokenizer.decode(case["output_ids"][1:]).strip()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_pictures_are_taken_as_they_are_stored(
+    model: stf_jax.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The reference ignores EXIF, which `Model.generate` alone would follow."""
+    path, exif = tmp_path / "turned", Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(path, kind, exif=exif)
+    assert load_image(path, apply_orientation=True).size == (30, 40)
+    seen: list[tuple[int, int]] = []
+
+    class Seen(ImageProcessor):
+        def pixels(self, image: Image.Image) -> np.ndarray:
+            seen.append(image.size)
+            return super().pixels(image)
+
+    processor = dataclasses.asdict(model.image_processor)
+    monkeypatch.setattr(model, "image_processor", Seen(**processor))
+    questions = [
+        Question(number=n, question_id=n, text="?", prompt="<image>\nWhat is this?", images=(one,))
+        for n, one in enumerate((path, path.read_bytes()))
+    ]
+    list(answerer(model).answer(questions, Decoding(max_new_tokens=1)))
+    assert seen == [(40, 30)] * 2
+
+
+def test_questions_longer_than_the_context(model: stf_jax.Model) -> None:
+    questions = [
+        Question(number=n, question_id=f"q{n}", text="", prompt="word " * words, images=())
+        for n, words in enumerate((1, 5000, 2, 6000))
+    ]
+    replies = answerer(model).answer(questions, Decoding())
+    with pytest.raises(ValueError, match=r"2 questions leave no room .* q1 \(\d+\), q3 \(\d+\)"):
+        next(replies)
+
+
+def test_a_damaged_picture_is_named(model: stf_jax.Model) -> None:
+    bad = Question(number=0, question_id=7, text="", prompt="<image>\n?", images=(b"none",))
+    with pytest.raises(ImageError, match="the picture of 7: no picture"):
+        next(answerer(model).answer([bad], Decoding()))
+
+
+def test_scoring_a_file_imports_no_jax(reference: Path) -> None:
+    files = reference / "eval"
+    arguments = ["eval", "pope", "--answers", str(files / "pope_answers.jsonl")]
+    arguments += ["--path", f"questions={files / 'pope_questions.jsonl'}"]
+    arguments += ["--path", f"annotations={files}", "--json"]
+    code = (
+        "import argparse, sys\n"
+        "from stf_jax.cli_eval import add_eval\n"
+        "parser = argparse.ArgumentParser()\n"
+        "add_eval(parser.add_subparsers())\n"
+        "options = parser.parse_args(sys.argv[1:])\n"
+        "code = options.run(options)\n"
+        "assert not {'jax', 'flax', 'transformers'} & set(sys.modules)\n"
+        "sys.exit(code)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, check=True, text=True
+    )
+    expected = json.loads((files / "expected.json").read_text())["pope"]
+    assert json.loads(done.stdout)["figures"]["random"] == expected["random"]
+
+
+def test_a_table_beside_the_published_rows(
+    reference: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = reference / "eval" / "scienceqa"
+    paths = ["--path", f"problems={folder / 'problems.json'}"]
+    paths += ["--path", f"splits={folder / 'pid_splits.json'}"]
+    answers = folder / "answers.jsonl"
+    assert run("scienceqa", "--answers", answers, *paths, "--out", tmp_path) == INCOMPLETE
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split("  ")[-3:] == ["LLaVA-1.5", "AvgPool 25 %", "LLaVA-STF"]
+    assert table[1].split() == ["SQA-I", "41.7", "66.8", "69.8", "70.5"]
+    assert "3 of 40 questions have no answer and count as wrong: 6, 24, 37" in table[3]
+    assert (tmp_path / "scienceqa" / "scores.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("pope",), "give MODEL and --out"),
+        (("pope", "model"), "give MODEL and --out"),
+        (("pope", "model", "--answers", "a.jsonl"), "leave out MODEL or --answers"),
+        (("all", "--answers", "a.jsonl"), "name it in the place of 'all'"),
+        (("all", "model", "--out", "o", "--path", "images=i"), "--path is for one benchmark"),
+        (("pope", "model", "--out", "o", "--path", "images"), "ROLE=PATH"),
+        (("pope", "model", "--out", "o"), "where are questions, images, annotations"),
+        (("vqa", "model", "--out", "o"), "unknown benchmark 'vqa'"),
+    ],
+)
+def test_mistakes(arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(*arguments)
+
+
+def test_every_benchmark_is_checked_before_the_model_is_read(data: Path, tmp_path: Path) -> None:
+    (data / "gqa" / "data" / "images" / "n1.jpg").unlink()
+    write_jsonl(data / "vizwiz" / "llava_test.jsonl", [{"image": "x"}])
+    arguments = ("all", tmp_path / "no-model", "--data", data, "--out", tmp_path / "out")
+    with pytest.raises(ValueError, match="1 pictures are not there") as caught:
+        run(*arguments)
+    assert "line 1 has no question_id, text" in str(caught.value)
+    assert not (tmp_path / "out").exists()

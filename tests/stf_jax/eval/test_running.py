@@ -1,0 +1,292 @@
+"""Asking once, in order, whatever kills the run; and one clear line for what is wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stf_jax.eval.answers import AnswerRecord, pair
+from stf_jax.eval.questions import Reply
+from stf_jax.eval.registry import BENCHMARKS, get_benchmark
+from stf_jax.eval.report import render
+from stf_jax.eval.running import ask, prepare, score_file
+from tests.stf_jax.eval.miniature import SHORT, Echo, write_jsonl
+
+GQA = get_benchmark("gqa")
+POPE = get_benchmark("pope")
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_interrupted_anywhere(data: Path, tmp_path: Path, name: str) -> None:
+    """Nothing is asked twice, and the files are those of a run left alone."""
+    prepared = prepare(BENCHMARKS[name], data=data)
+    whole = ask(prepared, Echo(), out=tmp_path / "whole")
+    for stop in range(len(prepared.questions)):
+        out = tmp_path / str(stop)
+        with pytest.raises(KeyboardInterrupt):
+            ask(prepared, Echo(stop_after=stop), out=out)
+        path = out / "answers.jsonl"
+        assert len(path.read_text().splitlines()) == stop
+        # As if the kill had come in the middle of a line.
+        with path.open("a") as file:
+            file.write('{"question_id": 1, "pro')
+        rest = Echo()
+        result = ask(prepared, rest, out=out)
+        assert [one.number for one in rest.asked] == list(range(stop, len(prepared.questions)))
+        assert path.read_bytes() == whole.answers.read_bytes()
+        assert result.score == whole.score
+    again = Echo()
+    ask(prepared, again, out=tmp_path / "whole")
+    assert again.asked == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from stf_jax.eval.registry import get_benchmark
+from stf_jax.eval.running import ask, prepare
+from tests.stf_jax.eval.miniature import SHORT, Echo
+
+class Killed(Echo):
+    def answer(self, questions, decoding):
+        for number, reply in enumerate(super().answer(questions, decoding)):
+            if number == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield reply
+
+data, out = map(Path, sys.argv[1:])
+ask(prepare(get_benchmark("pope"), data=data), Killed(), out=out)
+"""
+
+
+def test_sigkill(data: Path, tmp_path: Path) -> None:
+    whole = ask(prepare(POPE, data=data), Echo(), out=tmp_path / "whole")
+    out = tmp_path / "killed"
+    command = [sys.executable, "-c", KILLED, str(data), str(out)]
+    codes = [subprocess.run(command, check=False, cwd=os.getcwd()).returncode for _ in range(2)]
+    assert codes == [-signal.SIGKILL] * 2
+    assert not (out / "scores.json").exists()
+    rest = Echo()
+    result = ask(prepare(POPE, data=data), rest, out=out)
+    assert [one.number for one in rest.asked] == [4, 5]
+    assert result.answers.read_bytes() == whole.answers.read_bytes()
+
+
+def test_limit_then_all(data: Path, tmp_path: Path) -> None:
+    tried = ask(prepare(POPE, data=data, limit=2), Echo(), out=tmp_path)
+    assert (tried.limit, tried.score.questions, tried.score.missing) == (2, 2, ())
+    assert list(tried.score.figures) == ["adversarial", "mean_f1_score"]
+    assert "a try-out over 2 questions, no score to quote" in render([tried])
+    rest = Echo()
+    done = ask(prepare(POPE, data=data), rest, out=tmp_path)
+    assert len(rest.asked) == 4
+    # Yes to everything: a precision of a half and a recall of one.
+    assert done.score.headline == pytest.approx(200 / 3)
+    assert ask(prepare(POPE, data=data, limit=2), Echo(), out=tmp_path).score == tried.score
+    with pytest.raises(ValueError, match="the limit is 0"):
+        prepare(POPE, data=data, limit=0)
+
+
+def test_no_submission_of_a_part(data: Path, tmp_path: Path) -> None:
+    result = ask(prepare(get_benchmark("vizwiz"), data=data, limit=1), Echo(), out=tmp_path)
+    assert result.submission is None
+    assert {file.name for file in tmp_path.iterdir()} >= {"answers.jsonl", "scores.json"}
+    assert not list(tmp_path.glob("*upload*"))
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_missing_answers_are_named_and_wrong(data: Path, tmp_path: Path, name: str) -> None:
+    benchmark = BENCHMARKS[name]
+    whole = ask(prepare(benchmark, data=data), Echo(), out=tmp_path / "whole")
+    kept = whole.answers.read_text().splitlines(keepends=True)[:-1]
+    path = tmp_path / "part.jsonl"
+    path.write_text("".join(kept))
+    result = score_file(benchmark, path, data=data, out=tmp_path / "part")
+    (missing,) = result.score.missing
+    assert result.score.questions == whole.score.questions
+    assert result.submission is None
+    assert f"{name}: 1 of {whole.score.questions} questions have no answer" in render([result])
+    assert missing in render([result])
+    stored = json.loads((tmp_path / "part" / "scores.json").read_text())
+    assert stored["missing"] == {"count": 1, "questions": [missing]}
+
+
+def test_protocol_is_stored_beside_the_score(data: Path, tmp_path: Path) -> None:
+    result = ask(prepare(POPE, data=data), Echo(), out=tmp_path)
+    stored = json.loads((tmp_path / "scores.json").read_text())
+    assert stored == json.loads(json.dumps(result.to_json()))
+    protocol = stored["protocol"]
+    assert protocol == json.loads((tmp_path / "protocol.json").read_text())
+    assert protocol["template"] == "v1"
+    prompt = f"USER: <image>\nIs there a dog in the image?\n{SHORT} ASSISTANT:"
+    assert protocol["first_prompt"].endswith(prompt)
+    assert protocol["decoding"] == {"method": "greedy", "max_new_tokens": 128}
+    assert protocol["model"] == {"model_id": "echo", "image_mode": "pad"}
+    assert len(protocol["files"]["questions"]["sha256"]) == 64
+    assert {"stf-jax", "jax", "transformers", "python"} <= set(protocol["versions"])
+    assert set(stored["files"]) == {"answers", "questions", "annotations"}
+
+
+def test_an_answer_file_that_came_without_protocol(data: Path, tmp_path: Path) -> None:
+    whole = ask(prepare(POPE, data=data), Echo(), out=tmp_path / "whole")
+    bare = tmp_path / "merge.jsonl"
+    bare.write_bytes(whole.answers.read_bytes())
+    result = score_file(POPE, bare, data=data)
+    assert result.protocol is None
+    assert result.score == whole.score
+    assert score_file(POPE, whole.answers, data=data).protocol == whole.protocol
+
+
+def test_another_protocol(data: Path, tmp_path: Path) -> None:
+    ask(prepare(POPE, data=data, limit=1), Echo(), out=tmp_path)
+    other = Echo()
+    other.model_id = "other"
+    with pytest.raises(ValueError, match=r"model\.model_id 'echo', now 'other'.*another --out"):
+        ask(prepare(POPE, data=data), other, out=tmp_path)
+    path = data / "pope" / "llava_pope_test.jsonl"
+    path.write_text(path.read_text().replace("dog", "fox"))
+    with pytest.raises(ValueError, match=r"files\.questions\.sha256"):
+        ask(prepare(POPE, data=data), Echo(), out=tmp_path)
+
+
+def test_answers_of_another_benchmark(data: Path, tmp_path: Path) -> None:
+    other = ask(prepare(get_benchmark("vqav2"), data=data), Echo(), out=tmp_path / "vqav2")
+    with pytest.raises(ValueError, match=r"3 of 3 answers are to no question .*20, 10, 40"):
+        score_file(GQA, other.answers, data=data)
+    out = tmp_path / "gqa"
+    out.mkdir()
+    (out / "answers.jsonl").write_bytes(other.answers.read_bytes())
+    with pytest.raises(ValueError, match=r"line 1 \(question 20\) does not answer question 1"):
+        ask(prepare(GQA, data=data), Echo(), out=out)
+
+
+def test_an_answerer_out_of_order(data: Path, tmp_path: Path) -> None:
+    class Shuffled(Echo):
+        def answer(self, questions: Any, decoding: Any) -> Any:
+            yield Reply(number=questions[1].number, text="Yes")
+
+    with pytest.raises(ValueError, match="must keep the order asked"):
+        ask(prepare(GQA, data=data), Shuffled(), out=tmp_path)
+
+
+def test_missing_pictures_are_listed_before_the_first_question(data: Path) -> None:
+    (data / "vizwiz" / "test" / "VizWiz_test_1.jpg").unlink()
+    (data / "vizwiz" / "test" / "VizWiz_test_0.jpg").unlink()
+    with pytest.raises(ValueError, match=r"2 pictures are not there .*_1.jpg, .*_0.jpg.*--path"):
+        prepare(get_benchmark("vizwiz"), data=data)
+
+
+def test_every_missing_file_is_named(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--path questions=PATH") as caught:
+        prepare(get_benchmark("scienceqa"), data=tmp_path / "nowhere")
+    assert len(str(caught.value).splitlines()) == 4
+    with pytest.raises(ValueError, match="where are questions, images, annotations"):
+        prepare(POPE, data=None)
+    with pytest.raises(ValueError, match="pope has no file 'picture'; it has 'questions', 'ima"):
+        prepare(POPE, data=data, paths={"picture": tmp_path})
+
+
+def test_a_file_that_lies_elsewhere(data: Path, tmp_path: Path) -> None:
+    moved = (data / "gqa" / "llava_gqa_testdev_balanced.jsonl").rename(tmp_path / "q.jsonl")
+    assert len(prepare(GQA, data=data, paths={"questions": moved}).questions) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "empty"),
+        ('{"question_id": 1, "text": "?"}\n{"text": "?"}', "line 1 has no image, line 2 has no q"),
+        ('{"question_id": 1, "text"\n', "line 1 is not valid JSON"),
+        ("[1]\n", "line 1 is no object"),
+        (b"\xff\xfe", "not UTF-8"),
+    ],
+)
+def test_unofficial_question_files(data: Path, content: Any, message: str) -> None:
+    path = data / "gqa" / "llava_gqa_testdev_balanced.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message) as caught:
+        prepare(GQA, data=data)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "content", "message"),
+    [
+        ("gqa", "gqa/data/testdev_balanced_questions.json", {"201": {}}, "201 has no answer"),
+        ("gqa", "gqa/data/testdev_balanced_questions.json", [], "a list where a dict is expected"),
+        ("scienceqa", "scienceqa/problems.json", {}, "lacks 4, 7 of the test split"),
+        ("scienceqa", "scienceqa/pid_splits.json", {}, "has no split 'test'"),
+        ("scienceqa", "scienceqa/llava_test_CQM-A.json", [{"id": 1}], "entry 1 has no conv"),
+        (
+            "scienceqa",
+            "scienceqa/llava_test_CQM-A.json",
+            [{"id": 1, "conversations": []}],
+            "entry 1 is no object",
+        ),
+        ("textvqa", "textvqa/TextVQA_0.5.1_val.json", {}, "has no data"),
+        ("pope", "pope/coco/coco_pope_random.json", {"image": "v.jpg"}, "line 1 has no text, la"),
+        (
+            "pope",
+            "pope/coco/coco_pope_random.json",
+            {"image": "v.jpg", "text": "?", "label": "no"},
+            "1 annotations for 2 questions",
+        ),
+    ],
+)
+def test_unofficial_annotations(
+    data: Path, tmp_path: Path, name: str, place: str, content: Any, message: str
+) -> None:
+    (data / place).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        ask(prepare(BENCHMARKS[name], data=data), Echo(), out=tmp_path)
+
+
+def test_pope_annotations_of_other_questions(data: Path, tmp_path: Path) -> None:
+    path = data / "pope" / "coco" / "coco_pope_popular.json"
+    path.write_text(path.read_text().replace("cat", "fox"))
+    with pytest.raises(ValueError, match="annotation 2 is not about question 3"):
+        ask(prepare(POPE, data=data), Echo(), out=tmp_path)
+
+
+def test_an_answer_given_twice(data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    write_jsonl(path, [{"question_id": "201", "text": "yes"}] * 2)
+    with pytest.raises(ValueError, match=r"answered more often than asked \(201\)"):
+        score_file(GQA, path, data=data)
+
+
+def test_an_answer_that_is_no_text(data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    write_jsonl(path, [{"question_id": "201", "text": None}])
+    with pytest.raises(ValueError, match="the 'text' of 201 is no string"):
+        score_file(GQA, path, data=data)
+
+
+def test_textvqa_needs_the_prompt(data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    write_jsonl(path, [{"question_id": "a", "text": "yes"}])
+    with pytest.raises(ValueError, match="about picture a has no 'prompt'"):
+        score_file(get_benchmark("textvqa"), path, data=data)
+
+
+def test_unknown_benchmark() -> None:
+    with pytest.raises(ValueError, match="unknown benchmark 'vqa': choose one of vqav2, gqa"):
+        get_benchmark("vqa")
+
+
+@given(st.lists(st.integers(0, 5)), st.data())
+def test_pairing_loses_nothing(expected: list[int], draw: Any) -> None:
+    """Answers and missing together are what was expected, however often each was."""
+    chosen = draw.draw(st.permutations(expected))[: draw.draw(st.integers(0, len(expected)))]
+    answers = [AnswerRecord(question_id=one, prompt="", text="") for one in chosen]
+    paired = pair(expected, answers, key=lambda answer: answer.question_id)
+    assert sorted([*chosen, *paired.missing]) == sorted(expected)
+    assert [key for key, _ in paired.answers] == chosen
