@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stf_jax.eval import protocol
-from stf_jax.eval.answers import answer_line, count_answered, read_answers
+from stf_jax.eval.answers import AnswerRecord, answer_line, count_answered, read_answers
 from stf_jax.eval.benchmark import Benchmark, Score
 from stf_jax.eval.files import check_there, name_some, write_text
 from stf_jax.eval.questions import Answerer, Question, missing_pictures
@@ -87,10 +87,9 @@ def prepare(
       limit: ask only the first so many.
 
     Raises:
-      ValueError: files or pictures that are not there, or a question file with missing fields.
+      ValueError: files or pictures that are not there, lack fields, or do not fit one another.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"the limit is {limit}; give 1 or more, or none")
+    _check_limit(limit)
     located = _located(benchmark, (*benchmark.to_ask, *benchmark.to_score), data, paths)
     questions = benchmark.read(located)
     if lost := missing_pictures(questions[:limit]):
@@ -99,7 +98,26 @@ def prepare(
             f"({name_some([str(path) for path in lost], limit=_NAMED)}); fetch them, or give their "
             "folder with --path images=DIR"
         )
+    _check_truth(benchmark, located, questions)
     return Prepared(benchmark=benchmark, paths=located, questions=questions, limit=limit)
+
+
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise ValueError(f"the limit is {limit}; give 1 or more, or none")
+
+
+def _check_truth(
+    benchmark: Benchmark, paths: Mapping[str, Path], questions: Sequence[Question]
+) -> None:
+    """Scores empty answers, so that files that do not fit are found before hours of asking."""
+    empty = [
+        AnswerRecord(question_id=one.question_id, prompt=one.text, text="") for one in questions
+    ]
+    try:
+        benchmark.score(paths, empty, True)
+    except ValueError as error:
+        raise ValueError(f"{benchmark.name} cannot be scored with these files: {error}") from error
 
 
 def _located(
@@ -186,6 +204,7 @@ def score_file(
     Raises:
       ValueError: files that are not there or not official, answers to other questions.
     """
+    _check_limit(limit)
     located = _located(benchmark, benchmark.to_score, data, paths)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

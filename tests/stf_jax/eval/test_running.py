@@ -92,6 +92,8 @@ def test_limit_then_all(data: Path, tmp_path: Path) -> None:
     assert ask(prepare(POPE, data=data, limit=2), Echo(), out=tmp_path).score == tried.score
     with pytest.raises(ValueError, match="the limit is 0"):
         prepare(POPE, data=data, limit=0)
+    with pytest.raises(ValueError, match="the limit is -1"):
+        score_file(POPE, done.answers, data=data, limit=-1)
 
 
 def test_no_submission_of_a_part(data: Path, tmp_path: Path) -> None:
@@ -151,7 +153,7 @@ def test_another_protocol(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.model_id 'echo', now 'other'.*another --out"):
         ask(prepare(POPE, data=data), other, out=tmp_path)
     path = data / "pope" / "llava_pope_test.jsonl"
-    path.write_text(path.read_text().replace("dog", "fox"))
+    path.write_text(path.read_text().replace("single word", "word"))
     with pytest.raises(ValueError, match=r"files\.questions\.sha256"):
         ask(prepare(POPE, data=data), Echo(), out=tmp_path)
 
@@ -242,18 +244,25 @@ def test_unofficial_question_files(data: Path, content: Any, message: str) -> No
     ],
 )
 def test_unofficial_annotations(
-    data: Path, tmp_path: Path, name: str, place: str, content: Any, message: str
+    data: Path, name: str, place: str, content: Any, message: str
 ) -> None:
     (data / place).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
-        ask(prepare(BENCHMARKS[name], data=data), Echo(), out=tmp_path)
+        prepare(BENCHMARKS[name], data=data)
 
 
-def test_pope_annotations_of_other_questions(data: Path, tmp_path: Path) -> None:
+def test_pope_annotations_of_other_questions(data: Path) -> None:
     path = data / "pope" / "coco" / "coco_pope_popular.json"
     path.write_text(path.read_text().replace("cat", "fox"))
     with pytest.raises(ValueError, match="annotation 2 is not about question 3"):
-        ask(prepare(POPE, data=data), Echo(), out=tmp_path)
+        prepare(POPE, data=data)
+
+
+def test_questions_without_truth_are_found_before_asking(data: Path) -> None:
+    path = data / "textvqa" / "llava_textvqa_val_v051_ocr.jsonl"
+    path.write_text(path.read_text().replace("Which year", "Which day"))
+    with pytest.raises(ValueError, match=r"textvqa cannot be scored .*'which day\?'"):
+        prepare(get_benchmark("textvqa"), data=data)
 
 
 def test_an_answer_given_twice(data: Path, tmp_path: Path) -> None:
