@@ -1,6 +1,6 @@
 """The native checkpoint: one self-contained directory, local or on gs://.
 
-    config.json   format, version, the model's config, and the size of every parameter file
+    config.json   format, version, the model's config, and the size of every other file
     params/       the parameters, a Zarr array each, written and read by Orbax on any mesh
     hf/           tokenizer, image processor and config.json as they came from PyTorch
     pytorch/      what `convert` needs to give back a PyTorch checkpoint bit for bit
@@ -15,6 +15,7 @@ import functools
 import json
 import logging
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -92,7 +93,7 @@ def write(
             "format": FORMAT,
             "version": VERSION,
             "model": config.to_dict(),
-            "files": _sizes(unfinished / _PARAMS),
+            "files": _sizes(unfinished),
         }
         # Last: without it, a directory is not taken for a checkpoint.
         (unfinished / _CONFIG).write_text(json.dumps(content, indent=2) + "\n")
@@ -103,14 +104,23 @@ def new_directory(path: epath.PathLike) -> Iterator[epath.Path]:
     """A directory to fill, which takes the name `path` on success and vanishes on failure.
 
     Raises:
-        CheckpointError: `path` exists.
+        CheckpointError: `path` exists, or cannot be made.
     """
-    final = epath.Path(path)
-    if final.exists():
-        raise CheckpointError(f"{final} exists; remove it or choose another name")
-    unfinished = final.with_name(f"{final.name}.tmp-{secrets.token_hex(4)}")
+    final = absolute(path)
     try:
-        unfinished.mkdir(parents=True)
+        # A link that leads nowhere takes the name, too.
+        there = final.exists() or os.path.islink(final)
+        unfinished = final.with_name(f"{final.name}.tmp-{secrets.token_hex(4)}")
+        if not there:
+            unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{final} cannot be made ({error.strerror or error}); "
+            "choose a place where directories can be made"
+        ) from error
+    if there:
+        raise CheckpointError(f"{final} exists; remove it or choose another name")
+    try:
         yield unfinished
         unfinished.rename(final)
     except BaseException:
@@ -125,28 +135,39 @@ def open_native(path: epath.PathLike) -> "NativeCheckpoint":
     Raises:
         CheckpointError: no native checkpoint, one of a newer version, or a damaged one.
     """
-    path = epath.Path(path)
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
+    if not epath.Path(path).exists():
+        raise missing(path)
+    path = absolute(path)
     if not is_native(path):
         raise CheckpointError(
             f"{path} is not a native checkpoint; `stf-jax convert import` makes one from PyTorch's"
         )
     content = json.loads((path / _CONFIG).read_text())
-    if content["version"] != VERSION:
+    version, model, files = (content.get(key) for key in ("version", "model", "files"))
+    if isinstance(version, int) and version != VERSION:
         raise CheckpointError(
-            f"{path} has format version {content['version']}, this stf_jax reads {VERSION}; "
+            f"{path} has format version {version}, this stf_jax reads {VERSION}; "
             "install the release that wrote it"
         )
-    found = _sizes(path / _PARAMS)
+    if version != VERSION or not isinstance(model, dict) or not isinstance(files, dict):
+        raise _damaged(path / _CONFIG)
+    found = _sizes(path)
     broken = [
         f"{name}: {found.get(name, 'no')} bytes of {size}"
-        for name, size in content["files"].items()
+        for name, size in files.items()
         if found.get(name) != size
     ]
     if broken:
-        raise CheckpointError(f"{path} is damaged; copy or import it again:\n" + list_some(broken))
-    return NativeCheckpoint(path=path, config=LlavaConfig.from_dict(content["model"]))
+        raise CheckpointError(f"{_damaged(path)}:\n" + list_some(broken))
+    try:
+        config = LlavaConfig.from_dict(model)
+    except ValueError as error:
+        raise _damaged(path / _CONFIG) from error
+    return NativeCheckpoint(path=path, config=config)
+
+
+def _damaged(path: epath.Path) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged; copy or import it again")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,8 +184,16 @@ class NativeCheckpoint:
 
     @functools.cached_property
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shape and dtype of every stored parameter, by its path ("text/norm/scale")."""
-        stored = ocp.metadata(self.path / _PARAMS).metadata
+        """Shape and dtype of every stored parameter, by its path ("text/norm/scale").
+
+        Raises:
+            CheckpointError: what describes the parameters is damaged.
+        """
+        with _errors_only("absl"):
+            stored = ocp.metadata(self.path / _PARAMS).metadata
+        # Orbax logs what it cannot read, and gives None.
+        if stored is None:
+            raise _damaged(self.path / _PARAMS)
         return {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
             for name, leaf in flatten(stored).items()
@@ -308,6 +337,21 @@ def _errors_only(logger: str) -> Iterator[None]:
         yield
     finally:
         logging.getLogger(logger).setLevel(level)
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """`path` from the root, as Orbax wants it; a URL is that already."""
+    path = epath.Path(path)
+    return path if "://" in os.fspath(path) else path.absolute()
+
+
+def missing(path: epath.PathLike) -> CheckpointError:
+    """The error for a path that leads nowhere, and may be meant as a name on the Hub."""
+    name = os.fspath(path)
+    message = f"{name} does not exist"
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not epath.Path(name).parent.exists():
+        message += f"; nothing is downloaded, fetch it first: hf download {name} --local-dir DIR"
+    return CheckpointError(message)
 
 
 def file_size(path: epath.Path) -> int:

@@ -5,6 +5,7 @@ Architecture only, nothing about files, devices or training; the published sizes
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
@@ -30,6 +31,14 @@ def _positive(config: Any, *names: str) -> None:
             raise ValueError(f"{type(config).__name__}.{name} is {value}; it must be at least 1")
 
 
+def _above_zero(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        # Written so that NaN is refused.
+        if not 0 < value < math.inf:
+            raise ValueError(f"{type(config).__name__}.{name} is {value}; it must be above 0")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
     """A CLIP vision transformer. Defaults: CLIP ViT-L/14 at 336 px."""
@@ -45,6 +54,7 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "image_size", "patch_size", "width", "mlp_width", "layers", "heads")
+        _above_zero(self, "norm_eps")
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
@@ -94,6 +104,15 @@ class RopeScaling:
     high_frequency_factor: float = 4.0
     original_positions: int = 8192
 
+    def __post_init__(self) -> None:
+        _above_zero(self, "factor", "low_frequency_factor", "high_frequency_factor")
+        _positive(self, "original_positions")
+        if self.high_frequency_factor <= self.low_frequency_factor:
+            raise ValueError(
+                f"RopeScaling.high_frequency_factor {self.high_frequency_factor} must be above "
+                f"low_frequency_factor {self.low_frequency_factor}"
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig:
@@ -120,6 +139,7 @@ class TextConfig:
     def __post_init__(self) -> None:
         _positive(self, "vocab_size", "width", "mlp_width", "layers", "heads", "kv_heads")
         _positive(self, "head_dim", "max_positions")
+        _above_zero(self, "norm_eps", "rope_theta")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} heads cannot share {self.kv_heads} key-value heads")
         if self.head_dim % 2:
@@ -290,9 +310,10 @@ class LlavaConfig:
         parser.add_class_arguments(cls, "model")
         try:
             parsed = parser.parse_object({"model": dict(tree)})
-        except jsonargparse.ArgumentError as error:
+            config: Self = parser.instantiate(parsed)["model"]
+        except (jsonargparse.ArgumentError, TypeError) as error:
             raise ValueError(f"not a model config: {error}") from error
-        return parser.instantiate(parsed)["model"]
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dictionaries, ready for JSON or YAML."""

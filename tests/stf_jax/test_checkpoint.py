@@ -1,5 +1,6 @@
 """The native checkpoint: written leaf by leaf, restored onto any mesh, checked first."""
 
+import gc
 import json
 import shutil
 from collections.abc import Iterator
@@ -121,6 +122,43 @@ def test_damage_is_found_before_anything_is_read(spoilt: Path) -> None:
     assert "vision.bias/0: no bytes of 16" in str(caught.value)
 
 
+def test_damage_beside_the_parameters_is_found(spoilt: Path) -> None:
+    (spoilt / "hf" / "tokenizer.model").write_bytes(b"tok")
+    (spoilt / "pytorch" / "origin.json").unlink()
+    with pytest.raises(CheckpointError, match="is damaged; copy or import it again") as caught:
+        open_native(spoilt)
+    assert "hf/tokenizer.model: 3 bytes of 6" in str(caught.value)
+    assert "pytorch/origin.json: no bytes of 2" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["version", "model", "files"])
+@pytest.mark.parametrize("change", ["missing", "null", "other"])
+def test_damaged_config(spoilt: Path, key: str, change: str) -> None:
+    config = spoilt / "config.json"
+    content = json.loads(config.read_text())
+    value = content.pop(key)
+    if change != "missing":
+        content[key] = (
+            None if change == "null" else {"files": [1], "version": "1"}.get(key, {"text": 1})
+        )
+    assert value
+    config.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"config.json is damaged; copy or import it again$"):
+        open_native(spoilt)
+
+
+# Orbax drops what it was reading with the event loop; that is collected here, not in another test.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("content", [b"\0", b"{}"])
+@pytest.mark.parametrize("name", ["_METADATA", ".zarray"])
+def test_damaged_description_of_the_parameters(spoilt: Path, name: str, content: bytes) -> None:
+    for file in (spoilt / "params").rglob(name):
+        file.write_bytes(content.ljust(file.stat().st_size))
+    with pytest.raises(CheckpointError, match=r"params is damaged; copy or import it again$"):
+        _ = open_native(spoilt).shapes
+    gc.collect()
+
+
 def test_other_versions(spoilt: Path) -> None:
     config = spoilt / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"version": 99}))
@@ -146,6 +184,12 @@ def test_an_existing_directory_is_left_alone(written: Path) -> None:
     with pytest.raises(CheckpointError, match="exists; remove it or choose another name"):
         checkpoint.write(written, config=CONFIG, leaves=leaves(), extras=extras)
     assert sorted(written.rglob("*")) == before
+
+
+def test_a_link_that_leads_nowhere_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="exists; remove it or choose another name"):
+        checkpoint.write(tmp_path / "model", config=CONFIG, leaves=iter(()), extras=pytest.fail)
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:

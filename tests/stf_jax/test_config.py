@@ -141,6 +141,18 @@ def test_dictionary_with_every_field():
         ("fusion", "taps", [5], "tap 5 lies beyond"),
         ("fusion", "mbtf", None, "2 taps need mbtf"),
         ("fusion", "reduction", "identity", "window must be 1"),
+        ("text", "norm_eps", -1.0, r"TextConfig.norm_eps is -1.0; it must be above 0"),
+        ("text", "rope_theta", 0.0, r"TextConfig.rope_theta is 0.0; it must be above 0"),
+        ("text", "rope_theta", float("nan"), r"TextConfig.rope_theta is nan; it must be above 0"),
+        ("vision", "norm_eps", 0.0, r"VisionConfig.norm_eps is 0.0; it must be above 0"),
+        ("text", "rope_scaling", {"kind": "linear", "factor": 0.0}, "factor is 0.0"),
+        ("text", "rope_scaling", {"kind": "linear"}, "factor"),
+        (
+            "text",
+            "rope_scaling",
+            {"kind": "llama3", "factor": 8.0, "high_frequency_factor": 1.0},
+            "high_frequency_factor 1.0 must be above",
+        ),
     ],
 )
 def test_refusals(part: str, key: str, value: object, message: str):
