@@ -208,7 +208,14 @@ def _sidecars(native: Native, layout: str, rows: int, dtype: FloatName | None) -
     dtype = dtype or native.origin["cast"]
     if layout == "hf":
         first = native.origin["vocabulary"]
-        return hf_sidecars(native.hf, native.config, rows=rows, image_id=first, dtype=dtype)
+        return hf_sidecars(
+            native.hf,
+            native.config,
+            rows=rows,
+            image_id=first,
+            came_so=native.origin["layout"] == "hf",
+            dtype=dtype,
+        )
     files = llava_sidecars(native.hf, native.config, rows=rows, dtype=dtype)
     return {"config.json": files["config.json"]} if layout == "adapter" else files
 

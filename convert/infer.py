@@ -10,12 +10,20 @@ It is written only where it is needed; any of its keys may be left out.
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
 
 from convert.mapping import CROSSLAYER, PROJECTOR, fusion_entries
 from stf_jax.checkpoint import CheckpointError
-from stf_jax.config import STF_TAPS, FusionConfig, LlavaConfig, MBTFConfig, VisionConfig
+from stf_jax.config import (
+    STF_TAPS,
+    FusionConfig,
+    LlavaConfig,
+    MBTFConfig,
+    Reduction,
+    VisionConfig,
+)
+from stf_jax.hf_config import section
 
 KEY = "mm_fusion"
 
@@ -54,10 +62,11 @@ def infer_fusion(shapes: Shapes, hf: Mapping[str, Any], vision: VisionConfig) ->
             raise CheckpointError(
                 f"{key} is {hf[key]!r} in config.json; stf_jax computes only {allowed[0]!r}"
             )
-    ours = dict(hf.get(KEY, {}))
+    ours = section(hf, KEY)
     unknown = ours.keys() - {"taps", "reduction", "window", "last_activation"}
     if unknown:
         raise CheckpointError(f"{KEY} in config.json has an unknown key {sorted(unknown)[0]!r}")
+    _check_ours(ours)
     width = vision.width
     mixer = _matrix(shapes, f"{CROSSLAYER}0.weight")
     projector = _matrix(shapes, f"{PROJECTOR}0.weight")
@@ -150,6 +159,21 @@ def _default_taps(inputs: int, hf: Mapping[str, Any], vision: VisionConfig) -> t
             f'which; add "{KEY}": {{"taps": [...]}} to config.json, in order of concatenation'
         )
     return _TAPS[count]
+
+
+def _check_ours(ours: Mapping[str, Any]) -> None:
+    right: dict[str, Callable[[Any], bool]] = {
+        "taps": lambda taps: isinstance(taps, list) and all(type(tap) is int for tap in taps),
+        "reduction": lambda kind: kind in get_args(Reduction),
+        "window": lambda window: type(window) is int,
+        "last_activation": lambda on: isinstance(on, bool),
+    }
+    for key, value in ours.items():
+        if not right[key](value):
+            raise CheckpointError(
+                f"{key} in {KEY} of config.json is {value!r}; an example of all its keys: "
+                '{"taps": [3, 1], "reduction": "average", "window": 2, "last_activation": false}'
+            )
 
 
 def _matrix(shapes: Shapes, name: str) -> tuple[int, int] | None:

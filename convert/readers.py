@@ -10,7 +10,7 @@ from etils import epath
 from convert.dtypes import Array
 from convert.safetensors_file import SafetensorsFile, TensorInfo
 from convert.torch_file import TorchFile
-from stf_jax.checkpoint import CheckpointError, list_some
+from stf_jax.checkpoint import CheckpointError, list_some, missing
 
 
 class Tensors(Protocol):
@@ -54,7 +54,7 @@ def open_tensors(path: epath.Path) -> Tensors:
         CheckpointError: no weights, or weights that are not whole: all problems in one message.
     """
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
+        raise missing(path)
     if path.is_file():
         return _open_file(path)
     for name in _WHOLE:
@@ -64,6 +64,13 @@ def open_tensors(path: epath.Path) -> Tensors:
             return _open_file(path / name)
     for name in ADAPTERS:
         if (path / name).exists():
+            inside = sorted(p.name for p in path.iterdir() if (p / "config.json").is_file())
+            if inside and not (path / "config.json").exists():
+                # No adapter's directory, but one of several checkpoints.
+                raise CheckpointError(
+                    f"{path} holds several checkpoints; name one of them: "
+                    + ", ".join([name, *inside])
+                )
             return _open_file(path / name)
     shards = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".bin"))
     if shards:

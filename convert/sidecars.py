@@ -16,7 +16,7 @@ from convert.processor import IMAGE_TOKEN, PAD_TOKEN, Json, encode_json, process
 from convert.readers import read_json
 from convert.tower import PUBLISHED
 from stf_jax.config import LlavaConfig, VisionConfig
-from stf_jax.hf_config import text_from_hf, text_to_hf, vision_from_hf, vision_to_hf
+from stf_jax.hf_config import section, text_from_hf, text_to_hf, vision_from_hf, vision_to_hf
 
 
 def llava_sidecars(
@@ -47,18 +47,19 @@ def hf_sidecars(
     *,
     rows: int,
     image_id: int,
+    came_so: bool,
     dtype: FloatName | None,
 ) -> dict[str, bytes]:
     """The files of the layout "hf"; arguments as those of `llava_sidecars`.
 
-    A model that did not come in this layout gets the tokens `<image>`, with the id `image_id`, and
-    `<pad>`, with the next one, and a processor that knows them.
+    A model that did not come in this layout (`came_so`) gets the tokens `<image>`, with the id
+    `image_id`, and `<pad>`, with the next one, and a processor that knows them.
     """
     files = _copied(stored)
     hf = _stored(stored)
     vision = _vision_config(stored, config.vision)
     config = replace_vocabulary(config, rows)
-    new = "text_config" not in hf
+    new = not came_so and "text_config" not in hf
     pad_id = image_id + 1
     if new:
         text = {**hf, **text_to_hf(config.text), "pad_token_id": pad_id}
@@ -81,7 +82,7 @@ def hf_sidecars(
             "vision_config": {**vision, "model_type": "clip_vision_model"},
         }
     elif text_from_hf(language_keys(hf)) != config.text:
-        hf = {**hf, "text_config": {**hf["text_config"], **text_to_hf(config.text)}}
+        hf = {**hf, "text_config": section(hf, "text_config") | text_to_hf(config.text)}
     files["config.json"] = encode_json(_with_dtype(hf, dtype))
     if new:
         files |= processor_files(files, config.vision, {IMAGE_TOKEN: image_id, PAD_TOKEN: pad_id})
@@ -90,11 +91,12 @@ def hf_sidecars(
 
 def language_keys(hf: Mapping[str, Any]) -> Json:
     """The keys of a config.json that describe the language model, in any layout."""
-    if "text_config" not in hf:
+    inner = section(hf, "text_config")
+    if not inner:
         return dict(hf)
     # What the outer config says of the language model counts where the inner one is silent.
     outer = {key: hf[key] for key in ("tie_word_embeddings",) if key in hf}
-    return outer | dict(hf["text_config"])
+    return outer | inner
 
 
 _LLAVA_ONLY = (
@@ -152,8 +154,8 @@ def _vision_config(stored: epath.Path, vision: VisionConfig) -> Json:
     candidates = [stored / "vision_tower" / "config.json", stored / "config.json"]
     for path in candidates:
         hf = read_json(path) if path.exists() else {}
-        hf = hf.get("vision_config", hf if path is candidates[0] else {})
         try:
+            hf = section(hf, "vision_config") or (hf if path is candidates[0] else {})
             if hf and vision_from_hf(hf) == vision:
                 return dict(hf)
         except ValueError:

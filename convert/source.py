@@ -6,6 +6,7 @@ stage-1 adapter takes a language model and a tower.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
@@ -22,9 +23,11 @@ from convert.sidecars import language_keys
 from convert.tower import TowerChoice, choose_tower
 from stf_jax.checkpoint import CheckpointError, Leaf, list_some
 from stf_jax.config import LlavaConfig, TextConfig
-from stf_jax.hf_config import text_from_hf
+from stf_jax.hf_config import TEXT_DEFAULTS, text_from_hf
 
 T = TypeVar("T")
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 NewFusion = Literal["stf", "llava", "average"]
 
@@ -166,7 +169,9 @@ def open_source(
         tensors |= part.fusion
         hf = part.hf or language.hf
         shapes = {name: tensor.info.shape for name, tensor in tensors.items()}
-        between = _explained(part, infer_fusion, shapes, hf, tower.config)
+        between = _explained(
+            part, infer_fusion, shapes, hf, tower.config, assumed=_assumed(None, tower)
+        )
     config = _explained(part, lambda: LlavaConfig(vision=tower.config, text=text, fusion=between))
     if part.layout == "llama":
         tensors |= _random(config, tensors, seed)
@@ -182,7 +187,9 @@ def open_source(
         files=_files(language, tower),
         entries=entries,
         tensors=tensors,
-        carried=_check(part.path, config, entries, tensors, unknown),
+        carried=_check(
+            part.path, config, entries, tensors, unknown, assumed=_assumed(language, tower)
+        ),
     )
 
 
@@ -196,7 +203,8 @@ def _language_part(part: Part, base: epath.PathLike | None) -> Part:
         return part
     if base is None:
         raise CheckpointError(
-            f"{part.path} is an adapter alone; give the language model under it with --base DIR"
+            f"{part.path} is an adapter alone; import it first: stf-jax convert import {part.path} "
+            "OUT --base LANGUAGE_MODEL --vision-tower CLIP"
         )
     language = open_part(base)
     if not language.language:
@@ -207,15 +215,29 @@ def _language_part(part: Part, base: epath.PathLike | None) -> Part:
 def _text_config(part: Part) -> TextConfig:
     if not part.hf:
         raise CheckpointError(f"{part.path} has no config.json; download or copy it, too")
-    return _explained(part, text_from_hf, language_keys(part.hf))
+    return _explained(part, lambda: text_from_hf(language_keys(part.hf)))
 
 
-def _explained(part: Part, function: Callable[..., T], *args: Any) -> T:
+def _explained(part: Part, function: Callable[..., T], *args: Any, assumed: str = "") -> T:
     """`function(*args)`, whose errors then say which checkpoint they mean."""
     try:
         return function(*args)
     except ValueError as error:
-        raise CheckpointError(f"{part.path}: {error}") from error
+        raise CheckpointError(f"{part.path}: {error}{assumed}") from error
+
+
+def _assumed(language: Part | None, tower: TowerChoice) -> str:
+    """For an error about sizes: those that config.json does not give."""
+    given = TEXT_DEFAULTS if language is None else language_keys(language.hf)
+    silent = [
+        f"the language model's {key} ({size})"
+        for key, size in TEXT_DEFAULTS.items()
+        if key not in given
+    ]
+    silent += [f"the vision tower's {key} ({size})" for key, size in tower.assumed.items()]
+    if not silent:
+        return ""
+    return f" (config.json lacks {', '.join(silent)}; transformers' defaults were assumed)"
 
 
 def _random(config: LlavaConfig, tensors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
@@ -240,6 +262,8 @@ def _check(
     entries: tuple[Entry, ...],
     tensors: Mapping[str, Tensor],
     unknown: tuple[str, ...],
+    *,
+    assumed: str,
 ) -> tuple[str, ...]:
     """The carried tensors, once every tensor is known to be there and to fit."""
     needed = {name: entry.shape for entry in entries for name in entry.tensors}
@@ -261,7 +285,33 @@ def _check(
             )
     problems += [f"extra: {name}" for name in extra]
     if problems:
+        count = "1 tensor" if len(problems) == 1 else f"{len(problems)} tensors"
         raise CheckpointError(
-            f"{path} does not fit its config.json ({len(problems)} tensors):\n{list_some(problems)}"
+            f"{path} does not fit its config.json ({count}){assumed}:\n"
+            + list_some(_by_layer(problems))
         )
     return tuple(name for name in tensors if name not in needed)
+
+
+def _by_layer(problems: list[str]) -> list[str]:
+    """The lines; those that differ by nothing but the number of a layer become one."""
+    layers: dict[str, list[int]] = {}
+    for line in problems:
+        number = _LAYER.search(line)
+        kind = _LAYER.sub(".layers.{}.", line, count=1)
+        layers.setdefault(kind, []).extend([int(number[1])] if number else [])
+    return [
+        kind.replace(".layers.{}.", f".layers.{_ranges(numbers)}.") if numbers else kind
+        for kind, numbers in layers.items()
+    ]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[1, 2, 3, 7] -> "1-3,7"."""
+    ranges: list[list[int]] = []
+    for number in sorted(numbers):
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in ranges)

@@ -54,13 +54,15 @@ class TorchFile:
                     os.fspath(local), weights_only=True, map_location="cpu", mmap=zipped
                 )
             except pickle.UnpicklingError as error:
-                if "Weights only load failed" not in str(error):
+                # The operands are those of pickles; a file with others is none.
+                no_code = "Unsupported operand" in str(error)
+                if no_code or "Weights only load failed" not in str(error):
                     raise _damaged(self.path) from error
                 raise CheckpointError(
                     f"{self.path} holds more than tensors and would run code when loaded: refused; "
                     "ask its author for a safetensors file"
                 ) from error
-            except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+            except Exception as error:  # the unpickler fails in any way over what is no pickle
                 raise _damaged(self.path) from error
         if not isinstance(content, dict) or not all(
             isinstance(value, torch.Tensor) for value in content.values()

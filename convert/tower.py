@@ -15,7 +15,7 @@ from convert.parts import Part, Tensor, open_part
 from convert.readers import read_json
 from stf_jax.checkpoint import CheckpointError
 from stf_jax.config import VisionConfig
-from stf_jax.hf_config import vision_from_hf
+from stf_jax.hf_config import VISION_DEFAULTS, section, vision_from_hf, vision_to_hf
 
 PUBLISHED: dict[str, Callable[[], VisionConfig]] = {
     "openai/clip-vit-large-patch14-336": VisionConfig.clip_l_336,
@@ -31,6 +31,7 @@ class TowerChoice:
     tensors: Mapping[str, Tensor]  # by canonical name
     folder: epath.Path | None  # with its config.json
     unknown: tuple[str, ...]  # published names that no tower has
+    assumed: Mapping[str, int]  # sizes that no config.json gives
 
 
 def choose_tower(part: Part, language: Part, vision_tower: epath.PathLike | None) -> TowerChoice:
@@ -42,11 +43,13 @@ def choose_tower(part: Part, language: Part, vision_tower: epath.PathLike | None
     inside = part.tower or language.tower
     folder = _folder(part, language, vision_tower)
     if folder is not None:
-        config = _read_config(folder / "config.json", read_json(folder / "config.json"))
+        config, assumed = _read_config(folder / "config.json", read_json(folder / "config.json"))
     else:
-        config = _known_config(part, language)
+        config, assumed = _known_config(part, language)
     if inside:
-        return TowerChoice(config=config, tensors=inside, folder=folder, unknown=())
+        return TowerChoice(
+            config=config, tensors=inside, folder=folder, unknown=(), assumed=assumed
+        )
     if folder is None or not _has_weights(folder):
         raise CheckpointError(
             f"{part.path} has no vision tower inside"
@@ -54,7 +57,13 @@ def choose_tower(part: Part, language: Part, vision_tower: epath.PathLike | None
             + "; give a directory with CLIP's config.json and weights: --vision-tower DIR"
         )
     beside = open_part(folder)
-    return TowerChoice(config=config, tensors=beside.tower, folder=folder, unknown=beside.unknown)
+    return TowerChoice(
+        config=config,
+        tensors=beside.tower,
+        folder=folder,
+        unknown=beside.unknown,
+        assumed=assumed,
+    )
 
 
 def _folder(part: Part, language: Part, vision_tower: epath.PathLike | None) -> epath.Path | None:
@@ -64,10 +73,14 @@ def _folder(part: Part, language: Part, vision_tower: epath.PathLike | None) -> 
             raise CheckpointError(f"{folder} holds no config.json of a vision tower")
         return folder
     for owner in (part, language):
-        if "vision_config" in owner.hf:
+        if _has_config(owner):
             continue
         candidates = [owner.folder / "vision_tower"]
         name = owner.hf.get("mm_vision_tower")
+        if name and not isinstance(name, str):
+            raise CheckpointError(
+                f"{owner.path}: mm_vision_tower is {name!r} in config.json; give a path or a name"
+            )
         if name:
             # Joining an absolute path gives that path.
             candidates += [owner.folder / name, owner.folder.parent / name]
@@ -77,13 +90,22 @@ def _folder(part: Part, language: Part, vision_tower: epath.PathLike | None) -> 
     return None
 
 
-def _known_config(part: Part, language: Part) -> VisionConfig:
+def _has_config(owner: Part) -> bool:
+    return owner.hf.get("vision_config") is not None
+
+
+def _known_config(part: Part, language: Part) -> tuple[VisionConfig, Mapping[str, int]]:
     for owner in (part, language):
-        if "vision_config" in owner.hf:
+        if _has_config(owner):
             return _read_config(owner.path, owner.hf)
+    if part.layout == "hf":
+        # The tower of `transformers.LlavaConfig` where none is given.
+        config = VisionConfig.clip_l_336()
+        hf = vision_to_hf(config)
+        return config, {key: hf[key] for key in VISION_DEFAULTS}
     name = part.hf.get("mm_vision_tower") or language.hf.get("mm_vision_tower")
     if name in PUBLISHED:
-        return PUBLISHED[name]()
+        return PUBLISHED[name](), {}
     if name is None:
         raise CheckpointError(f"{part.path} names no vision tower; give one: --vision-tower DIR")
     raise CheckpointError(
@@ -92,11 +114,13 @@ def _known_config(part: Part, language: Part) -> VisionConfig:
     )
 
 
-def _read_config(path: epath.Path, hf: Mapping[str, Any]) -> VisionConfig:
+def _read_config(path: epath.Path, hf: Mapping[str, Any]) -> tuple[VisionConfig, Mapping[str, int]]:
     try:
-        return vision_from_hf(hf)
+        config = vision_from_hf(hf)
+        given = section(hf, "vision_config") if "vision_config" in hf else hf
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    return config, {key: size for key, size in VISION_DEFAULTS.items() if key not in given}
 
 
 def _has_weights(folder: epath.Path) -> bool:

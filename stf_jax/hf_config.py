@@ -9,6 +9,23 @@ from typing import Any
 
 from stf_jax.config import RopeScaling, TextConfig, VisionConfig
 
+# The sizes that `transformers.CLIPVisionConfig` and `LlamaConfig` have where a file is silent.
+VISION_DEFAULTS = {
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
+TEXT_DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
+
 
 def vision_from_hf(hf: Mapping[str, Any]) -> VisionConfig:
     """Reads a CLIP `config.json`, that of the vision model alone or of the whole CLIP.
@@ -16,19 +33,19 @@ def vision_from_hf(hf: Mapping[str, Any]) -> VisionConfig:
     Raises:
         ValueError: another model family, or a variant that the tower does not compute.
     """
-    if "vision_config" in hf:
-        hf = hf["vision_config"]
+    if hf.get("vision_config") is not None:
+        hf = section(hf, "vision_config")
     _supported(hf, "model_type", "clip_vision_model")
     _supported(hf, "num_channels", 3)
     _supported(hf, "hidden_act", "quick_gelu", "gelu")
     return VisionConfig(
-        image_size=hf.get("image_size", 224),
-        patch_size=hf.get("patch_size", 32),
-        width=hf.get("hidden_size", 768),
-        mlp_width=hf.get("intermediate_size", 3072),
-        layers=hf.get("num_hidden_layers", 12),
-        heads=hf.get("num_attention_heads", 12),
-        norm_eps=hf.get("layer_norm_eps", 1e-5),
+        image_size=_size(hf, "image_size", VISION_DEFAULTS),
+        patch_size=_size(hf, "patch_size", VISION_DEFAULTS),
+        width=_size(hf, "hidden_size", VISION_DEFAULTS),
+        mlp_width=_size(hf, "intermediate_size", VISION_DEFAULTS),
+        layers=_size(hf, "num_hidden_layers", VISION_DEFAULTS),
+        heads=_size(hf, "num_attention_heads", VISION_DEFAULTS),
+        norm_eps=_number(hf, "layer_norm_eps", 1e-5),
         activation=hf.get("hidden_act", "quick_gelu"),
     )
 
@@ -59,26 +76,37 @@ def text_from_hf(hf: Mapping[str, Any]) -> TextConfig:
     _supported(hf, "hidden_act", "silu")
     _supported(hf, "attention_bias", False)
     _supported(hf, "mlp_bias", False)
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    heads = hf.get("num_attention_heads", 32)
-    width = hf.get("hidden_size", 4096)
-    eos = _or(hf.get("eos_token_id"), 2)
+    rope = section(hf, "rope_parameters") or section(hf, "rope_scaling") or {}
+    heads = _size(hf, "num_attention_heads", TEXT_DEFAULTS)
+    width = _size(hf, "hidden_size", TEXT_DEFAULTS)
+    # Unlike the other keys, these may be null.
+    optional = {
+        "num_key_value_heads": heads,
+        "head_dim": width // heads,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    hf = {**hf, **{key: _or(hf.get(key), default) for key, default in optional.items()}}
+    eos = hf["eos_token_id"]
     return TextConfig(
-        vocab_size=hf.get("vocab_size", 32000),
+        vocab_size=_size(hf, "vocab_size", TEXT_DEFAULTS),
         width=width,
-        mlp_width=hf.get("intermediate_size", 11008),
-        layers=hf.get("num_hidden_layers", 32),
+        mlp_width=_size(hf, "intermediate_size", TEXT_DEFAULTS),
+        layers=_size(hf, "num_hidden_layers", TEXT_DEFAULTS),
         heads=heads,
-        kv_heads=_or(hf.get("num_key_value_heads"), heads),
-        head_dim=_or(hf.get("head_dim"), width // heads),
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10000.0))),
+        kv_heads=_size(hf, "num_key_value_heads", optional),
+        head_dim=_size(hf, "head_dim", optional),
+        norm_eps=_number(hf, "rms_norm_eps", 1e-6),
+        rope_theta=float(_number(rope, "rope_theta", _number(hf, "rope_theta", 10000.0))),
         rope_scaling=_rope_scaling_from_hf(rope),
-        max_positions=hf.get("max_position_embeddings", 2048),
-        tie_embeddings=hf.get("tie_word_embeddings", False),
-        bos_id=_or(hf.get("bos_token_id"), 1),
-        eos_ids=tuple(eos) if isinstance(eos, list) else (eos,),
-        pad_id=_or(hf.get("pad_token_id"), 0),
+        max_positions=_size(hf, "max_position_embeddings", {"max_position_embeddings": 2048}),
+        tie_embeddings=_typed(hf, "tie_word_embeddings", False, (bool,), "true or false"),
+        bos_id=_token(hf, "bos_token_id"),
+        eos_ids=tuple(_token({"eos_token_id": one}, "eos_token_id") for one in eos)
+        if isinstance(eos, list) and eos
+        else (_token(hf, "eos_token_id"),),
+        pad_id=_token(hf, "pad_token_id"),
     )
 
 
@@ -114,14 +142,14 @@ def _rope_scaling_from_hf(rope: Mapping[str, Any]) -> RopeScaling | None:
     if kind == "default":
         return None
     if kind == "linear":
-        return RopeScaling(kind="linear", factor=rope["factor"])
+        return RopeScaling(kind="linear", factor=_number(rope, "factor"))
     if kind == "llama3":
         return RopeScaling(
             kind="llama3",
-            factor=rope["factor"],
-            low_frequency_factor=rope["low_freq_factor"],
-            high_frequency_factor=rope["high_freq_factor"],
-            original_positions=rope["original_max_position_embeddings"],
+            factor=_number(rope, "factor"),
+            low_frequency_factor=_number(rope, "low_freq_factor"),
+            high_frequency_factor=_number(rope, "high_freq_factor"),
+            original_positions=_size(rope, "original_max_position_embeddings", {}),
         )
     raise ValueError(f"rope scaling {kind!r} is not supported; supported: 'linear', 'llama3'")
 
@@ -144,6 +172,47 @@ def _supported(hf: Mapping[str, Any], key: str, *allowed: object) -> None:
     if found not in allowed:
         names = " or ".join(map(repr, allowed))
         raise ValueError(f"{key} is {found!r} in this config.json; supported: {names}")
+
+
+def section(hf: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The object under a key of `config.json`; empty where it is absent or null.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    found = hf.get(key)
+    if found is not None and not isinstance(found, Mapping):
+        raise ValueError(f"{key} is {found!r} in this config.json; give an object, {{...}}")
+    return dict(found or {})
+
+
+def _size(hf: Mapping[str, Any], key: str, defaults: Mapping[str, int]) -> int:
+    size = _typed(hf, key, defaults.get(key), (int,), "a whole number, 1 or more")
+    if size < 1:
+        raise ValueError(f"{key} is {size} in this config.json; give 1 or more")
+    return int(size)
+
+
+def _token(hf: Mapping[str, Any], key: str) -> int:
+    return int(_typed(hf, key, None, (int,), "the id of a token"))
+
+
+def _number(hf: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    number: float = _typed(hf, key, default, (int, float), "a number")
+    return number
+
+
+def _typed(
+    hf: Mapping[str, Any], key: str, default: Any, kinds: tuple[type, ...], wanted: str
+) -> Any:
+    """The value of a key, refused if it is of another kind, or absent and without default."""
+    found = hf.get(key, default)
+    if key not in hf and default is None:
+        raise ValueError(f"{key} is missing in this config.json; give {wanted}")
+    # In Python, True is an int.
+    if not isinstance(found, kinds) or (isinstance(found, bool) and bool not in kinds):
+        raise ValueError(f"{key} is {found!r} in this config.json; give {wanted}")
+    return found
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -62,8 +62,10 @@ class Generator:
         Raises:
             ValueError: no tokens wanted, or a prompt that leaves no room for any.
         """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; give 1 or more")
+        if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; give 1 or more, a whole number")
+        # No row has more positions, so the cache needs no more slots.
+        max_new_tokens = min(max_new_tokens, self.config.text.max_positions)
         self._check_lengths(prompts)
         devices = 1 if self.mesh is None else math.prod(self.mesh.shape[a] for a in BATCH_AXES)
         rows = -(-len(prompts) // devices) * devices
@@ -71,7 +73,7 @@ class Generator:
         new = bucket(max_new_tokens)
         knobs = {
             "temperature": np.float32(sampling.temperature or 1.0),
-            "top_k": np.int32(sampling.top_k),
+            "top_k": np.int32(min(sampling.top_k, np.iinfo(np.int32).max)),
             "top_p": np.float32(sampling.top_p),
             "seed": np.uint32(sampling.seed),
         }

@@ -1,6 +1,7 @@
 """Choosing the next token: greedy, or temperature, top-k and top-p with a seed for each row."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +25,16 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}; give 0 (greedy) or more")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature is {self.temperature}; give 0 (greedy) or a larger finite number"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; give more than 0 and at most 1")
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; give 0 (all tokens) or more")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; give 0 to {2**32 - 1}")
 
 
 GREEDY = Sampling()

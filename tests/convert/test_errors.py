@@ -1,13 +1,13 @@
 """Bad input: one clear message that names the fix, and nothing left behind."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from convert import export_checkpoint, import_checkpoint, open_source
 from convert.torch_file import import_torch
@@ -45,6 +45,12 @@ def shard(source: Path, number: int) -> Path:
 
 def test_missing_source(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", tmp_path / "out", r"nowhere does not exist$")
+    name = "liuhaotian/llava-v1.5-7b"
+    message = (
+        rf"^{name} does not exist; nothing is downloaded, .*: hf download {name} --local-dir DIR$"
+    )
+    refused(Path(name), tmp_path / "out", message)
+    refused(Path("tests/nowhere"), tmp_path / "out", "does not exist$")
 
 
 def test_existing_out(sharded: Path, tmp_path: Path) -> None:
@@ -174,11 +180,112 @@ def test_tensors_that_do_not_fit_are_all_listed(checkpoint: Callable, tmp_path: 
         assert f"\n  {line}" in message
 
 
-def test_hundreds_of_problems_are_shortened(checkpoint: Callable, tmp_path: Path) -> None:
-    source = checkpoint(config={"hidden_size": 32, "head_dim": 16, "num_hidden_layers": 40})
+def test_hundreds_of_problems_are_listed_by_layer(checkpoint: Callable, tmp_path: Path) -> None:
+    def cut(name: str, array: np.ndarray) -> np.ndarray | None:
+        return None if name == "model.layers.1.mlp.up_proj.weight" else array
+
+    source = checkpoint(cut, config={"num_hidden_layers": 40})
+    message = refused(source, tmp_path / "out", r"does not fit its config.json \(343 tensors\)")
+    assert len(message.splitlines()) == 10
+    assert "\n  missing: model.layers.1-39.mlp.up_proj.weight (112, 64)" in message
+    assert "\n  missing: model.layers.2-39.mlp.gate_proj.weight (112, 64)" in message
+
+
+def test_one_problem_is_counted_as_one(checkpoint: Callable, tmp_path: Path) -> None:
+    source = checkpoint(lambda name, array: None if name == "model.norm.weight" else array)
+    refused(source, tmp_path / "out", r"does not fit its config.json \(1 tensor\):")
+
+
+def llava_hf(checkpoint: Callable, **changes: object) -> Path:
+    """The reference's weights as transformers' Llava spells them, the fusion being LLaVA-1.5's."""
+
+    def spell(name: str) -> str:
+        for ours, theirs in (
+            ("model.vision_tower.vision_tower.", "vision_tower."),
+            ("model.mm_projector.0.", "multi_modal_projector.linear_1."),
+            ("model.mm_projector.2.", "multi_modal_projector.linear_2."),
+            ("model.", "language_model.model."),
+            ("lm_head.", "language_model.lm_head."),
+        ):
+            if name.startswith(ours):
+                return theirs + name.removeprefix(ours)
+        raise AssertionError(name)
+
+    tensors: dict[str, np.ndarray] = {}
+
+    def move(name: str, array: np.ndarray) -> None:
+        if "crosslayer" not in name:
+            one_token = "mm_projector.0.weight" in name
+            tensors[spell(name)] = array[:, :32].copy() if one_token else array
+
+    source: Path = checkpoint(move)
+    save_file(tensors, source / "model.safetensors")
+    inner = json.loads((source / "config.json").read_text())
+    text = {key: value for key, value in inner.items() if not key.startswith("mm_")}
+    vision = json.loads((source.parent / "clip" / "config.json").read_text())
+    hf = {
+        "model_type": "llava",
+        "text_config": {**text, "model_type": "llama"},
+        "vision_config": vision.get("vision_config", vision),
+        **changes,
+    }
+    hf = {key: value for key, value in hf.items() if value != "absent"}
+    (source / "config.json").write_text(json.dumps(hf))
+    return source
+
+
+def test_llava_hf(checkpoint: Callable, tmp_path: Path) -> None:
+    assert import_checkpoint(llava_hf(checkpoint), tmp_path / "out").layout == "hf"
+
+
+@pytest.mark.parametrize("absent", [None, "absent", {}])
+def test_llava_hf_without_a_text_config(
+    absent: object, checkpoint: Callable, tmp_path: Path
+) -> None:
+    source = llava_hf(checkpoint, text_config=absent)
     message = refused(source, tmp_path / "out", "does not fit its config.json")
-    assert len(message.splitlines()) == 102
-    assert re.search(r"\.\.\. and \d+ more$", message)
+    assert (
+        "(config.json lacks the language model's vocab_size (32000), the language model's "
+        "hidden_size (4096), " in message.splitlines()[0]
+    )
+    assert message.splitlines()[0].endswith("transformers' defaults were assumed):")
+
+
+def test_llava_hf_with_a_bare_vision_config(checkpoint: Callable, tmp_path: Path) -> None:
+    source = llava_hf(checkpoint, vision_config={"model_type": "clip_vision_model"})
+    message = refused(source, tmp_path / "out", "no square window of tokens of the tower's width")
+    assert "width 768" in message
+    assert "lacks the vision tower's image_size (224), " in message
+    assert "the vision tower's hidden_size (768), " in message
+    # Without any, the tower is that of transformers.LlavaConfig().
+    edit_json(source / "config.json", vision_config=None)
+    message = refused(source, tmp_path / "out", "the vision tower's hidden_size \\(1024\\), ")
+
+
+@pytest.mark.parametrize("key", ["text_config", "vision_config"])
+def test_llava_hf_with_a_section_that_is_none(
+    key: str, checkpoint: Callable, tmp_path: Path
+) -> None:
+    source = llava_hf(checkpoint, **{key: ["llama"]})
+    refused(source, tmp_path / "out", rf"{key} is \['llama'\] in this config.json; give an object")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": "64"}, "hidden_size is '64' in this config.json; give a whole number"),
+        ({"mm_vision_tower": 3}, "mm_vision_tower is 3 in config.json; give a path or a name"),
+        ({"mm_fusion": [1]}, "mm_fusion is .* give an object"),
+        ({"mm_fusion": {"taps": "abc"}}, "taps in mm_fusion of config.json is 'abc'; an example"),
+        ({"mm_fusion": {"window": 2.0}}, "window in mm_fusion of config.json is 2.0; an example"),
+        ({"mm_fusion": {"reduction": ["stf"]}}, "reduction in mm_fusion of config.json is"),
+        ({"mm_fusion": {"last_activation": 1}}, "last_activation in mm_fusion of config.json is 1"),
+    ],
+)
+def test_mistyped_settings(
+    changes: dict[str, object], message: str, checkpoint: Callable, tmp_path: Path
+) -> None:
+    refused(checkpoint(config=changes), tmp_path / "out", message)
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "mpt", "llava_mistral"])
@@ -265,6 +372,18 @@ def test_parts_alone(reference: Path, tmp_path: Path, checkpoint: Callable) -> N
     refused(whole, out, r"has a fusion of its own; leave out --fusion stf$", fusion="stf")
 
 
+def test_an_adapter_alone(reference: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    adapter = reference / "mm_projector.bin"
+    advice = (
+        rf"import it first: stf-jax convert import {adapter} OUT --base .* --vision-tower CLIP$"
+    )
+    refused(adapter, tmp_path / "out", advice)
+    # A directory of several checkpoints is not the adapter among them.
+    message = r"holds several checkpoints; name one of them: mm_projector.bin, clip, llava-stf, vic"
+    refused(reference, tmp_path / "out", message)
+
+
 def test_options(sharded: Path, tmp_path: Path) -> None:
     refused(sharded, tmp_path / "out", "dtype is 'int8'; supported: float32", dtype="int8")
     refused(sharded, tmp_path / "out", "give 1 or more", vocabulary_multiple=0)
@@ -277,10 +396,10 @@ def test_native_and_pytorch_mixed_up(reference: Path, tmp_path: Path) -> None:
     for source, message in (
         (
             reference / "llava-stf",
-            r"not a native checkpoint; import it first: stf-jax convert import",
+            r"neither a native checkpoint nor a run; import it first: stf-jax convert import",
         ),
         (tmp_path / "nowhere", "does not exist"),
-        (reference / "images", "is not a native checkpoint"),
+        (reference / "images", "is neither a native checkpoint nor a run"),
     ):
         with pytest.raises(CheckpointError, match=message):
             export_checkpoint(source, tmp_path / "out", layout="llava-stf")

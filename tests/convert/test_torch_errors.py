@@ -49,6 +49,15 @@ def test_truncated(zipped: bool, keep: float, tmp_path: Path) -> None:
         open_source(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "content", [b"root:x:0:0:root:/root:/bin/bash\n", b"(", b".", b"(lp0\n", b"\x80\x02}q\x01u."]
+)
+def test_what_is_no_pickle(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "passwd").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"passwd is not a PyTorch file, or is truncated;"):
+        open_source(tmp_path / "passwd")
+
+
 def test_empty_and_pointer(tmp_path: Path) -> None:
     file = tmp_path / "pytorch_model.bin"
     file.write_bytes(b"")

@@ -88,6 +88,10 @@ def test_at_least_one_is_kept() -> None:
     ("wrong", "message"),
     [
         ({"temperature": -1.0}, "temperature is -1.0; give 0"),
+        ({"temperature": float("nan")}, "temperature is nan; give 0"),
+        ({"temperature": float("inf")}, "temperature is inf; give 0"),
+        ({"seed": -1}, "seed is -1; give 0 to 4294967295"),
+        ({"seed": 2**32}, "seed is 4294967296; give 0 to 4294967295"),
         ({"top_p": 0.0}, "top_p is 0.0; give more than 0"),
         ({"top_p": 1.5}, "top_p is 1.5; give more than 0 and at most 1"),
         ({"top_k": -1}, "top_k is -1; give 0"),
