@@ -53,6 +53,7 @@ def _raised_here(error: BaseException) -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     from stf_jax.cli_data import add_data
+    from stf_jax.cli_eval import add_eval
     from stf_jax.cli_train import add_train
 
     parser = argparse.ArgumentParser(
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(verbs)
     add_data(verbs)
     add_train(verbs)
+    add_eval(verbs)
     return parser
 
 

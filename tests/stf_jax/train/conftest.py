@@ -1,0 +1,76 @@
+"""A model, a dataset, and configs of runs over them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from convert import import_checkpoint
+from stf_jax.data.building import build
+from stf_jax.processors import load_processors
+from stf_jax.train.config import TrainConfig
+from tests.stf_jax.data.conftest import write_corpus
+
+
+@pytest.fixture(scope="session")
+def native(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference's LLaVA-STF as a native checkpoint, its vocabulary padded for eight devices."""
+    path = tmp_path_factory.mktemp("model") / "native"
+    import_checkpoint(reference / "llava-stf", path, vocabulary_multiple=8)
+    return path
+
+
+@pytest.fixture(scope="session")
+def dataset(native: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty-eight examples with none, one or two pictures."""
+    folder = tmp_path_factory.mktemp("corpus")
+    corpus = write_corpus(folder, 48)
+    processors = load_processors(native)
+    build(
+        [corpus.json],
+        folder / "dataset",
+        images=corpus.images,
+        tokenizer=processors.tokenizer,
+        image_processor=processors.image_processor,
+        tokens_per_image=processors.tokens_per_image,
+        template="v1",
+        sequence_length=384,
+        workers=1,
+    )
+    return folder / "dataset"
+
+
+@pytest.fixture
+def config(native: Path, dataset: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
+    """A config from keys that differ from a small run of stage 2; through YAML, as a user's."""
+    number = iter(range(100))
+
+    def make(**keys: Any) -> TrainConfig:
+        tree: dict[str, Any] = {
+            "model": str(native),
+            "out": str(tmp_path / f"run{next(number)}"),
+            "steps": 5,
+            "dtype": "float32",
+            "remat": "none",
+            "mesh": None,
+            "data": {
+                "datasets": [{"path": str(dataset)}],
+                "sequence_length": 384,
+                "batch_size": 8,
+                "images_per_row": 4,
+                "workers": 0,
+            },
+            "optimizer": {"learning_rate": 1e-3},
+        }
+        for key, value in keys.items():
+            if isinstance(value, dict) and isinstance(tree.get(key), dict):
+                tree[key] = tree[key] | value
+            else:
+                tree[key] = value
+        path = tmp_path / f"{next(number)}.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return TrainConfig.load(path)
+
+    return make

@@ -1,0 +1,229 @@
+"""Whole runs through `train`: the same losses however they are laid out, and when interrupted."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from stf_jax.checkpoint import open_native
+from stf_jax.data.pipeline import TrainingData, TrainingStep
+from stf_jax.train import loop
+from stf_jax.train.config import TrainConfig
+from stf_jax.train.loop import TrainingError, train
+from stf_jax.train.run import open_model
+
+Config = Callable[..., TrainConfig]
+
+MESHES = [
+    {"fsdp": 8},
+    {"fsdp": 2, "tensor": 4},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+]
+
+
+def metrics(config: TrainConfig) -> list[dict[str, Any]]:
+    lines = (Path(config.out) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def losses(config: TrainConfig) -> list[float]:
+    assert train(config) == "finished"
+    return [record["loss"] for record in metrics(config)]
+
+
+@pytest.fixture(scope="module")
+def alone(request: pytest.FixtureRequest) -> list[float]:
+    """Filled by the first test that needs it: losses on one device, without a mesh."""
+    return []
+
+
+def reference_losses(config: Config, alone: list[float]) -> list[float]:
+    if not alone:
+        alone += losses(config())
+        assert len(alone) == 5
+        assert alone[-1] < 0.9 * alone[0]
+    return alone
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_same_losses_on_any_mesh(config: Config, alone: list[float], mesh: dict[str, int]) -> None:
+    expected = reference_losses(config, alone)
+    np.testing.assert_allclose(losses(config(mesh=mesh)), expected, rtol=1e-5)
+
+
+def test_same_losses_accumulated(config: Config, alone: list[float]) -> None:
+    expected = reference_losses(config, alone)
+    np.testing.assert_allclose(losses(config(micro_batches=4)), expected, rtol=1e-5)
+    both = config(micro_batches=2, mesh={"data": 2, "fsdp": 2, "tensor": 2})
+    np.testing.assert_allclose(losses(both), expected, rtol=1e-5)
+
+
+def test_same_losses_packed_and_unpacked(config: Config) -> None:
+    """All 48 examples in each global batch: 18 packed rows, or 48 rows of their own."""
+    packed = config(data={"batch_size": 18})
+    single = config(data={"batch_size": 48, "packing": "single"})
+    np.testing.assert_allclose(losses(single), losses(packed), rtol=1e-5)
+    fills = [metrics(one)[0]["fill"] for one in (packed, single)]
+    assert fills[0] > 2.5 * fills[1]
+    counts = [[record["supervised_tokens"] for record in metrics(one)] for one in (packed, single)]
+    assert counts[0] == counts[1]
+
+
+class Spy(TrainingData):
+    """Notes the ids of every step that is taken, and may do something before one."""
+
+    seen: list[tuple[int, tuple[tuple[str, ...], ...]]]
+    before: dict[int, Callable[[], object]]
+
+    def batches(self, **arguments: Any) -> Iterator[TrainingStep]:
+        for step in super().batches(**arguments):
+            self.before.get(step.step, lambda: None)()
+            self.seen.append((step.step, step.example_ids))
+            yield step
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> type[Spy]:
+    Spy.seen, Spy.before = [], {}
+    monkeypatch.setattr(loop, "TrainingData", Spy)
+    return Spy
+
+
+def test_preempted_and_resumed_on_another_mesh(
+    config: Config, alone: list[float], spy: type[Spy], capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = reference_losses(config, alone)
+    spy.seen.clear()
+    spy.before[2] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    before = signal.getsignal(signal.SIGTERM)
+    first = config(mesh={"fsdp": 8})
+    assert train(first) == "interrupted"
+    assert "interrupted after step 2; start it again" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [record["step"] for record in metrics(first)] == [0, 1]
+    assert {child.name for child in Path(first.out, "checkpoints").glob("[0-9]*")} == {"0", "2"}
+    # What was made ready for the step that never ran is made again.
+    assert [step for step, _ in spy.seen] == [0, 1, 2]
+    spy.before.clear()
+    halfway = list(spy.seen[:2])
+    again = config(out=first.out, mesh={"data": 4, "tensor": 2})
+    np.testing.assert_allclose(losses(again), expected, rtol=1e-5)
+    assert "going on at step 2 of 5" in capsys.readouterr().err
+    resumed = halfway + spy.seen[3:]
+    spy.seen.clear()
+    train(config())
+    assert spy.seen == resumed
+    assert [step for step, _ in resumed] == list(range(5))
+
+
+def test_an_epoch_has_every_example_once(config: Config, spy: type[Spy]) -> None:
+    losses(config(steps=None, epochs=2, data={"batch_size": 3}))
+    ids = [name for _, rows in spy.seen for row in rows for name in row]
+    half = len(ids) // 2
+    assert len(ids) == 96
+    assert len({*ids[:half]}) == len({*ids[half:]}) == 48
+    assert ids[:half] != ids[half:]
+
+
+def test_second_stage_on_the_first(config: Config, native: Path, tmp_path: Path) -> None:
+    """The frozen model is written in neither run, and both are models."""
+    first = config(stage="pretrain", steps=3)
+    train(first)
+    second = config(model=first.out, steps=3)
+    train(second)
+    for run in (first, second):
+        written = {
+            path.parent.name if path.name == ".zarray" else path.name
+            for path in Path(run.out, "checkpoints").rglob("*")
+        }
+        assert not any("vision" in name for name in written)
+    begun, one, two = (open_model(path) for path in (native, first.out, second.out))
+    for name in begun.shapes:
+        changed = [
+            not np.array_equal(a.read(name), b.read(name)) for a, b in [(begun, one), (one, two)]
+        ]
+        part = name.partition("/")[0]
+        assert changed == [part in ("fusion", "projector"), part != "vision"], name
+
+
+def test_adapters_are_merged(config: Config, native: Path, spy: type[Spy]) -> None:
+    """Halfway, the run as a model has the loss that the run itself has next."""
+    whole = {"data": {"batch_size": 18}, "optimizer": {"learning_rate": 1e-2}}
+    run = config(stage="lora", lora={"rank": 4, "alpha": 8.0, "dropout": 0.0}, **whole)
+    spy.before[3] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    assert train(run) == "interrupted"
+    spy.before.clear()
+    assert set(open_model(run.out).shapes) == set(open_native(native).shapes)
+    (merged,) = losses(config(model=run.out, steps=1, **whole))
+    found = losses(run)
+    np.testing.assert_allclose(merged, found[3], rtol=1e-5)
+    assert abs(found[3] - found[2]) > 1e-3
+
+
+@pytest.mark.parametrize("mode", ["stop", "skip"])
+def test_a_loss_that_is_not_finite(
+    config: Config, spy: type[Spy], mode: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = config(nonfinite=mode, checkpoint={"every": 2, "keep": 5})
+
+    def spoil(step: TrainingStep) -> None:
+        step.batch.pixels[...] = np.nan
+
+    original = Spy.batches
+
+    def batches(self: Spy, **arguments: Any) -> Iterator[TrainingStep]:
+        for step in original(self, **arguments):
+            if step.step == 3:
+                spoil(step)
+            yield step
+
+    Spy.batches = batches  # type: ignore[method-assign]
+    try:
+        if mode == "stop":
+            with pytest.raises(TrainingError, match=r"step 3: the loss is nan .*example-\d+"):
+                train(run)
+            assert [r["loss"] is None for r in metrics(run)] == [False] * 3 + [True]
+            names = {child.name for child in Path(run.out, "checkpoints").glob("[0-9]*")}
+            assert names == {"0", "2"}
+        else:
+            assert train(run) == "finished"
+            assert [r["loss"] is None for r in metrics(run)] == [False] * 3 + [True, False]
+            assert "skipped" in capsys.readouterr().err
+            model = open_model(run.out)
+            assert all(np.isfinite(model.read(name)).all() for name in model.shapes)
+    finally:
+        Spy.batches = original  # type: ignore[method-assign]
+
+
+def test_dropout_follows_the_step(config: Config) -> None:
+    """Interrupted or not, on any mesh, a step drops the same inputs."""
+    keys = {"stage": "lora", "lora": {"rank": 4, "dropout": 0.5}, "micro_batches": 2}
+    expected = losses(config(**keys))
+    np.testing.assert_allclose(losses(config(**keys, mesh=MESHES[2])), expected, rtol=1e-5)
+    without = losses(config(**keys | {"lora": {"rank": 4, "dropout": 0.0}}))
+    assert without[0] == pytest.approx(expected[0], rel=1e-5)
+    assert abs(without[-1] - expected[-1]) > 1e-4
+
+
+def test_bfloat16_goes_down_too(config: Config) -> None:
+    found = losses(config(dtype="bfloat16", remat="full", mesh={"fsdp": 8}))
+    assert found[-1] < 0.9 * found[0]
+
+
+def test_profile(config: Config) -> None:
+    run = config(steps=3, profile=[1, 2])
+    train(run)
+    assert list(Path(run.out, "tensorboard").rglob("*.xplane.pb"))
+    assert list(Path(run.out, "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_devices_are_those_of_the_mesh(config: Config) -> None:
+    assert jax.device_count() == 8
+    with pytest.raises(ValueError, match=r"mesh data 1 x fsdp 3 x tensor 1 does not fit 8 devices"):
+        train(config(mesh={"fsdp": 3}))
