@@ -51,7 +51,10 @@ class AnswerBuilder:
         """Text that was kept back for what might have followed."""
         if self._stops.stopped:
             return ""
-        return self._emit(self._stops.push(self._decoder.finish()) + self._stops.finish())
+        text = self._stops.push(self._decoder.finish()) + self._stops.finish()
+        # What was kept back may have held the end of a stop string.
+        self.finished |= self._stops.stopped
+        return self._emit(text)
 
     def _push_one(self, token_id: int) -> str:
         self.token_ids.append(token_id)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.infer.generate import Generator
 from stf_jax.infer.prompts import Prompt, bucket
 from stf_jax.infer.sampling import GREEDY, Sampling
+from stf_jax.models.cache import KVCache
 from stf_jax.models.llava import Llava
 
 TINY = LlavaConfig.tiny()
@@ -197,6 +199,19 @@ def test_context_limit(endless: Generator, room: int) -> None:
     assert answers(limited, prompts, every=1) == [long[: room + 1], short]
 
 
+def test_the_cache_is_no_longer_than_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, original = [], KVCache.from_prefill
+
+    def spy(*arguments: Any, slots: int) -> KVCache:
+        seen.append(slots)
+        return original(*arguments, slots=slots)
+
+    monkeypatch.setattr(KVCache, "from_prefill", spy)
+    long = answers(make_generator(CONFIG), [prompt(20)], new=20_000)
+    assert seen == [bucket(20) + bucket(CONTEXT)]
+    assert long == answers(make_generator(CONFIG), [prompt(20)], new=CONTEXT)
+
+
 def test_prompt_too_long(generator: Generator) -> None:
     with pytest.raises(
         ValueError, match="a prompt of 120 tokens, images included, leaves no room"
@@ -209,6 +224,12 @@ def test_prompt_too_long(generator: Generator) -> None:
 def test_no_tokens_wanted(generator: Generator) -> None:
     with pytest.raises(ValueError, match="max_new_tokens is 0; give 1 or more"):
         answers(generator, [prompt(5)], new=0, every=1)
+
+
+@pytest.mark.parametrize("new", [2.5, 2.0, "2", None])
+def test_only_whole_tokens(generator: Generator, new: Any) -> None:
+    with pytest.raises(ValueError, match=f"max_new_tokens is {new}; give 1 or more, a whole"):
+        answers(generator, [prompt(5)], new=new, every=1)
 
 
 def test_seeds(endless: Generator) -> None:
