@@ -266,7 +266,15 @@ class ImageProcessor:
         )
 
     def pixels(self, image: Image.Image) -> np.ndarray:
-        """Pixels float32 [S, S, 3], channels last, of an RGB picture from `load_image`.
+        """What the tower sees of an RGB picture from `load_image`: float32 [S, S, 3].
+
+        Raises:
+          ImageError: see `square`.
+        """
+        return self.normalise(self.square(image))
+
+    def square(self, image: Image.Image) -> np.ndarray:
+        """The same before normalisation, uint8 [S, S, 3]: a quarter of the bytes.
 
         Raises:
           ImageError: not RGB, or so long and thin that padding or resizing it would make more than
@@ -275,17 +283,22 @@ class ImageProcessor:
         if image.mode != "RGB":
             raise ImageError(f"a picture of mode {image.mode}; open it with load_image")
         self.check_size(*image.size)
-        square = np.asarray(self._square(image), np.uint8)
+        return np.asarray(self._square(image), np.uint8)
+
+    def normalise(self, squares: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
+        """Pixels float32 [..., S, S, 3] of uint8 values of the same shape.
+
+        Args:
+          squares: from `square`.
+          out: contiguous array to write them to.
+        """
+        pixels = np.empty(squares.shape, np.float32) if out is None else out
         # Rows of S*3 values rather than of 3: numpy is several times faster, and the same.
         scale, bias = self._affine
-        values = square.reshape(self.image_size, -1) * scale
-        values += bias
-        return values.reshape(self.image_size, self.image_size, 3)
-
-    def picture(self, pixels: np.ndarray) -> Image.Image:
-        """What the tower sees, to look at: the 8-bit RGB picture of float32 [S, S, 3]."""
-        values = (pixels * np.array(self.std) + np.array(self.mean)) * 255
-        return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+        rows = pixels.reshape(*squares.shape[:-2], len(scale))
+        np.multiply(squares.reshape(rows.shape), scale, out=rows)
+        rows += bias
+        return pixels
 
     def check_size(self, width: int, height: int) -> None:
         """Raises ImageError if `pixels` would refuse a picture of this size as too thin."""
@@ -306,25 +319,31 @@ class ImageProcessor:
         scale, bias = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
         return np.tile(scale, self.image_size), np.tile(bias, self.image_size)
 
-    def _resized(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    def _resized(
+        self,
+        image: Image.Image,
+        size: tuple[int, int],
+        box: tuple[float, float, float, float] | None = None,
+    ) -> Image.Image:
         taps = Image.Resampling.HAMMING if self.fast else Image.Resampling.BICUBIC
-        return image if image.size == size else image.resize(size, taps)
+        return image if image.size == size else image.resize(size, taps, box)
 
     def _square(self, image: Image.Image) -> Image.Image:
         """Padded if `mode` says so, resized, and cropped to S x S."""
         width, height = image.size
         edge, longest = self.shortest_edge, max(width, height)
         if self.mode == "pad" and width != height:
-            # The longer edge is resized before there is padding to resize along with it. For the
-            # width that is the same, since Pillow resizes rows first; for the height nearly so.
-            if width > height:
-                image = self._resized(image, (edge, height))
-            elif self.fast:
-                image = self._resized(image, (width, edge))
-            sides = (image.width, longest) if width > height else (longest, image.height)
-            square = Image.new("RGB", sides, self.pad_colour)
-            square.paste(image, ((sides[0] - image.width) // 2, (sides[1] - image.height) // 2))
-            image, size = square, (edge, edge)
+            if self.fast and min(width, height) * edge > 4 * longest:
+                image, size = self._placed(image), (edge, edge)
+            else:
+                # A width is resized before there is padding to resize along with it: that is the
+                # same, since Pillow resizes rows first.
+                if width > height:
+                    image = self._resized(image, (edge, height))
+                sides = (image.width, longest) if width > height else (longest, longest)
+                square = Image.new("RGB", sides, self.pad_colour)
+                square.paste(image, ((sides[0] - image.width) // 2, (longest - height) // 2))
+                image, size = square, (edge, edge)
         elif width <= height:
             size = (edge, int(edge * height / width))
         else:
@@ -332,3 +351,24 @@ class ImageProcessor:
         image = self._resized(image, size)
         left, top = ((side - self.image_size) // 2 for side in size)
         return image.crop((left, top, left + self.image_size, top + self.image_size))
+
+    def _placed(self, image: Image.Image) -> Image.Image:
+        """Padded and resized, without resizing any padding.
+
+        Pixels that the picture covers in part become padding: less than one at each end.
+        """
+        edge, longest = self.shortest_edge, max(image.size)
+        left, top = ((longest - side) // 2 for side in image.size)
+        first = (-(-left * edge // longest), -(-top * edge // longest))
+        last = ((left + image.width) * edge // longest, (top + image.height) * edge // longest)
+        scale = longest / edge
+        # Of the picture, what these whole pixels cover.
+        box = (
+            max(first[0] * scale - left, 0),
+            max(first[1] * scale - top, 0),
+            min(last[0] * scale - left, image.width),
+            min(last[1] * scale - top, image.height),
+        )
+        square = Image.new("RGB", (edge, edge), self.pad_colour)
+        square.paste(self._resized(image, (last[0] - first[0], last[1] - first[1]), box), first)
+        return square

@@ -3,10 +3,12 @@
 import collections
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -17,6 +19,9 @@ def map_in_processes(
     function: Callable[[Item], Result], items: Iterable[Item], *, workers: int
 ) -> Iterator[Result]:
     """`function` of each item, in order.
+
+    Whatever ends it early (an error, Ctrl-C, a caller that takes no more) ends the workers at once,
+    in the middle of an item.
 
     Args:
       function: pickled, once for each process.
@@ -31,10 +36,16 @@ def map_in_processes(
         return
     # A fork of a process that has threads (JAX has) may hang.
     context = multiprocessing.get_context("spawn")
+    # Nothing is ever sent: a worker ends when the other end is closed, here or with this process.
+    stop, running = context.Pipe(duplex=False)
     pending: collections.deque[Future[Result]] = collections.deque()
-    with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_keep, initargs=(function,)
-    ) as pool:
+    with (
+        stop,
+        running,
+        ProcessPoolExecutor(
+            workers, mp_context=context, initializer=_keep, initargs=(function, stop)
+        ) as pool,
+    ):
         try:
             for item in items:
                 pending.append(pool.submit(_call, item))
@@ -47,16 +58,18 @@ def map_in_processes(
                 "a worker process was killed, perhaps for want of memory; "
                 "use fewer workers and start again"
             ) from error
-        finally:
-            for future in pending:
-                future.cancel()
+        except BaseException:
+            running.close()
+            raise
 
 
 _function: list[Callable[[Any], Any]] = []
 
 
-def _keep(function: Callable[[Any], Any]) -> None:
-    end_with_parent()
+def _keep(function: Callable[[Any], Any], stop: Connection) -> None:
+    # Ctrl-C reaches every process of a terminal; it is for the parent to answer it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _exit_when_ready(stop)
     _function[:] = [function]
 
 
@@ -71,9 +84,12 @@ def end_with_parent() -> None:
     """
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
+        _exit_when_ready(parent.sentinel)
 
 
-def _exit_after(process: Any) -> None:
-    process.join()
-    os._exit(1)
+def _exit_when_ready(end: Connection | int) -> None:
+    def watch() -> None:
+        wait([end])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -78,14 +78,14 @@ class RowMaker:
     strict_labels: bool
 
     def make(self, examples: np.ndarray) -> tuple[Row, np.ndarray]:
-        """The row of these examples, and its pixels float32 [images, S, S, 3].
+        """The row of these examples, and its pictures uint8 [images, S, S, 3].
 
         One that cannot be read, or a picture of which cannot, is left out whole: a conversation
         about a picture that is not there would teach guessing. The others move up; the free places
         become padding.
         """
         encoded: list[EncodedConversation] = []
-        pixels: list[np.ndarray] = []
+        squares: list[np.ndarray] = []
         names: list[str] = []
         lost: list[Lost] = []
         for example in examples.tolist():
@@ -96,16 +96,16 @@ class RowMaker:
                 stored = self.datasets[dataset][number]
                 name = f"{self.names[dataset]}{stored.id}"
                 one = self._encode(stored.conversation, len(stored.pictures))
-                seen = [self._pixels(data) for data in stored.pictures[: one.num_images]]
+                seen = [self._square(data) for data in stored.pictures[: one.num_images]]
             except (DatasetError, ImageError) as error:
                 lost.append(Lost(id=name, reason=str(error)))
                 continue
             encoded.append(one)
-            pixels += seen
+            squares += seen
             names.append(name)
         row = self._assemble(encoded, RowContents(example_ids=tuple(names), lost=tuple(lost)))
         side = self.image_processor.image_size
-        return row, np.stack(pixels) if pixels else np.zeros((0, side, side, 3), np.float32)
+        return row, np.stack(squares) if squares else np.zeros((0, side, side, 3), np.uint8)
 
     def _encode(self, conversation: list[dict[str, str]], num_images: int) -> EncodedConversation:
         encoded = encode_conversation(
@@ -120,8 +120,8 @@ class RowMaker:
             encoded, tokens_per_image=self.tokens_per_image, max_length=self.sequence_length
         )
 
-    def _pixels(self, data: bytes) -> np.ndarray:
-        return self.image_processor.pixels(self.image_processor.load(data))
+    def _square(self, data: bytes) -> np.ndarray:
+        return self.image_processor.square(self.image_processor.load(data))
 
     def _assemble(self, encoded: Sequence[EncodedConversation], contents: RowContents) -> Row:
         length = self.sequence_length
@@ -172,6 +172,6 @@ class RowSource:
         return self.rows
 
     def __getitem__(self, number: int) -> tuple[Row, np.ndarray]:
-        # Apart from the row, so that Grain hands the pixels over in shared memory.
+        # Apart from the row, so that Grain hands the pictures over in shared memory.
         step, row = divmod(int(number), len(self.batch_rows))
         return self.maker.make(self.planner.row(self.start_step + step, self.batch_rows[row]))

@@ -110,7 +110,7 @@ def show(
     )
     processor = image_processor or ImageProcessor()
     seen = [
-        processor.picture(processor.pixels(processor.load(data, name=f"picture of {stored.id}")))
+        Image.fromarray(processor.square(processor.load(data, name=f"picture of {stored.id}")))
         for data in stored.pictures[: expanded.num_images]
     ]
     if png is not None and seen:

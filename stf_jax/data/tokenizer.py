@@ -115,8 +115,11 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
             path, local_files_only=True
         )
     except Exception as error:  # transformers raises many kinds for a damaged file
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{path}: unreadable tokenizer ({reason}); copy it again") from error
+        # Their texts mislead: of a damaged tokenizer.model, they say that tiktoken is required.
+        name = "tokenizer.model" if from_model else "tokenizer.json"
+        raise ValueError(
+            f"{path}: unreadable tokenizer ({name} is damaged or of another kind); copy it again"
+        ) from error
 
     backend = tokenizers.Tokenizer.from_str(loaded.backend_tokenizer.to_str())
     backend.no_padding()
