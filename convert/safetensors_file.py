@@ -76,7 +76,17 @@ class SafetensorsFile:
                     raise
                 raise CheckpointError(f"{self.path} is not a safetensors file") from error
         start = 8 + length
-        end = start + max((info.nbytes + offset for info, offset in entries.values()), default=0)
+        end = start
+        # The format has neither gaps nor overlaps.
+        for name, (info, offset) in sorted(
+            entries.items(), key=lambda item: (item[1][1], item[1][0].nbytes)
+        ):
+            if start + offset != end:
+                raise CheckpointError(
+                    f"{self.path} is damaged: {name} begins at byte {start + offset}, "
+                    f"not at {end}; download or copy it again"
+                )
+            end += info.nbytes
         if end != size:
             raise CheckpointError(
                 f"{self.path} is truncated: {size} bytes of {end}; download or copy it again"
@@ -155,10 +165,16 @@ def _entry(name: str, value: Mapping[str, Any], path: epath.Path) -> tuple[Tenso
             f"{name} in {path} has dtype {value['dtype']}, which stf_jax does not read; "
             "save the model in float32, float16 or bfloat16"
         )
-    info = TensorInfo(tuple(value["shape"]), SAFETENSORS[value["dtype"]])
-    begin, end = value["data_offsets"]
+    shape, (begin, end) = tuple(value["shape"]), value["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+        raise CheckpointError(
+            f"{path} is damaged: the shape or the place of {name} is none; "
+            "download or copy it again"
+        )
+    info = TensorInfo(shape, SAFETENSORS[value["dtype"]])
     if end - begin != info.nbytes:
         raise CheckpointError(
-            f"{path} is damaged: {name} has {end - begin} bytes, not {info.nbytes}"
+            f"{path} is damaged: {name} has {end - begin} bytes, not {info.nbytes}; "
+            "download or copy it again"
         )
     return info, begin

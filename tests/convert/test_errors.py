@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
+from etils import epath
 from safetensors.numpy import save_file
 
 from convert import export_checkpoint, import_checkpoint, open_source
+from convert.safetensors_file import SafetensorsFile
 from convert.torch_file import import_torch
 from stf_jax.checkpoint import CheckpointError
 
@@ -53,6 +56,15 @@ def test_missing_source(tmp_path: Path) -> None:
     refused(Path("tests/nowhere"), tmp_path / "out", "does not exist$")
 
 
+def test_out_that_cannot_be_made(sharded: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    out = tmp_path / "file" / "out"
+    with pytest.raises(
+        CheckpointError, match=rf"^{out} cannot be made \(Not a directory\); choose"
+    ):
+        import_checkpoint(sharded, out)
+
+
 def test_existing_out(sharded: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -90,6 +102,41 @@ def test_garbage(sharded: Path, tmp_path: Path) -> None:
     refused(sharded, tmp_path / "out", "is not a safetensors file")
     shard(sharded, 2).write_bytes((2).to_bytes(8, "little") + b"[]" + b"0" * 99)
     refused(sharded, tmp_path / "out", "is not a safetensors file")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"a": {"data_offsets": [16, 32]}}, r"damaged: \w begins at byte \d+, not at \d+; down"),
+        ({"a": {"data_offsets": [8, 24]}}, r"damaged: \w begins at byte \d+, not at \d+; down"),
+        ({"b": {"data_offsets": [24, 40]}}, r"damaged: b begins at byte \d+, not at \d+; down"),
+        ({"a": {"data_offsets": [-8, 8]}}, "damaged: the shape or the place of a is none; down"),
+        ({"a": {"shape": [-2, -2]}}, "damaged: the shape or the place of a is none; down"),
+        ({"a": {"shape": [2.0, 2]}}, "damaged: the shape or the place of a is none; down"),
+        ({"a": {"shape": [2, True, 2]}}, "damaged: the shape or the place of a is none; down"),
+        ({"a": {"shape": [2, 3]}}, "damaged: a has 16 bytes, not 24; download"),
+        ({"a": {"shape": "ab"}}, "damaged|is not a safetensors file"),
+        ({"a": {"shape": 4}}, "is not a safetensors file"),
+        ({"a": {"data_offsets": [0]}}, "is not a safetensors file"),
+    ],
+)
+def test_damaged_header(
+    change: dict[str, dict[str, object]], message: str, tmp_path: Path, write: Callable
+) -> None:
+    """Each of them is refused by the library of safetensors, too."""
+    file = tmp_path / "model.safetensors"
+    write(file, {"a": np.zeros((2, 2), np.float32), "b": np.ones((2, 2), np.float32)})
+    whole = file.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    for name, changed in change.items():
+        header[name] |= changed
+    spoilt = json.dumps(header).encode()
+    file.write_bytes(len(spoilt).to_bytes(8, "little") + spoilt + whole[8 + length :])
+    with pytest.raises(safetensors.SafetensorError):
+        safetensors.safe_open(file, "np")
+    with pytest.raises(CheckpointError, match=message):
+        _ = SafetensorsFile(epath.Path(file)).infos
 
 
 def test_several_damages_in_one_error(sharded: Path, tmp_path: Path) -> None:
@@ -408,6 +455,10 @@ def test_native_and_pytorch_mixed_up(reference: Path, tmp_path: Path) -> None:
         export_checkpoint(native, tmp_path / "there", layout="llava-stf")
     with pytest.raises(CheckpointError, match=r"dtype is 'int8'; supported: float32"):
         export_checkpoint(native, tmp_path / "out", layout="llava-stf", dtype="int8")
+    for rows in (0, 10, 599):
+        for layout, least in (("llava-stf", 600), ("adapter", 600)):
+            with pytest.raises(CheckpointError, match=rf"is {rows}, .*; give {least} or more"):
+                export_checkpoint(native, tmp_path / "out", layout=layout, vocabulary=rows)
     assert {path.name for path in tmp_path.iterdir()} == {"native", "there"}
 
 
