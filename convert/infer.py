@@ -136,7 +136,9 @@ def new_fusion(kind: str, *, vision: VisionConfig, text_width: int) -> FusionCon
 def _selected(hf: Mapping[str, Any], vision: VisionConfig) -> int:
     """The one hidden state that LLaVA-1.5 takes; negative ones count from the end."""
     layer = hf.get("mm_vision_select_layer", hf.get("vision_feature_layer", -2))
-    if not isinstance(layer, int):
+    if isinstance(layer, list) and len(layer) == 1:
+        (layer,) = layer
+    if type(layer) is not int:
         raise CheckpointError(
             f"vision_feature_layer is {layer} in config.json: several layers without MBTF weights; "
             "stf_jax reads one layer, or LLaVA-STF"

@@ -94,9 +94,10 @@ def language_keys(hf: Mapping[str, Any]) -> Json:
     inner = section(hf, "text_config")
     if not inner:
         return dict(hf)
-    # What the outer config says of the language model counts where the inner one is silent.
-    outer = {key: hf[key] for key in ("tie_word_embeddings",) if key in hf}
-    return outer | inner
+    # To transformers, embeddings are tied if either config says so.
+    if hf.get("tie_word_embeddings"):
+        inner["tie_word_embeddings"] = hf["tie_word_embeddings"]
+    return inner
 
 
 _LLAVA_ONLY = (

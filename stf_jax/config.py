@@ -192,8 +192,10 @@ class FusionConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "window", "projector_width")
-        if not self.taps or min(self.taps) < 0:
-            raise ValueError(f"taps {self.taps} must be one or more hidden states, from 0 on")
+        if not self.taps or min(self.taps) < 0 or max(self.taps) == 0:
+            raise ValueError(
+                f"taps {self.taps} must be one or more hidden states, from 0 on, not all 0"
+            )
         if len(self.taps) > 1 and self.mbtf is None:
             raise ValueError(f"{len(self.taps)} taps need mbtf to mix them; without it, give one")
         if self.reduction == "identity" and self.window != 1:

@@ -37,7 +37,9 @@ def load(directory: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def tiny_hf(**text: object) -> transformers.LlavaForConditionalGeneration:
+def tiny_hf(
+    llava: Mapping[str, object] | None = None, /, **text: object
+) -> transformers.LlavaForConditionalGeneration:
     torch.manual_seed(0)
     vision = transformers.CLIPVisionConfig(
         hidden_size=32,
@@ -59,9 +61,15 @@ def tiny_hf(**text: object) -> transformers.LlavaForConditionalGeneration:
         }
     )
     config = transformers.LlavaConfig(
-        vision_config=vision, text_config=language, image_token_index=600, pad_token_id=601
+        vision_config=vision,
+        text_config=language,
+        image_token_index=600,
+        pad_token_id=601,
+        **(llava or {}),
     )
     model = transformers.LlavaForConditionalGeneration(config)
+    # As `from_pretrained` does: the tied tensors become one.
+    model.tie_weights()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return model
@@ -114,10 +122,39 @@ def test_what_transformers_saves(shard: str, tmp_path: Path) -> None:
     assert config.text.kv_heads == 4
 
 
+@pytest.mark.parametrize("inner", [True, False])
+@pytest.mark.parametrize("outer", [True, False])
+def test_tied_if_either_config_says_so(inner: bool, outer: bool, tmp_path: Path) -> None:
+    model = tiny_hf({"tie_word_embeddings": outer}, tie_word_embeddings=inner)
+    model.save_pretrained(tmp_path / "source")
+    tied = model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    assert tied == (inner or outer)
+    assert open_source(tmp_path / "source").config.text.tie_embeddings == tied
+
+
+@pytest.mark.parametrize("layer", [-2, [-2], -1, 1])
+def test_selected_layer(layer: int | list[int], tmp_path: Path) -> None:
+    """The hidden state that transformers picks, and again after every layout."""
+    model = tiny_hf({"vision_feature_layer": layer}).eval()
+    model.save_pretrained(tmp_path / "source")
+    imported = import_checkpoint(tmp_path / "source", tmp_path / "native")
+    pixels = torch.randn(1, 3, 56, 56)
+    with torch.no_grad():
+        states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+        (picked,) = imported.config.fusion.taps
+        expected = model.model.multi_modal_projector(states[picked][:, 1:])
+        found = model.model.get_image_features(pixels).pooler_output[0]
+    torch.testing.assert_close(found, expected[0])
+    export_checkpoint(tmp_path / "native", tmp_path / "llava", layout="llava")
+    import_checkpoint(tmp_path / "llava", tmp_path / "again")
+    export_checkpoint(tmp_path / "again", tmp_path / "hf", layout="hf")
+    for name in ("llava", "hf"):
+        assert open_source(tmp_path / name).config.fusion.taps == imported.config.fusion.taps
+    assert check_loads(tmp_path / "hf").config.vision_feature_layer == picked - 4
+
+
 def test_tied_embeddings(tmp_path: Path) -> None:
-    model = tiny_hf(tie_word_embeddings=True)
-    model.config.tie_word_embeddings = True
-    model.tie_weights()
+    model = tiny_hf({"tie_word_embeddings": True}, tie_word_embeddings=True)
     model.save_pretrained(tmp_path / "source")
     imported = import_checkpoint(tmp_path / "source", tmp_path / "native")
     assert imported.config.text.tie_embeddings

@@ -139,6 +139,8 @@ def test_dictionary_with_every_field():
         ("vision", "heads", 5, "does not divide by 5"),
         ("fusion", "window", 3, "window 3 does not divide"),
         ("fusion", "taps", [5], "tap 5 lies beyond"),
+        ("fusion", "taps", [0], r"taps \(0,\) must be one or more hidden states, .* not all 0"),
+        ("fusion", "taps", [], r"taps \(\) must be one or more"),
         ("fusion", "mbtf", None, "2 taps need mbtf"),
         ("fusion", "reduction", "identity", "window must be 1"),
         ("text", "norm_eps", -1.0, r"TextConfig.norm_eps is -1.0; it must be above 0"),
