@@ -9,9 +9,12 @@ from etils import epath
 
 from convert.layouts import Layout, recognise
 from convert.readers import open_tensors
+from convert.safetensors_file import SafetensorsFile
 from convert.source import open_source
-from stf_jax.checkpoint import CheckpointError, is_native, open_native
+from stf_jax.checkpoint import CheckpointError, is_native, missing
 from stf_jax.config import LlavaConfig
+from stf_jax.processors import extra_files, read_image_processor, read_tokenizer
+from stf_jax.train.run import is_run, open_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,8 @@ class Report:
     tensors: int
     parameters: Mapping[str, int]  # values of each dtype
     problem: str | None  # why it cannot be used as it is; None: it is whole
+    carried: int = 0  # values that a native checkpoint keeps for the way back alone
+    processors: Mapping[str, str] = dataclasses.field(default_factory=dict)  # what was found
 
     @property
     def tokens_per_image(self) -> int | None:
@@ -35,9 +40,13 @@ class Report:
         dtypes = ", ".join(f"{dtype} {count:,}" for dtype, count in self.parameters.items())
         lines = [f"{self.path}: {_KINDS.get(self.kind, self.kind)}"]
         if self.tensors:
-            lines.append(f"  parameters        {total:,} in {self.tensors:,} tensors ({dtypes})")
+            kept = f" + {self.carried:,} kept for export" if self.carried else ""
+            lines.append(
+                f"  parameters        {total:,} in {self.tensors:,} tensors ({dtypes}){kept}"
+            )
         if self.config is not None:
             vision, fusion, text = self.config.vision, self.config.fusion, self.config.text
+            padded = f", padded to {text.padded_vocab_size:,}" if text.vocab_padding else ""
             lines += [
                 f"  vision tower      {vision.layers} layers, width {vision.width}, "
                 f"{vision.image_size} px, patch {vision.patch_size}",
@@ -45,14 +54,16 @@ class Report:
                 f"taps {', '.join(map(str, fusion.taps))}",
                 f"  tokens per image  {self.config.tokens_per_image}",
                 f"  language model    {text.layers} layers, width {text.width}, "
-                f"vocabulary {text.vocab_size:,}",
+                f"vocabulary {text.vocab_size:,}{padded}",
             ]
-        lines.append(f"  not importable as it is: {self.problem}" if self.problem else "  whole")
+        lines += [f"  {kind:<16}  {what}" for kind, what in self.processors.items()]
+        lines.append(f"  not usable as it is: {self.problem}" if self.problem else "  whole")
         return "\n".join(lines)
 
 
 _KINDS = {
     "native": "native checkpoint",
+    "run": "run of stf-jax train",
     "llava-stf": "LLaVA-STF (PyTorch)",
     "llava": "LLaVA-1.5 (PyTorch)",
     "hf": "Llava of transformers (PyTorch)",
@@ -68,10 +79,10 @@ def inspect_checkpoint(
     vision_tower: epath.PathLike | None = None,
     base: epath.PathLike | None = None,
 ) -> Report:
-    """Looks at a checkpoint, native or PyTorch's, without reading its weights.
+    """Looks at a checkpoint, native, PyTorch's or a run's, without reading its weights.
 
     Args:
-        source: A directory, or the file of an adapter.
+        source: A directory or a file of weights.
         vision_tower: As for `open_source`.
         base: As for `open_source`.
 
@@ -83,18 +94,20 @@ def inspect_checkpoint(
     """
     path = epath.Path(source)
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
-    if path.is_dir() and is_native(path):
+        raise missing(path)
+    if path.is_dir() and (is_native(path) or is_run(path)):
         return _native(path)
     kind: Layout | None = None
     sizes: Counter[str] = Counter()
-    tensors, config, problem = 0, None, None
+    tensors, config, problem, found = 0, None, None, _Found()
     try:
         infos = open_tensors(path).infos
         kind, tensors = recognise(infos), len(infos)
         for info in infos.values():
             sizes[info.dtype.name] += math.prod(info.shape)
-        config = open_source(path, vision_tower=vision_tower, base=base).config
+        opened = open_source(path, vision_tower=vision_tower, base=base)
+        config = opened.config
+        found = _processors(epath.Path(base or path), opened.files)
     except CheckpointError as error:
         problem = str(error)
     return Report(
@@ -103,25 +116,55 @@ def inspect_checkpoint(
         config=config,
         tensors=tensors,
         parameters=sizes,
-        problem=problem,
+        problem=problem or found.problem,
+        processors=found.what,
     )
 
 
 def _native(path: epath.Path) -> Report:
     sizes: Counter[str] = Counter()
-    tensors, config, problem = 0, None, None
+    tensors, kept, config, problem, found = 0, 0, None, None, _Found()
     try:
-        native = open_native(path)
+        native = open_model(path)
         config, tensors = native.config, len(native.shapes)
         for leaf in native.shapes.values():
             sizes[leaf.dtype.name] += math.prod(leaf.shape)
-    except CheckpointError as error:
+        carried = SafetensorsFile(native.extras / "pytorch" / "carried.safetensors")
+        if carried.path.exists():
+            kept = sum(math.prod(info.shape) for info in carried.infos.values())
+        found = _processors(native.extras / "hf", extra_files(native.extras))
+    # The config of a run may be damaged, too.
+    except ValueError as error:
         problem = str(error)
     return Report(
         path=str(path),
-        kind="native",
+        kind="run" if is_run(path) else "native",
         config=config,
         tensors=tensors,
         parameters=sizes,
-        problem=problem,
+        problem=problem or found.problem,
+        carried=kept,
+        processors=found.what,
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Found:
+    what: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    problem: str | None = None
+
+
+def _processors(path: epath.Path, files: Mapping[str, epath.Path]) -> _Found:
+    """What is said of the tokenizer and the image processor that belong into a directory."""
+    what, problems = {"tokenizer": "none", "image processor": "none"}, []
+    try:
+        tokenizer = read_tokenizer(path, files)
+        what["tokenizer"] = f"{tokenizer.vocab_size:,} tokens"
+    except CheckpointError as error:
+        problems.append(str(error))
+    try:
+        images = read_image_processor(path, files)
+        what["image processor"] = f"{images.image_size} px, mode {images.mode}"
+    except CheckpointError as error:
+        problems.append(str(error))
+    return _Found(what=what, problem="; ".join(problems) or None)

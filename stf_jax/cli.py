@@ -117,23 +117,32 @@ def _add_convert(verbs: Verbs) -> None:
         "--layout",
         required=True,
         choices=("llava-stf", "llava", "hf", "adapter", "native"),
-        help="of PyTorch; or native, to make one checkpoint of a run and what it began with",
+        help="llava-stf takes models with MBTF, llava those without (LLaVA-1.5's fusion, average); "
+        "hf is LLaVA-1.5 for transformers, adapter mm_projector.bin alone; "
+        "native makes one checkpoint of a run and what it began with",
     )
     parser.add_argument("--dtype", choices=FLOATS, help="of every weight (as it came)")
     parser.add_argument(
         "--vocabulary",
         type=int,
         metavar="N",
-        help="rows of the embedding (as many as came; hf: and its two tokens)",
+        help="rows of the embedding, one a token or more (as many as came; hf: and its two tokens)",
     )
 
-    parser = add_verb(actions, "inspect", _inspect, "what a checkpoint is, and whether it is whole")
-    parser.add_argument("source", metavar="SRC")
+    parser = add_verb(
+        actions,
+        "inspect",
+        _inspect,
+        "what a checkpoint is, and whether it is whole; exit status 1 if it is not",
+    )
+    parser.add_argument("source", metavar="SRC", help="a directory or a file of weights")
     parser.add_argument("--vision-tower", metavar="DIR", help="CLIP, where SRC has none inside")
     parser.add_argument("--base", metavar="DIR", help="the language model under an adapter")
 
 
 def _add_generate(verbs: Verbs) -> None:
+    from stf_jax.data.conversation import TEMPLATES
+
     parser = add_verb(verbs, "generate", _generate, "ask a model about pictures")
     parser.add_argument(
         "model", metavar="MODEL", help="a native checkpoint, a PyTorch directory or a run's"
@@ -151,7 +160,12 @@ def _add_generate(verbs: Verbs) -> None:
         metavar="TEXT",
         help="the question; <image> marks where each picture stands (first)",
     )
-    parser.add_argument("--template", default="v1", help="form of the prompt (v1)")
+    parser.add_argument(
+        "--template",
+        default="v1",
+        metavar="NAME",
+        help=f"form of the prompt: {', '.join(sorted(TEMPLATES))} (v1)",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="(512)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="(1)")
@@ -175,9 +189,15 @@ def _add_generate(verbs: Verbs) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
+    from etils import epath
+
     from convert import import_checkpoint
+    from stf_jax.processors import extra_files, unusable
 
     import_checkpoint(**_arguments(options))
+    out = epath.Path(options.out)
+    for problem in unusable(out / "hf", extra_files(out)):
+        sys.stderr.write(f"warning: no answers without this: {problem}\n")
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -186,10 +206,12 @@ def _export(options: argparse.Namespace) -> None:
     export_checkpoint(**_arguments(options))
 
 
-def _inspect(options: argparse.Namespace) -> None:
+def _inspect(options: argparse.Namespace) -> int:
     from convert import inspect_checkpoint
 
-    sys.stdout.write(f"{inspect_checkpoint(**_arguments(options))}\n")
+    report = inspect_checkpoint(**_arguments(options))
+    sys.stdout.write(f"{report}\n")
+    return 0 if report.problem is None else 1
 
 
 def _arguments(options: argparse.Namespace) -> dict[str, Any]:
@@ -205,6 +227,11 @@ def _generate(options: argparse.Namespace) -> None:
         top_k=options.top_k,
         seed=options.seed,
     )
+    if sampling.temperature == 0 and (sampling.top_p < 1 or sampling.top_k > 0):
+        raise ValueError(
+            "--top-p and --top-k do nothing at temperature 0, which is greedy; "
+            "add --temperature 1, or leave them out"
+        )
     model = stf_jax.load(options.model, dtype=options.dtype, vision_tower=options.vision_tower)
 
     def show(index: int, text: str) -> None:

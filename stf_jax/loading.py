@@ -1,6 +1,6 @@
 """`load`: a native checkpoint or a PyTorch directory, from disk to devices, leaf by leaf."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +39,10 @@ def load(
 
     Raises:
         CheckpointError: what is missing, damaged or does not fit, and what to do.
-        ValueError: a mesh that does not divide the model.
+        ValueError: another dtype, or a mesh that does not divide the model.
     """
+    if dtype is not None and dtype not in get_args(DTypeName):
+        raise ValueError(f"dtype is {dtype!r}; choose float32, float16 or bfloat16")
     path = epath.Path(path)
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if is_native(path) or is_run(path):
@@ -48,6 +50,7 @@ def load(
             raise CheckpointError(f"{path} has its vision tower inside; leave out --vision-tower")
         checkpoint = open_model(path)
         config, files = checkpoint.config, extra_files(checkpoint.extras)
+        path = checkpoint.extras / "hf"
         network = _abstract(config, mesh, dtype)
         leaves = checkpoint.restore(nnx.to_pure_dict(nnx.state(network)))
     else:

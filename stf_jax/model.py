@@ -31,11 +31,11 @@ class Request:
     Attributes:
         prompt: the question. `<image>` marks where each picture stands; without any mark the
             pictures come first, as in training.
-        images: paths, bytes or Pillow images.
+        images: paths, bytes, Pillow images or uint8 [h, w, 3] of numpy; a single one, too.
     """
 
     prompt: str
-    images: Sequence[ImageSource] = ()
+    images: ImageSource | Sequence[ImageSource] = ()
 
 
 class Model:
@@ -60,7 +60,7 @@ class Model:
         template: str = "v1",
         max_new_tokens: int = 512,
         sampling: Sampling = GREEDY,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         on_text: Callable[[int, str], None] | None = None,
     ) -> list[Answer]:
         """Answers a batch of requests, in order. An answer never depends on its neighbours.
@@ -75,13 +75,16 @@ class Model:
 
         Raises:
             ImageError: a picture that cannot be used.
+            TypeError: no list of requests.
             ValueError: an unknown template, an empty prompt, one that is too long, or more or fewer
                 `<image>` than pictures.
         """
+        if isinstance(requests, Request | str):
+            raise TypeError("generate takes a list: write generate([Request(prompt=...)])")
         if not requests:
             return []
         form = get_template(template)
-        stops = (*form.stop_strings, *stop)
+        stops = (*form.stop_strings, *([stop] if isinstance(stop, str) else stop))
         prompts = [self._prompt(request, form) for request in requests]
         eos_ids = self.config.text.eos_ids
         builders = [AnswerBuilder(self.tokenizer, eos_ids=eos_ids, stops=stops) for _ in prompts]
@@ -103,13 +106,19 @@ class Model:
     def _prompt(self, request: Request, template: Template) -> Prompt:
         """Text to ids with a placeholder for each vision token, pictures to pixels."""
         images, question = request.images, request.prompt
+        if isinstance(images, ImageSource):
+            images = [images]
         marks = question.count(IMAGE_MARKER)
         if marks == 0:
             question = f"{IMAGE_MARKER}\n" * len(images) + question
         elif marks != len(images):
+            there = {0: "is no picture", 1: "is 1 picture"}.get(
+                len(images), f"are {len(images)} pictures"
+            )
+            fix = "give one for each" if images else "give one for each (--image FILE)"
             raise ValueError(
-                f"the prompt has {marks} {IMAGE_MARKER} and there are {len(images)} pictures; "
-                f"give one picture for each, or leave {IMAGE_MARKER} out"
+                f"the prompt has {marks} {IMAGE_MARKER} and there {there}; "
+                f"{fix}, or leave {IMAGE_MARKER} out"
             )
         if not request.prompt.replace(IMAGE_MARKER, "").strip():
             raise ValueError("the prompt is empty; ask something")

@@ -10,7 +10,6 @@ from typing import Any
 
 from etils import epath
 
-from convert import open_source
 from stf_jax.checkpoint import CheckpointError, is_native
 from stf_jax.data.images import ImageProcessor
 from stf_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -44,12 +43,16 @@ def load_processors(
     Raises:
         CheckpointError: what is missing, damaged or does not fit, and what to do.
     """
+    # It needs this module, too, to say whether a checkpoint is whole.
+    from convert import open_source
+
     path = epath.Path(path)
     if is_native(path) or is_run(path):
         if vision_tower is not None:
             raise CheckpointError(f"{path} has its vision tower inside; leave out --vision-tower")
         checkpoint = open_model(path)
         config, files = checkpoint.config, extra_files(checkpoint.extras)
+        path = checkpoint.extras / "hf"
     else:
         source = open_source(path, vision_tower=vision_tower)
         config, files = source.config, dict(source.files)
@@ -58,25 +61,29 @@ def load_processors(
 
 def extra_files(extras: epath.Path) -> dict[str, epath.Path]:
     """By name, the files that a native checkpoint carries beside its weights."""
-    return {file.name: file for file in (extras / "hf").iterdir() if file.is_file()}
+    folder = extras / "hf"
+    if not folder.is_dir():
+        return {}
+    return {file.name: file for file in folder.iterdir() if file.is_file()}
 
 
 def read_processors(
     path: epath.Path, files: Mapping[str, epath.Path], *, tokens_per_image: int
 ) -> Processors:
-    """The processors in `files`, which belong to the checkpoint at `path`.
+    """The processors in `files`, which belong into the directory `path`.
 
     Raises:
         CheckpointError: a file that is missing, damaged or of another kind.
     """
     return Processors(
-        tokenizer=_tokenizer(path, files),
-        image_processor=_image_processor(path, files),
+        tokenizer=read_tokenizer(path, files),
+        image_processor=read_image_processor(path, files),
         tokens_per_image=tokens_per_image,
     )
 
 
-def _tokenizer(path: epath.Path, files: Mapping[str, epath.Path]) -> Tokenizer:
+def read_tokenizer(path: epath.Path, files: Mapping[str, epath.Path]) -> Tokenizer:
+    """The tokenizer alone, as `read_processors`."""
     with _local(files, lambda name: "token" in name) as directory:
         try:
             return load_tokenizer(directory)
@@ -84,20 +91,49 @@ def _tokenizer(path: epath.Path, files: Mapping[str, epath.Path]) -> Tokenizer:
             raise CheckpointError(str(error).replace(str(directory), str(path))) from error
 
 
-def _image_processor(path: epath.Path, files: Mapping[str, epath.Path]) -> ImageProcessor:
-    """As LLaVA's second stage and its evaluation: padded, unless the config says otherwise."""
+def read_image_processor(path: epath.Path, files: Mapping[str, epath.Path]) -> ImageProcessor:
+    """The image processor alone, as `read_processors`.
+
+    As in LLaVA's second stage and its evaluation it pads, unless the config says otherwise.
+    """
     if "preprocessor_config.json" not in files:
         raise CheckpointError(
             f"{path} has no preprocessor_config.json; copy it there from the vision tower"
         )
-    config = json.loads(files["config.json"].read_text())
+    config = _read_json(files["config.json"]) if "config.json" in files else {}
     ratio = config.get("image_aspect_ratio", "pad")
     if ratio not in ("pad", "square", None):
         raise CheckpointError(
             f"{path} was trained with image_aspect_ratio {ratio!r}; supported: 'pad', 'square'"
         )
-    processor = json.loads(files["preprocessor_config.json"].read_text())
-    return ImageProcessor.from_hf(processor, mode="pad" if ratio == "pad" else "crop")
+    file = files["preprocessor_config.json"]
+    try:
+        return ImageProcessor.from_hf(_read_json(file), mode="pad" if ratio == "pad" else "crop")
+    except (TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def _read_json(file: epath.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON ({error}); copy it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds no JSON object; copy it again")
+    return content
+
+
+def unusable(path: epath.Path, files: Mapping[str, epath.Path]) -> list[str]:
+    """Why the processors in `files` cannot be used, and what to do; nothing if they can."""
+    problems = []
+    for read in (read_tokenizer, read_image_processor):
+        try:
+            read(path, files)
+        except CheckpointError as error:
+            problems.append(str(error))
+    return problems
 
 
 @contextlib.contextmanager

@@ -6,6 +6,8 @@ on 8-bit values), centre crop, then CLIP's mean and deviation; "pad" first pads 
 """
 
 import io
+import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +24,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # Pillow itself refuses files above this; padding and resizing may not go beyond it either.
 MAX_PIXELS = 178_956_970
 
-ImageSource = str | Path | bytes | Image.Image
+ImageSource = str | Path | bytes | Image.Image | np.ndarray
 Mode = Literal["pad", "crop"]
 
 _KNOWN_PROCESSORS = ("CLIPImageProcessor", "CLIPFeatureExtractor", "LlavaImageProcessor")
@@ -47,7 +49,7 @@ def load_image(
     white. CMYK, palettes and greyscale go through Pillow's own conversion.
 
     Args:
-      source: a path, the bytes of a file, or a Pillow image.
+      source: a path, the bytes of a file, a Pillow image, or uint8 [height, width, 3] of numpy.
       name: what errors call it; default the path.
       apply_orientation: turn the picture upright as its EXIF says. Off by default, because the
         LLaVA code ignores EXIF and published scores stand on that; photographs straight from a
@@ -63,23 +65,35 @@ def load_image(
     """
     if name is None:
         name = str(source) if isinstance(source, str | Path) else "the picture"
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
+            raise ImageError(
+                f"{name}: {source.dtype} {list(source.shape)} of numpy is no picture; "
+                "give uint8 [height, width, 3]"
+            )
+        source = Image.fromarray(source)
     if isinstance(source, Image.Image):
         return _checked_rgb(source, name, apply_orientation)
     if isinstance(source, bytes):
         data = source
+    elif isinstance(source, str | Path):
+        data = _read(Path(source), name)
     else:
-        try:
-            data = Path(source).read_bytes()
-        except FileNotFoundError:
-            raise ImageError(f"{name}: no such file; check the path or fetch the image") from None
-        except OSError as error:
-            raise ImageError(f"{name}: cannot be read ({error.strerror}); fix that") from error
+        raise ImageError(
+            f"{name}: a {type(source).__name__} is no picture; "
+            "give a path, bytes, a Pillow image or uint8 [height, width, 3] of numpy"
+        )
     if not data:
         raise ImageError(f"{name}: the file is empty; fetch it again")
     try:
-        image = Image.open(io.BytesIO(data))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(_too_large(name, str(error))) from error
+        with warnings.catch_warnings():
+            # Pillow warns from half of its limit on; ours is that limit.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:
+        # Its text names the limit again.
+        size = re.search(r"\d+ pixels", str(error))
+        raise ImageError(_too_large(name, size[0] if size else str(error))) from error
     except Exception as error:  # each format's reader raises its own kinds
         raise ImageError(
             f"{name}: no picture in a format that Pillow reads; replace it or leave it out"
@@ -88,6 +102,19 @@ def load_image(
         if min_edge is not None:
             _shrink(image, min_edge, min_longest_edge)
         return _checked_rgb(image, name, apply_orientation)
+
+
+def _read(path: Path, name: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ImageError(f"{name}: no such file; check the path or fetch the image") from None
+    except IsADirectoryError:
+        raise ImageError(f"{name}: cannot be read, a directory; give a picture in it") from None
+    except OSError as error:
+        raise ImageError(
+            f"{name}: cannot be read ({error.strerror}); check the path and who may read it"
+        ) from error
 
 
 def _shrink(image: Image.Image, min_edge: int, min_longest_edge: int) -> None:
@@ -143,6 +170,11 @@ def _deep_grey_to_8_bit(image: Image.Image) -> np.ndarray:
     """uint8 [height, width] of a picture with more than 8 bits a pixel."""
     values = np.asarray(image)
     low, high = values.min(), values.max()
+    if image.mode == "F" and 0 < high <= 1:
+        raise ImageError(
+            f"values from {low} to {high} would come out black, "
+            "unless multiplied by 255; save it as 8-bit"
+        )
     if image.mode.startswith("I;16") or (image.mode == "I" and low >= 0 and 255 < high <= 65535):
         return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if low >= 0 and high <= 255:

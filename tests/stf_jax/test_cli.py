@@ -1,6 +1,7 @@
 """The command line as a user runs it: the reference's answers, and one clear line for a mistake."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,7 +69,11 @@ def test_python_m_convert(reference: Path, native: Path):
     [
         (["--image", "nowhere.png"], "nowhere.png: no such file"),
         (["--prompt", " "], "the prompt is empty"),
-        (["--prompt", "<image><image>\nWhich?"], "2 <image> and there are 1 pictures"),
+        (["--prompt", "<image><image>\nWhich?"], "2 <image> and there is 1 picture; give one for"),
+        (["--top-p", "0.9"], "do nothing at temperature 0, which is greedy; add --temperature 1"),
+        (["--top-k", "3"], "do nothing at temperature 0"),
+        (["--temperature", "nan"], "temperature is nan"),
+        (["--seed", "-1"], "seed is -1; give 0 to 4294967295"),
         (["--prompt", "word " * 5000], "leaves no room for an answer"),
         (["--template", "v2"], "v2"),
         (["--temperature", "-1"], "temperature is -1"),
@@ -93,6 +98,66 @@ def test_mistakes(
     (line,) = captured.err.splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+def test_image_mark_without_a_picture(native: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["generate", str(native), "--prompt", "<image>\nWhat?"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "1 <image> and there is no picture; give one for each (--image FILE), or" in line
+
+
+def test_relative_paths(
+    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """Every verb takes them, which Orbax does not."""
+    shutil.copytree(reference / "llava-stf", tmp_path / "llava-stf")
+    shutil.copytree(reference / "clip", tmp_path / "clip")
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", "import", "llava-stf", "new/model"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["convert", "inspect", "new/model"]) == 0
+    assert main(ask(Path("new/model"), reference / "images" / "0.png", "What?")) == 0
+    assert main(["convert", "export", "new/model", "back", "--layout", "llava-stf"]) == 0
+    assert main(["convert", "export", "new/model", "copy", "--layout", "native"]) == 0
+    monkeypatch.chdir("new")
+    assert main(["convert", "inspect", "../copy"]) == 0
+    assert main(ask(Path("../back"), reference / "images" / "0.png", "What?")) == 0
+    capsys.readouterr()
+
+
+def test_inspect_tells_by_its_exit_status(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["convert", "inspect", str(reference / "llava-stf")]) == 0
+    assert capsys.readouterr().out.endswith("whole\n")
+    assert main(["convert", "inspect", str(reference / "vicuna")]) == 1
+    assert "not usable as it is" in capsys.readouterr().out
+
+
+def test_import_warns_without_processors(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    source, out = tmp_path / "llava-stf", tmp_path / "out"
+    shutil.copytree(reference / "llava-stf", source)
+    shutil.copytree(reference / "clip", tmp_path / "clip")
+    (source / "tokenizer.model").unlink()
+    (tmp_path / "clip" / "preprocessor_config.json").unlink()
+    assert main(["convert", "import", str(source), str(out)]) == 0
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"warning: no answers without this: {out / 'hf'}: no tokenizer.model")
+    assert f"{out / 'hf'} has no preprocessor_config.json; copy it there" in second
+    assert main(ask(out, reference / "images" / "0.png", "What?")) == 1
+    assert f"error: {out / 'hf'}: no tokenizer.model" in capsys.readouterr().err
+    # Where it says, they are found.
+    shutil.copy(reference / "llava-stf" / "tokenizer.model", out / "hf")
+    shutil.copy(reference / "clip" / "preprocessor_config.json", out / "hf")
+    assert main(["convert", "inspect", str(out)]) == 0
+
+
+def test_help_names_the_templates(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    assert "mistral_instruct" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model", ["missing", "empty", "file", "pictures"])

@@ -180,6 +180,7 @@ def test_32_bit_pictures_that_fit(values: np.ndarray, expected: list[int]) -> No
         np.array([[0, 70000]], np.int32),
         np.array([[0.0, 300.0]], np.float32),
         np.array([[0.0, np.nan]], np.float32),
+        np.array([[0.0, 0.5, 1.0]], np.float32),
     ],
 )
 def test_32_bit_pictures_that_do_not_fit_are_refused(values: np.ndarray) -> None:
@@ -227,7 +228,7 @@ def test_bad_files_get_one_line_that_names_them(tmp_path: Path) -> None:
             load_image(path)
         assert str(error.value).startswith(f"{path}: ")
         assert "\n" not in str(error.value)
-    with pytest.raises(ImageError, match="cannot be read"):
+    with pytest.raises(ImageError, match="cannot be read, a directory; give a picture in it"):
         load_image(tmp_path)
     with pytest.raises(ImageError, match=r"^sample 7: the file is empty"):
         load_image(b"", name="sample 7")
@@ -245,6 +246,23 @@ def test_damage_never_gives_another_error(data: st.DataObject, kind: str) -> Non
             assert load_image(bytes(content)).mode == "RGB"
 
 
+def test_a_large_picture_is_read_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_image(saved(noise(60, 40))).size == (60, 40)
+
+
+def test_pictures_of_numpy() -> None:
+    values = array(noise(6, 4))
+    np.testing.assert_array_equal(array(load_image(values)), values)
+    for wrong in (values / 255, values[:, :, 0], np.zeros((4, 6, 4), np.uint8), values[None]):
+        with pytest.raises(ImageError, match=r"no picture; give uint8 \[height, width, 3\]$"):
+            load_image(wrong)
+    with pytest.raises(ImageError, match=r"a int is no picture; give a path, bytes"):
+        load_image(3)  # type: ignore[arg-type]
+
+
 def test_a_picture_of_no_size_is_refused() -> None:
     with pytest.raises(ImageError, match="0x5; leave it out"):
         load_image(Image.new("RGB", (0, 5)))
@@ -260,7 +278,8 @@ def test_decompression_bombs_are_refused_before_they_are_unpacked(
 ) -> None:
     data = saved(Image.new("1", (20_000, 10_000)))
     assert len(data) < 100_000
-    with pytest.raises(ImageError, match=r"too large .*make it smaller"):
+    message = r"too large \(200000000 pixels; the limit is 178956970 pixels\); make it smaller$"
+    with pytest.raises(ImageError, match=message):
         load_image(data)
     # Also where a program has switched Pillow's own limit off.
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
