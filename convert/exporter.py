@@ -9,17 +9,18 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, get_args
 
 from etils import epath
 
 from convert.dtypes import FLOATS, Array, DType, FloatName, cast
 from convert.layouts import ExportLayout, PublishedLayout, published
 from convert.mapping import Entry, carried, fusion_entries, is_buffer, table
+from convert.processor import IMAGE_TOKEN, PAD_TOKEN, ImageTokens
 from convert.progress import progress
 from convert.readers import read_json
 from convert.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorInfo
-from convert.sidecars import hf_sidecars, llava_sidecars
+from convert.sidecars import hf_sidecars, language_keys, llava_sidecars
 from convert.source import THREADS
 from convert.torch_file import import_torch, write_torch
 from stf_jax import checkpoint
@@ -30,12 +31,21 @@ from stf_jax.checkpoint import (
     new_directory,
 )
 from stf_jax.config import FusionConfig, LlavaConfig
+from stf_jax.processors import extra_files, read_tokenizer
 from stf_jax.train.run import open_model
 
 # What transformers calls 5GB.
 SHARD_BYTES = 5 * 10**9
 # More than any tensor's entry takes in the header of its file.
 _HEADER_BYTES = 512
+# Keys of a config.json under which ids of tokens stand.
+_TOKEN_KEYS = (
+    "image_token_index",
+    "image_token_id",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,14 +102,18 @@ def export_checkpoint(
             lies between tower and language model; needs PyTorch); or "native", which makes one
             checkpoint of a run and the models that it began with.
         dtype: The dtype of every weight; None gives back the one it came in.
-        vocabulary: Rows of the embedding; None gives back as many as came, and for "hf" as many
-            more as the image and padding tokens need.
+        vocabulary: Rows of the embedding, at least as many as there are tokens; None gives back as
+            many as came, and for "hf" as many more as the image and padding tokens need.
         shard_bytes: The most that one file holds, unless one tensor is larger.
 
     Raises:
         CheckpointError: `source` is no whole native checkpoint or run, `layout` cannot hold the
             model, or `out` exists.
     """
+    if layout not in get_args(ExportLayout):
+        raise CheckpointError(
+            f"layout is {layout!r}; supported: {', '.join(get_args(ExportLayout))}"
+        )
     native = _open(source)
     if dtype is not None and dtype not in FLOATS:
         raise CheckpointError(f"dtype is {dtype!r}; supported: {', '.join(FLOATS)}")
@@ -111,9 +125,15 @@ def export_checkpoint(
     _check_layout(native.config.fusion, layout)
     if layout == "adapter":
         import_torch("to write mm_projector.bin")
-    rows = vocabulary or _rows(native, layout)
+    known = _known_tokens(native)
+    tokens = _image_tokens(native, layout, known)
+    rows = _rows(native, tokens) if vocabulary is None else vocabulary
+    if rows < (least := _least_rows(native, layout, known, tokens)):
+        raise CheckpointError(
+            f"vocabulary is {rows}, which would cut tokens off; give {least} or more"
+        )
     plan = _plan(native, layout, rows, None if dtype is None else FLOATS[dtype])
-    sidecars = _sidecars(native, layout, rows, dtype)
+    sidecars = _sidecars(native, layout, rows, tokens, dtype)
     with new_directory(out) as unfinished:
         if layout == "adapter":
             _write_adapter(native, plan, unfinished)
@@ -156,12 +176,52 @@ def _check_layout(fusion: FusionConfig, layout: str) -> None:
         raise CheckpointError(f"this model has {has}; use --layout {right}")
 
 
-def _rows(native: Native, layout: str) -> int:
+def _known_tokens(native: Native) -> dict[str, int]:
+    """Every token of its tokenizer; none where there is no tokenizer to read."""
+    try:
+        tokenizer = read_tokenizer(native.hf, extra_files(native.checkpoint.extras))
+    except CheckpointError:
+        return {}
+    tokens: dict[str, int] = tokenizer.backend.get_vocab(with_added_tokens=True)
+    return tokens
+
+
+def _image_tokens(native: Native, layout: str, known: Mapping[str, int]) -> ImageTokens | None:
+    """Where a Llava of transformers gets its two tokens; None for all other exports."""
+    if layout != "hf" or native.origin["layout"] == "hf":
+        return None
+    # A tokenizer numbers what is added on from its last token, however many rows there are.
+    after = max(known.values()) + 1 if known else native.origin["vocabulary"]
+    return ImageTokens.among(known, after=after)
+
+
+def _rows(native: Native, tokens: ImageTokens | None) -> int:
     rows: int = native.origin["vocabulary"]
-    if layout == "hf" and native.origin["layout"] != "hf":
-        # The image and the padding token follow the vocabulary; 64 is Hugging Face's multiple.
-        return -(-(rows + 2) // 64) * 64
-    return rows
+    if tokens is None:
+        return rows
+    # 64 is Hugging Face's multiple.
+    return -(-max(rows, tokens.image + 1, tokens.pad + 1) // 64) * 64
+
+
+def _least_rows(
+    native: Native, layout: str, known: Mapping[str, int], tokens: ImageTokens | None
+) -> int:
+    """Below this number of rows, some token would have none."""
+    came: int = native.origin["vocabulary"]
+    if tokens is not None:
+        return max(*known.values(), tokens.image, tokens.pad) + 1
+    if not known:
+        # Nothing says which rows are padding.
+        return came
+    ids = dict(known)
+    hf = read_json(native.hf / "config.json")
+    if layout == "hf":
+        for part in (hf, language_keys(hf)):
+            ids |= {key: part[key] for key in _TOKEN_KEYS if isinstance(part.get(key), int)}
+    else:
+        # LLaVA looks neither of them up: it cuts one out of the text, and masks the other.
+        ids = {token: n for token, n in ids.items() if token not in (IMAGE_TOKEN, PAD_TOKEN)}
+    return min(came, max(ids.values()) + 1)
 
 
 def _plan(native: Native, layout: PublishedLayout, rows: int, dtype: DType | None) -> _Plan:
@@ -204,18 +264,12 @@ def _natural(item: tuple[str, TensorInfo]) -> list[tuple[int, str]]:
     ]
 
 
-def _sidecars(native: Native, layout: str, rows: int, dtype: FloatName | None) -> dict[str, bytes]:
+def _sidecars(
+    native: Native, layout: str, rows: int, tokens: ImageTokens | None, dtype: FloatName | None
+) -> dict[str, bytes]:
     dtype = dtype or native.origin["cast"]
     if layout == "hf":
-        first = native.origin["vocabulary"]
-        return hf_sidecars(
-            native.hf,
-            native.config,
-            rows=rows,
-            image_id=first,
-            came_so=native.origin["layout"] == "hf",
-            dtype=dtype,
-        )
+        return hf_sidecars(native.hf, native.config, rows=rows, tokens=tokens, dtype=dtype)
     files = llava_sidecars(native.hf, native.config, rows=rows, dtype=dtype)
     return {"config.json": files["config.json"]} if layout == "adapter" else files
 

@@ -1,8 +1,9 @@
 """Tokenizer and image processor as `transformers.AutoProcessor` reads them for a Llava."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from stf_jax.checkpoint import CheckpointError
 from stf_jax.config import VisionConfig
@@ -36,6 +37,23 @@ _CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageTokens:
+    """Ids of `<image>` and `<pad>` in an exported tokenizer."""
+
+    image: int
+    pad: int
+    new: Mapping[str, int]  # those of them that the tokenizer does not have yet
+
+    @classmethod
+    def among(cls, known: Mapping[str, int], *, after: int) -> Self:
+        """Those of a tokenizer where it has them, and the ids from `after` on where it has not."""
+        wanted = [token for token in (IMAGE_TOKEN, PAD_TOKEN) if token not in known]
+        new = {token: after + i for i, token in enumerate(wanted)}
+        ids = {**known, **new}
+        return cls(image=ids[IMAGE_TOKEN], pad=ids[PAD_TOKEN], new=new)
 
 
 def processor_files(
@@ -102,7 +120,7 @@ def processor_files(
         hf = _decode(files, "tokenizer.json")
         extra = [{"id": int(number), **token} for number, token in added.items()]
         made["tokenizer.json"] = {**hf, "added_tokens": [*hf.get("added_tokens", []), *extra]}
-    if "tokenizer.model" in files:
+    if "tokenizer.model" in files and tokens:
         made["added_tokens.json"] = {**_decode(files, "added_tokens.json"), **tokens}
     encoded = {name: encode_json(content) for name, content in made.items()}
     return encoded | {"chat_template.jinja": _CHAT_TEMPLATE.encode()}

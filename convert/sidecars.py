@@ -12,7 +12,7 @@ from etils import epath
 from convert.dtypes import FloatName
 from convert.infer import KEY, fusion_keys, infer_fusion, replace_vocabulary
 from convert.mapping import fusion_entries
-from convert.processor import IMAGE_TOKEN, PAD_TOKEN, Json, encode_json, processor_files
+from convert.processor import ImageTokens, Json, encode_json, processor_files
 from convert.readers import read_json
 from convert.tower import PUBLISHED
 from stf_jax.config import LlavaConfig, VisionConfig
@@ -46,32 +46,29 @@ def hf_sidecars(
     config: LlavaConfig,
     *,
     rows: int,
-    image_id: int,
-    came_so: bool,
+    tokens: ImageTokens | None,
     dtype: FloatName | None,
 ) -> dict[str, bytes]:
     """The files of the layout "hf"; arguments as those of `llava_sidecars`.
 
-    A model that did not come in this layout (`came_so`) gets the tokens `<image>`, with the id
-    `image_id`, and `<pad>`, with the next one, and a processor that knows them.
+    A model that did not come in this layout gets the tokens `<image>` and `<pad>`, and a processor
+    that knows them; `tokens` is None for one that did.
     """
     files = _copied(stored)
     hf = _stored(stored)
     vision = _vision_config(stored, config.vision)
     config = replace_vocabulary(config, rows)
-    new = not came_so and "text_config" not in hf
-    pad_id = image_id + 1
-    if new:
-        text = {**hf, **text_to_hf(config.text), "pad_token_id": pad_id}
+    if tokens is not None:
+        text = {**hf, **text_to_hf(config.text), "pad_token_id": tokens.pad}
         for key in [key for key in text if key.startswith("mm_") or key in _LLAVA_ONLY]:
             del text[key]
         kind = text.pop("torch_dtype", text.pop("dtype", "float32"))
         hf = {
             "architectures": ["LlavaForConditionalGeneration"],
             "model_type": "llava",
-            "image_token_index": image_id,
+            "image_token_index": tokens.image,
             "image_seq_length": config.vision.patches,
-            "pad_token_id": pad_id,
+            "pad_token_id": tokens.pad,
             "projector_hidden_act": "gelu",
             "multimodal_projector_bias": True,
             "vision_feature_select_strategy": "default",
@@ -84,8 +81,8 @@ def hf_sidecars(
     elif text_from_hf(language_keys(hf)) != config.text:
         hf = {**hf, "text_config": section(hf, "text_config") | text_to_hf(config.text)}
     files["config.json"] = encode_json(_with_dtype(hf, dtype))
-    if new:
-        files |= processor_files(files, config.vision, {IMAGE_TOKEN: image_id, PAD_TOKEN: pad_id})
+    if tokens is not None:
+        files |= processor_files(files, config.vision, tokens.new)
     return files
 
 
@@ -174,7 +171,8 @@ def _copied(folder: epath.Path) -> dict[str, bytes]:
     files.pop("config.json", None)
     if "generation_config.json" in files:
         generation = read_json(folder / "generation_config.json")
-        sampling = generation.get("temperature", 1) != 1 or generation.get("top_p", 1) != 1
+        # Null is as good as absent.
+        sampling = any(generation.get(key) not in (None, 1) for key in ("temperature", "top_p"))
         if sampling and not generation.get("do_sample", False):
             # Vicuna's file: newer loaders refuse sampling settings beside greedy decoding.
             files["generation_config.json"] = encode_json({**generation, "do_sample": True})

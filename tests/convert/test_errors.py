@@ -453,6 +453,8 @@ def test_native_and_pytorch_mixed_up(reference: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(CheckpointError, match="there exists; remove it"):
         export_checkpoint(native, tmp_path / "there", layout="llava-stf")
+    with pytest.raises(CheckpointError, match=r"layout is 'foo'; supported: llava-stf, llava, hf"):
+        export_checkpoint(native, tmp_path / "out", layout="foo")  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match=r"dtype is 'int8'; supported: float32"):
         export_checkpoint(native, tmp_path / "out", layout="llava-stf", dtype="int8")
     for rows in (0, 10, 599):

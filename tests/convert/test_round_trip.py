@@ -258,6 +258,15 @@ def test_generation_settings_that_newer_loaders_refuse(
     assert written == {**vicuna, "do_sample": True}
 
 
+def test_generation_settings_that_say_nothing(checkpoint: Callable, tmp_path: Path) -> None:
+    source = checkpoint()
+    greedy = {"temperature": None, "top_p": None, "do_sample": False}
+    (source / "generation_config.json").write_text(json.dumps(greedy))
+    import_checkpoint(source, tmp_path / "native")
+    export_checkpoint(tmp_path / "native", tmp_path / "out", layout="llava-stf")
+    assert load_json(tmp_path / "out" / "generation_config.json") == greedy
+
+
 def test_without_a_tokenizer(checkpoint: Callable, tmp_path: Path) -> None:
     source = checkpoint()
     for file in source.glob("*token*"):

@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from PIL import Image
 
 from convert import export_checkpoint, import_checkpoint, open_source
 from stf_jax.checkpoint import CheckpointError, open_native
@@ -208,6 +209,48 @@ def test_llava_to_hf_pads_the_vocabulary(reference: Path, tmp_path: Path) -> Non
     export_checkpoint(tmp_path / "back", tmp_path / "llava2", layout="llava", vocabulary=600)
     expected = {name: tensor.bfloat16() for name, tensor in llava.items()}
     assert bits(load(tmp_path / "llava2")) == bits(expected)
+
+
+@pytest.mark.parametrize(
+    "path", [[("llava", 640)], [("hf", None), ("llava", None)]], ids=["more rows", "there already"]
+)
+def test_the_image_token_is_the_tokenizers(
+    path: list[tuple[str, int | None]], reference: Path, tmp_path: Path
+) -> None:
+    """Also where the embedding has more rows than the tokenizer, or the tokenizer the token."""
+    import_checkpoint(
+        reference / "vicuna", tmp_path / "vicuna", vision_tower=reference / "clip", fusion="llava"
+    )
+    native = tmp_path / "vicuna"
+    for i, (layout, rows) in enumerate(path):
+        export_checkpoint(native, tmp_path / f"{i}", layout=layout, vocabulary=rows)
+        native = tmp_path / f"native{i}"
+        import_checkpoint(tmp_path / f"{i}", native)
+    export_checkpoint(native, tmp_path / "out", layout="hf")
+    model = check_loads(tmp_path / "out")
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
+    image, pad = processor.tokenizer.convert_tokens_to_ids(["<image>", "<pad>"])
+    assert model.config.image_token_id == image == 600
+    assert model.config.text_config.pad_token_id == processor.tokenizer.pad_token_id == pad == 601
+    assert model.config.text_config.vocab_size == 640
+    assert len(processor.tokenizer) == 602
+    picture = Image.open(reference / "images" / "0.png")
+    inputs = processor(images=picture, text="USER: <image>\nWhy? ASSISTANT:", return_tensors="pt")
+    assert (inputs.input_ids == image).sum() == 16
+    with torch.no_grad():
+        assert model(**inputs).logits.isfinite().all()
+    for few in (600, 601):
+        with pytest.raises(CheckpointError, match=f"vocabulary is {few}, .*; give 602 or more$"):
+            export_checkpoint(native, tmp_path / "few", layout="hf", vocabulary=few)
+
+
+def test_no_vocabulary(reference: Path, tmp_path: Path) -> None:
+    import_checkpoint(reference / "llava-stf", tmp_path / "native")
+    for few in (0, -3, 599):
+        with pytest.raises(CheckpointError, match=f"vocabulary is {few}, .*; give 600 or more$"):
+            export_checkpoint(
+                tmp_path / "native", tmp_path / "out", layout="llava-stf", vocabulary=few
+            )
 
 
 @pytest.mark.parametrize("kind", ["stf", "average"])
