@@ -4,8 +4,10 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 from stf_jax.cli import Verbs, add_verb
@@ -56,7 +58,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="a native checkpoint or a PyTorch directory, for its tokenizer and image processor",
     )
     parser.add_argument("--vision-tower", metavar="DIR", help="CLIP, for a PyTorch directory")
-    parser.add_argument("--template", default="v1", help="form of the conversations (v1)")
+    parser.add_argument(
+        "--template", default="v1", metavar="NAME", help="form of the conversations (v1)"
+    )
     parser.add_argument(
         "--image-mode",
         choices=("pad", "crop"),
@@ -140,12 +144,24 @@ def _write(text: str, content: dict[str, Any], options: argparse.Namespace) -> N
 
 @contextlib.contextmanager
 def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar of examples on a terminal's stderr, nothing in a pipe; yields f(done, of how many)."""
+    """A bar of examples on a terminal's stderr, nothing in a pipe; yields f(done, of how many).
+
+    Within it SIGTERM unwinds like Ctrl-C, so that workers end and nothing is left to clean up.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     console = Console(stderr=True)
     columns = (title, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+            task = bar.add_task(title, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    # As a shell tells of a signal.
+    sys.exit(128 + number)

@@ -83,7 +83,7 @@ class BuildReport:
             return text
         return (
             f"{self.check.render(limit)}\n\n{self.path}: {self.written} examples "
-            f"({self.bytes / 1e9:.2f} GB in {self.shards} shards, {self.kept_shards} of them from "
+            f"({self.bytes / 1e6:.1f} MB in {self.shards} shards, {self.kept_shards} of them from "
             f"an earlier call), {self.skipped} skipped"
         )
 
@@ -156,6 +156,7 @@ def build(
     if examples_per_shard < 1:
         raise DatasetError(f"examples_per_shard is {examples_per_shard}; it must be at least 1")
     workers = default_workers(workers)
+    tally = Tally(tokens_per_image=tokens_per_image, sequence_length=sequence_length)
     source: dict[str, Any] = {"files": [file_digest(path) for path in files]}
     if out.is_dir():
         _compare(source, _read_json(out / SOURCE_FILE), out, keys=("files",))
@@ -183,12 +184,13 @@ def build(
     missing = [part for part in parts if not _record(folder, part.number).is_file()]
     done = len(examples) - sum(len(part.examples) for part in missing)
     write = _WritePart(inspector=inspector, folder=folder)
+    if progress:
+        progress(done, len(examples))
     for _, count in map_in_processes(write, missing, workers=workers):
         done += count
         if progress:
             progress(done, len(examples))
 
-    tally = Tally(tokens_per_image=tokens_per_image, sequence_length=sequence_length)
     return _finish(folder, out, len(parts), len(parts) - len(missing), tally, source["index"])
 
 

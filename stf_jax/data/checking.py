@@ -94,7 +94,9 @@ class CheckReport:
 
 
 def _render_histogram(bars: Sequence[Bar]) -> list[str]:
-    largest = max((bar.count for bar in bars), default=0) or 1
+    filled = [number for number, bar in enumerate(bars) if bar.count] or [0]
+    bars = bars[filled[0] : filled[-1] + 1]
+    largest = max(bar.count for bar in bars) or 1
     return [
         f"{f'to {bar.to}' if bar.to else f'above {bar.above}':>12} tokens "
         f"{bar.count:>8} {'#' * round(40 * bar.count / largest)}".rstrip()
@@ -106,6 +108,8 @@ class Tally:
     """Adds up inspections into a report."""
 
     def __init__(self, *, tokens_per_image: int, sequence_length: int):
+        if sequence_length < 2:
+            raise ValueError(f"sequence_length is {sequence_length}; it must be at least 2")
         self._tokens_per_image = tokens_per_image
         self._sequence_length = sequence_length
         self._counts: Counter[str] = Counter()
@@ -204,8 +208,8 @@ def check(
         image_processor=image_processor or ImageProcessor(),
     )
     examples = read_examples(files)
-    chunks = [examples[start : start + _CHUNK] for start in range(0, len(examples), _CHUNK)]
     tally = Tally(tokens_per_image=tokens_per_image, sequence_length=sequence_length)
+    chunks = [examples[start : start + _CHUNK] for start in range(0, len(examples), _CHUNK)]
     done = 0
     for inspections in map_in_processes(
         _InspectAll(inspector=inspector), chunks, workers=default_workers(workers)
@@ -225,5 +229,11 @@ def check_folder(images: str | os.PathLike[str] | None) -> None:
 
 
 def default_workers(workers: int | None) -> int:
-    """As many as there are processors, if none is said."""
+    """As many as there are processors, if none is said.
+
+    Raises:
+      ValueError: fewer than none.
+    """
+    if workers is not None and workers < 0:
+        raise ValueError(f"workers is {workers}; it must be at least 0")
     return (os.cpu_count() or 1) if workers is None else workers
