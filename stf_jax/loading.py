@@ -55,6 +55,12 @@ def load(
         leaves = checkpoint.restore(nnx.to_pure_dict(nnx.state(network)))
     else:
         source = open_source(path, vision_tower=vision_tower)
+        if source.layout == "llama":
+            # Its fusion would be new, of random weights.
+            raise CheckpointError(
+                f"{path} is a language model alone and has not learned to see; import it with "
+                f"stf-jax convert import {path} OUT --vision-tower CLIP, and train that"
+            )
         config, files = source.config, dict(source.files)
         network = _abstract(config, mesh, dtype)
         wanted = flatten(nnx.to_pure_dict(nnx.state(network)))

@@ -62,7 +62,8 @@ class Generator:
         Raises:
             ValueError: no tokens wanted, or a prompt that leaves no room for any.
         """
-        if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+        whole = isinstance(max_new_tokens, int | np.integer)
+        if not whole or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; give 1 or more, a whole number")
         # No row has more positions, so the cache needs no more slots.
         max_new_tokens = min(max_new_tokens, self.config.text.max_positions)

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 import stf_jax
+from stf_jax.checkpoint import CheckpointError
 from stf_jax.data.images import ImageError
 from stf_jax.model import Model, Request
 
@@ -43,6 +44,12 @@ def test_requests_are_a_list(model: Model) -> None:
     for one in (Request(prompt="What?"), "What?"):
         with pytest.raises(TypeError, match=r"takes a list: write generate\(\[Request"):
             model.generate(one)
+
+
+def test_a_language_model_alone_gives_no_answers(reference: Path) -> None:
+    """With a new fusion they would be of chance."""
+    with pytest.raises(CheckpointError, match=r"vicuna OUT --vision-tower CLIP, and train that$"):
+        stf_jax.load(reference / "vicuna", vision_tower=reference / "clip")
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8", "", "FLOAT32"])
