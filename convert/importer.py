@@ -10,6 +10,8 @@ from convert.progress import progress
 from convert.safetensors_file import SafetensorsWriter, TensorInfo, local_file
 from convert.source import NewFusion, Source, open_source
 from stf_jax import checkpoint
+from stf_jax.checkpoint import CheckpointError
+from stf_jax.processors import check_tokenizer, read_tokenizer
 
 
 def import_checkpoint(
@@ -43,6 +45,7 @@ def import_checkpoint(
         dtype=dtype,
         vocabulary_multiple=vocabulary_multiple,
     )
+    _check_tokenizer(opened, epath.Path(base or source))
     checkpoint.write(
         out,
         config=opened.config,
@@ -50,6 +53,15 @@ def import_checkpoint(
         extras=lambda directory: _write_extras(opened, directory),
     )
     return opened
+
+
+def _check_tokenizer(source: Source, path: epath.Path) -> None:
+    try:
+        tokenizer = read_tokenizer(path, source.files)
+    except CheckpointError:
+        # Weights alone are converted, too.
+        return
+    check_tokenizer(path, tokenizer, config=source.config)
 
 
 def _with_progress(source: Source) -> Iterator[checkpoint.Leaf]:

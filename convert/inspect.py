@@ -13,7 +13,12 @@ from convert.safetensors_file import SafetensorsFile
 from convert.source import open_source
 from stf_jax.checkpoint import CheckpointError, is_native, missing
 from stf_jax.config import LlavaConfig
-from stf_jax.processors import extra_files, read_image_processor, read_tokenizer
+from stf_jax.processors import (
+    check_tokenizer,
+    extra_files,
+    read_image_processor,
+    read_tokenizer,
+)
 from stf_jax.train.run import is_run, open_model
 
 
@@ -107,7 +112,7 @@ def inspect_checkpoint(
             sizes[info.dtype.name] += math.prod(info.shape)
         opened = open_source(path, vision_tower=vision_tower, base=base)
         config = opened.config
-        found = _processors(epath.Path(base or path), opened.files)
+        found = _processors(epath.Path(base or path), opened.files, config)
     except CheckpointError as error:
         problem = str(error)
     return Report(
@@ -132,7 +137,7 @@ def _native(path: epath.Path) -> Report:
         carried = SafetensorsFile(native.extras / "pytorch" / "carried.safetensors")
         if carried.path.exists():
             kept = sum(math.prod(info.shape) for info in carried.infos.values())
-        found = _processors(native.extras / "hf", extra_files(native.extras))
+        found = _processors(native.extras / "hf", extra_files(native.extras), config)
     # The config of a run may be damaged, too.
     except ValueError as error:
         problem = str(error)
@@ -154,12 +159,13 @@ class _Found:
     problem: str | None = None
 
 
-def _processors(path: epath.Path, files: Mapping[str, epath.Path]) -> _Found:
+def _processors(path: epath.Path, files: Mapping[str, epath.Path], config: LlavaConfig) -> _Found:
     """What is said of the tokenizer and the image processor that belong into a directory."""
     what, problems = {"tokenizer": "none", "image processor": "none"}, []
     try:
         tokenizer = read_tokenizer(path, files)
         what["tokenizer"] = f"{tokenizer.vocab_size:,} tokens"
+        check_tokenizer(path, tokenizer, config=config)
     except CheckpointError as error:
         problems.append(str(error))
     try:

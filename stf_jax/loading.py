@@ -1,5 +1,7 @@
 """`load`: a native checkpoint or a PyTorch directory, from disk to devices, leaf by leaf."""
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import jax
@@ -9,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from convert import open_source
+from convert.readers import read_json
 from stf_jax.checkpoint import CheckpointError, flatten, is_native, place, unflatten
 from stf_jax.config import LlavaConfig
 from stf_jax.model import Model
@@ -39,18 +42,22 @@ def load(
 
     Raises:
         CheckpointError: what is missing, damaged or does not fit, and what to do.
-        ValueError: another dtype, or a mesh that does not divide the model.
+        ValueError: another dtype, float16 on CPU, or a mesh that does not divide the model.
     """
     if dtype is not None and dtype not in get_args(DTypeName):
         raise ValueError(f"dtype is {dtype!r}; choose float32, float16 or bfloat16")
+    if dtype == "float16" and jax.default_backend() == "cpu":
+        # XLA has no attention of float16 for it.
+        raise ValueError("float16 does not run on CPU; choose float32 or bfloat16")
     path = epath.Path(path)
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if is_native(path) or is_run(path):
         if vision_tower is not None:
             raise CheckpointError(f"{path} has its vision tower inside; leave out --vision-tower")
         checkpoint = open_model(path)
-        config, files = checkpoint.config, extra_files(checkpoint.extras)
-        path = checkpoint.extras / "hf"
+        files, path = extra_files(checkpoint.extras), checkpoint.extras / "hf"
+        config = _with_generation(checkpoint.config, files)
+        processors = read_processors(path, files, config=config)
         network = _abstract(config, mesh, dtype)
         leaves = checkpoint.restore(nnx.to_pure_dict(nnx.state(network)))
     else:
@@ -61,18 +68,31 @@ def load(
                 f"{path} is a language model alone and has not learned to see; import it with "
                 f"stf-jax convert import {path} OUT --vision-tower CLIP, and train that"
             )
-        config, files = source.config, dict(source.files)
+        files = dict(source.files)
+        config = _with_generation(source.config, files)
+        processors = read_processors(path, files, config=config)
         network = _abstract(config, mesh, dtype)
         wanted = flatten(nnx.to_pure_dict(nnx.state(network)))
         leaves = {leaf.path: place(leaf.read(), wanted[leaf.path]) for leaf in source.leaves()}
     nnx.update(network, unflatten(leaves))
-    processors = read_processors(path, files, tokens_per_image=config.tokens_per_image)
     return Model(
         network,
         tokenizer=processors.tokenizer,
         image_processor=processors.image_processor,
         mesh=mesh,
     )
+
+
+def _with_generation(config: LlavaConfig, files: Mapping[str, epath.Path]) -> LlavaConfig:
+    """The model with what ends an answer as generation_config.json says, if it does."""
+    file = files.get("generation_config.json")
+    found = None if file is None else read_json(file).get("eos_token_id")
+    if found is None:
+        return config
+    ids = tuple(found) if isinstance(found, list) else (found,)
+    if not ids or not all(type(one) is int for one in ids):
+        raise CheckpointError(f"{file}: eos_token_id is {found!r}; give an id, or a list of ids")
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, eos_ids=ids))
 
 
 def _abstract(config: LlavaConfig, mesh: Mesh | None, dtype: DTypeName) -> Llava:

@@ -11,6 +11,8 @@ from typing import Any
 from etils import epath
 
 from stf_jax.checkpoint import CheckpointError, is_native
+from stf_jax.config import LlavaConfig
+from stf_jax.data.conversation import IMAGE_MARKER
 from stf_jax.data.images import ImageProcessor
 from stf_jax.data.tokenizer import Tokenizer, load_tokenizer
 from stf_jax.train.run import is_run, open_model
@@ -56,7 +58,7 @@ def load_processors(
     else:
         source = open_source(path, vision_tower=vision_tower)
         config, files = source.config, dict(source.files)
-    return read_processors(path, files, tokens_per_image=config.tokens_per_image)
+    return read_processors(path, files, config=config)
 
 
 def extra_files(extras: epath.Path) -> dict[str, epath.Path]:
@@ -68,18 +70,41 @@ def extra_files(extras: epath.Path) -> dict[str, epath.Path]:
 
 
 def read_processors(
-    path: epath.Path, files: Mapping[str, epath.Path], *, tokens_per_image: int
+    path: epath.Path, files: Mapping[str, epath.Path], *, config: LlavaConfig
 ) -> Processors:
     """The processors in `files`, which belong into the directory `path`.
 
     Raises:
-        CheckpointError: a file that is missing, damaged or of another kind.
+        CheckpointError: a file that is missing, damaged, of another kind or of another model.
     """
+    tokenizer = read_tokenizer(path, files)
+    check_tokenizer(path, tokenizer, config=config)
     return Processors(
-        tokenizer=read_tokenizer(path, files),
+        tokenizer=tokenizer,
         image_processor=read_image_processor(path, files),
-        tokens_per_image=tokens_per_image,
+        tokens_per_image=config.tokens_per_image,
     )
+
+
+def check_tokenizer(path: epath.Path, tokenizer: Tokenizer, *, config: LlavaConfig) -> None:
+    """Checks that the embedding has a row for every token of the tokenizer in `path`.
+
+    Raises:
+        CheckpointError: it has not; text would be read as other text.
+    """
+    rows = config.text.vocab_size
+    # Neither is looked up: one is cut out of the text, the other is masked.
+    marker = tokenizer.backend.token_to_id(IMAGE_MARKER)
+    harmless = {marker, tokenizer.pad_id} - {tokenizer.eos_id}
+    tokens: dict[str, int] = tokenizer.backend.get_vocab(with_added_tokens=True)
+    beyond = sorted((n, token) for token, n in tokens.items() if n >= rows and n not in harmless)
+    if beyond:
+        number, token = beyond[0]
+        raise CheckpointError(
+            f"{path} has an embedding of {rows} rows and a tokenizer with {len(beyond)} tokens "
+            f"beyond it, the first {token!r} with id {number}; copy the tokenizer that belongs to "
+            "these weights"
+        )
 
 
 def read_tokenizer(path: epath.Path, files: Mapping[str, epath.Path]) -> Tokenizer:
