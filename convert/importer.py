@@ -11,6 +11,7 @@ from convert.safetensors_file import SafetensorsWriter, TensorInfo, local_file
 from convert.source import NewFusion, Source, open_source
 from stf_jax import checkpoint
 from stf_jax.checkpoint import CheckpointError
+from stf_jax.config import FusionConfig
 from stf_jax.processors import check_tokenizer, read_tokenizer
 
 
@@ -20,7 +21,7 @@ def import_checkpoint(
     *,
     vision_tower: epath.PathLike | None = None,
     base: epath.PathLike | None = None,
-    fusion: NewFusion | None = None,
+    fusion: NewFusion | FusionConfig | None = None,
     seed: int = 0,
     dtype: FloatName | None = None,
     vocabulary_multiple: int = 1,

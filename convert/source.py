@@ -22,7 +22,7 @@ from convert.parts import Part, RandomTensors, Tensor, open_part
 from convert.sidecars import language_keys
 from convert.tower import TowerChoice, choose_tower
 from stf_jax.checkpoint import CheckpointError, Leaf, list_some
-from stf_jax.config import LlavaConfig, TextConfig
+from stf_jax.config import FusionConfig, LlavaConfig, TextConfig
 from stf_jax.hf_config import TEXT_DEFAULTS, text_from_hf
 
 T = TypeVar("T")
@@ -126,7 +126,7 @@ def open_source(
     *,
     vision_tower: epath.PathLike | None = None,
     base: epath.PathLike | None = None,
-    fusion: NewFusion | None = None,
+    fusion: NewFusion | FusionConfig | None = None,
     seed: int = 0,
     dtype: FloatName | None = None,
     vocabulary_multiple: int = 1,
@@ -139,7 +139,8 @@ def open_source(
         vision_tower: A directory with CLIP's config.json, and its weights where `path` has none.
             Needed where config.json does not lead to one.
         base: The language model under an adapter.
-        fusion: What a language model alone gets between tower and decoder: new random weights.
+        fusion: What a language model alone gets between tower and decoder: new random weights, of
+            a kind with the published sizes, or of the sizes given.
         seed: Of these random weights.
         dtype: The dtype of every parameter; None keeps those of the file.
         vocabulary_multiple: Pads the vocabulary to a multiple, so that it can be sharded.
@@ -162,7 +163,11 @@ def open_source(
     tower = choose_tower(part, language, vision_tower)
     tensors = language.language | dict(tower.tensors)
     if part.layout == "llama":
-        between = new_fusion(fusion or "stf", vision=tower.config, text_width=text.width)
+        between = (
+            fusion
+            if isinstance(fusion, FusionConfig)
+            else new_fusion(fusion or "stf", vision=tower.config, text_width=text.width)
+        )
     elif fusion is not None:
         raise CheckpointError(f"{path} has a fusion of its own; leave out --fusion {fusion}")
     else:
