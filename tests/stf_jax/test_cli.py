@@ -1,14 +1,18 @@
 """The command line as a user runs it: the reference's answers, and one clear line for a mistake."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+import stf_jax
+from stf_jax import Answer, Request, Sampling
 from stf_jax.cli import main
 
 
@@ -19,7 +23,7 @@ def native(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def ask(model: Path, image: Path, question: str, *more: str) -> list[str]:
+def ask(model: Path | str, image: Path | str, question: str, *more: str) -> list[str]:
     return ["generate", str(model), "--image", str(image), "--prompt", question, *more]
 
 
@@ -38,6 +42,41 @@ def test_answers_of_the_reference(
     assert [1, *answer["token_ids"]] == case["output_ids"]
     assert answer["vision_tokens"] == 4
     assert answer["finish_reason"] == ("stop" if case["output_ids"][-1] == 2 else "length")
+
+
+def test_every_option_arrives(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = Answer(
+        text="two", token_ids=[3, 2], prompt_tokens=9, vision_tokens=4, finish_reason="stop"
+    )
+    seen: dict[str, Any] = {}
+
+    class Model:
+        def generate(self, requests: list[Request], **options: Any) -> list[Answer]:
+            seen.update(options, requests=requests)
+            return [answer]
+
+    def load(path: str, **options: Any) -> Model:
+        seen.update(options, path=path)
+        return Model()
+
+    monkeypatch.setattr(stf_jax, "load", load)
+    options = "--temperature 0.7 --top-p 0.8 --top-k 5 --seed 6 --max-new-tokens 7 --template plain"
+    more = "--stop one --stop two --dtype bfloat16 --vision-tower clip --json --image b.png"
+    assert main([*ask("model", "a.png", "Why?"), *options.split(), *more.split()]) == 0
+    assert json.loads(capsys.readouterr().out) == dataclasses.asdict(answer)
+    assert seen == {
+        "path": "model",
+        "dtype": "bfloat16",
+        "vision_tower": "clip",
+        "requests": [Request(prompt="Why?", images=["a.png", "b.png"])],
+        "sampling": Sampling(temperature=0.7, top_p=0.8, top_k=5, seed=6),
+        "max_new_tokens": 7,
+        "template": "plain",
+        "stop": ["one", "two"],
+        "on_text": None,
+    }
 
 
 def test_in_a_process_of_its_own(reference: Path, native: Path):
@@ -80,6 +119,7 @@ def test_python_m_convert(reference: Path, native: Path):
         (["--top-p", "0"], "top_p is 0"),
         (["--max-new-tokens", "0"], "max_new_tokens is 0"),
         (["--stop", ""], "stop string is empty"),
+        (["--dtype", "float16"], "float16 does not run on CPU; choose float32 or bfloat16"),
     ],
 )
 def test_mistakes(
