@@ -63,7 +63,11 @@ class Model:
         stop: str | Sequence[str] = (),
         on_text: Callable[[int, str], None] | None = None,
     ) -> list[Answer]:
-        """Answers a batch of requests, in order. An answer never depends on its neighbours.
+        """Answers a batch of requests, in order.
+
+        In float32 an answer does not depend on its neighbours. In bfloat16 its later tokens may: a
+        matmul over another number of rows sums in another order, and bfloat16 rounds the difference
+        to one that tips a close choice. Ask one by one where answers must be the same again.
 
         Args:
             requests: of any length and number of images.
