@@ -102,7 +102,12 @@ def _damaged(path: epath.Path) -> CheckpointError:
 
 
 def _dtype(name: str, tensor: Any, path: epath.Path) -> DType:
-    kind = str(tensor.dtype).removeprefix("torch.")
+    kind, layout = (str(what).removeprefix("torch.") for what in (tensor.dtype, tensor.layout))
+    if tensor.is_meta or layout != "strided":
+        raise CheckpointError(
+            f"{name} in {path} is a {'meta' if tensor.is_meta else layout} tensor, which stf_jax "
+            "does not read; save the model with ordinary tensors"
+        )
     if kind in FLOATS:
         return FLOATS[kind]
     if kind in ("int64", "int32", "int16", "int8", "uint8", "bool", "float64"):

@@ -82,3 +82,11 @@ def test_strided_and_quantised(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(2, dtype=torch.complex64)}, tmp_path / "b.bin")
     with pytest.raises(CheckpointError, match="has dtype complex64, which stf_jax does not read"):
         _ = TorchFile(epath.Path(tmp_path / "b.bin")).infos
+
+
+@pytest.mark.parametrize("kind", ["meta", "sparse_coo"])
+def test_tensors_without_values_in_place(kind: str, tmp_path: Path) -> None:
+    tensor = torch.zeros(2, 2, device="meta") if kind == "meta" else torch.eye(2).to_sparse()
+    torch.save({"a": tensor}, tmp_path / "a.bin")
+    with pytest.raises(CheckpointError, match=f"^a in .* is a {kind} tensor, .*; save the model"):
+        _ = TorchFile(epath.Path(tmp_path / "a.bin")).infos
