@@ -51,8 +51,8 @@ class Checkpoints:
         self._directory = epath.Path(directory)
         # As it will be read back: JSON has no tuples.
         config = json.loads(json.dumps(config))
-        # Orbax reports each save at length.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Orbax reports each save at length, and each failure that it raises, too.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._every = every
         with self._explained():
             self._checkpointer = ocp.training.Checkpointer(

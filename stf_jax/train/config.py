@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -171,11 +172,21 @@ class TrainConfig:
             del parsed["config"]
             return cls(**vars(parser.instantiate(parsed)))
         except (jsonargparse.ArgumentError, TypeError) as error:
-            raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{path}: {_plain(str(error))}") from error
+        except ValueError as error:
+            # An optional section's own refusal comes wrapped.
+            raise ValueError(f"{path}: {error.__cause__ or error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, ready for YAML."""
         return dataclasses.asdict(self)
+
+
+def _plain(message: str) -> str:
+    """jsonargparse's message on one line, in the words of a config rather than of Python."""
+    for theirs, ours in (("Parser key ", ""), ("a typing.Literal", "one of "), ("a <class ", "<")):
+        message = message.replace(theirs, ours)
+    return " ".join(re.sub(r"<'(\w+)'>", r"\1", message).split())
 
 
 def _keys(cls: Any) -> set[str]:

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from stf_jax import flops
-from stf_jax.checkpoint import NativeCheckpoint, flatten, unflatten
+from stf_jax.checkpoint import NativeCheckpoint, absolute, flatten, unflatten
 from stf_jax.config import LlavaConfig
 from stf_jax.data.pipeline import TrainingData, TrainingStep
 from stf_jax.models.layers import Init
@@ -129,7 +129,7 @@ class _Run:
         profile = self.config.profile or (-1, -1)
         rows = self.program.layout.local_rows
         batches = self.data.batches(start_step=start, stop_step=stop, rows=rows)
-        with contextlib.closing(batches), contextlib.ExitStack() as tracing:  # type: ignore[type-var]
+        with contextlib.closing(batches), contextlib.ExitStack() as tracing:
             for number, made in zip(itertools.count(start), batches):
                 placed = self.program.layout.place(made.batch)
                 if self.interruption.requested(number):
@@ -151,6 +151,8 @@ class _Run:
                     report.write()
                     self.checkpoints.save(number + 1, state)
         self.checkpoints.wait()
+        if self.data.lost:
+            _say(f"left out, since they could not be read: {', '.join(self.data.lost)}")
         return "finished"
 
 
@@ -210,16 +212,14 @@ class _Report:
 def _absolute(config: TrainConfig) -> TrainConfig:
     """With paths that hold wherever the run is opened from."""
 
-    def absolute(path: str) -> str:
-        return path if "://" in path else os.path.abspath(os.path.expanduser(path))
-
     datasets = tuple(
-        dataclasses.replace(source, path=absolute(source.path)) for source in config.data.datasets
+        dataclasses.replace(source, path=os.fspath(absolute(source.path)))
+        for source in config.data.datasets
     )
     return dataclasses.replace(
         config,
-        model=absolute(config.model),
-        out=absolute(config.out),
+        model=os.fspath(absolute(config.model)),
+        out=os.fspath(absolute(config.out)),
         data=dataclasses.replace(config.data, datasets=datasets),
     )
 

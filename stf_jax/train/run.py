@@ -22,6 +22,7 @@ from etils import epath
 from stf_jax.checkpoint import (
     CheckpointError,
     NativeCheckpoint,
+    absolute,
     host_like,
     is_native,
     load_some,
@@ -50,8 +51,7 @@ def open_model(path: epath.PathLike) -> NativeCheckpoint:
     Raises:
         CheckpointError: neither, damaged, or a run whose first model has gone.
     """
-    # Orbax takes absolute paths only.
-    path = epath.Path(path).absolute()
+    path = absolute(path)
     if not is_run(path):
         if path.exists() and not is_native(path):
             raise CheckpointError(

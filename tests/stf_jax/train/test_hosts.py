@@ -1,0 +1,89 @@
+"""Several processes as one, over jax.distributed on this machine."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from stf_jax.train.config import TrainConfig
+from stf_jax.train.distributed import start
+from stf_jax.train.loop import train
+
+COMMAND = "import sys; from stf_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def begin(path: Path, *, processes: int, devices: int) -> list[subprocess.Popen[str]]:
+    """`stf-jax train` in several processes with so many devices each."""
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-W", "ignore", "-c", COMMAND, "train", str(path)),
+                *("--coordinator", f"127.0.0.1:{port}"),
+                *("--processes", str(processes), "--process", str(number)),
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for number in range(processes)
+    ]
+
+
+def losses(run: TrainConfig) -> list[float]:
+    lines = Path(run.out, "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def test_two_processes_are_one_run(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """Preempted in one of them, both leave; alone it goes on; and the losses are those of one."""
+    keys = {"steps": 30, "data": {"batch_size": 8}}
+    expected = config(**keys, mesh={"fsdp": 8})
+    assert train(expected) == "finished"
+    run = config(**keys, mesh={"data": 2, "fsdp": 2, "tensor": 2}, log_every=1)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(run.to_dict()))))
+    first, second = begin(path, processes=2, devices=4)
+    # Only one host of a pod may be told that it is preempted.
+    metrics = Path(run.out, "metrics.jsonl")
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and first.poll() is None:
+        if metrics.exists() and metrics.read_text().count("\n") >= 2:
+            break
+        time.sleep(0.05)
+    second.send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=240)[1] for process in (first, second)]
+    assert [first.returncode, second.returncode] == [75, 75], said
+    (step,) = re.findall(r"interrupted after step (\d+)", said[0])
+    assert "8 cpu devices on 2 hosts" in said[0]
+    # The second host has nothing to say.
+    assert "interrupted" not in said[1]
+    assert len(losses(run)) == int(step) < 30
+    assert train(run) == "finished"
+    np.testing.assert_allclose(losses(run), losses(expected), rtol=1e-5)
+
+
+def test_three_flags_or_none() -> None:
+    with pytest.raises(ValueError, match="--coordinator, --processes and --process together"):
+        start(processes=2)
+    with pytest.raises(ValueError, match=r"--process is 2; with --processes 2 it is 0 to 1"):
+        start("127.0.0.1:1", 2, 2)
+    start()

@@ -1,0 +1,126 @@
+"""What cannot be trained is refused in words, before a step runs."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stf_jax.cli import main
+from stf_jax.train.config import TrainConfig
+from stf_jax.train.loop import train
+
+Config = Callable[..., TrainConfig]
+
+BAD = [
+    ({"model": "/nowhere"}, r"^/nowhere does not exist"),
+    ({"data": {"datasets": [{"path": "/nowhere"}]}}, r"make it with 'stf-jax data build'"),
+    ({"data": {"datasets": []}}, r"datasets is empty; name at least one folder"),
+    ({"mesh": {"fsdp": 3}}, r"mesh data 1 x fsdp 3 x tensor 1 does not fit 8 devices; change mesh"),
+    ({"mesh": {"tensor": 8}}, r"does not divide the model: .*text\.kv_heads 4 by tensor 8"),
+    (
+        {"mesh": {"fsdp": 8}, "data": {"batch_size": 12}},
+        r"data\.batch_size 12 does not divide into 1 micro-batches over 8 devices .* 16 for inst",
+    ),
+    ({"data": {"sequence_length": 8}}, r"none of the 48 examples .* sequence_length 8"),
+    ({"data": {"sequence_length": 8192}}, r"8192 is more than the 4096 positions"),
+    ({"data": {"template": "plain"}}, r"no index for template 'plain'"),
+    ({"architecture": "llava_stf_7b"}, r"is no llava_stf_7b(.|\n)*text\.width: 4096 there, 64 her"),
+]
+
+
+@pytest.mark.parametrize(("keys", "message"), BAD, ids=[str(keys) for keys, _ in BAD])
+def test_before_anything_is_written(config: Config, keys: dict[str, Any], message: str) -> None:
+    bad = config(**keys)
+    with pytest.raises(ValueError, match=message):
+        train(bad)
+    assert not Path(bad.out).exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "--optimizer.learning_rte=1",
+            "no key 'optimizer.learning_rte'; the nearest is 'optimizer",
+        ),
+        ("--sequence_length=8", "no key 'sequence_length'; the nearest is 'data.sequence_length'"),
+        ("--stage=finetun", "\"stage\": Expected one of ['pretrain', 'finetune', 'lora']"),
+        ("--data.batch_size=many", '"data.batch_size": Expected'),
+        ("--data.batch_size=0", "batch_size is 0; it must be at least 1"),
+        ("--micro_batches=3", "data.batch_size 128 does not divide into 3 micro-batches"),
+        ("--mesh.fsdp=0", "each size is 1 or more, and one of them may be -1"),
+        ("--architecture=llava", "architecture 'llava' is not one of llava_stf_7b, "),
+        ("--profile=[3,2]", "give the first step, and one after the last"),
+        ("learning_rate=1", "'learning_rate=1' is no override; write --section.key=value"),
+    ],
+)
+def test_keys_and_values(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: a\nout: b\n")
+    assert main(["train", str(path), override]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_every_unknown_key_of_a_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: a\nout: b\ndatas: {}\ndata: {batchsize: 3}\n")
+    with pytest.raises(ValueError, match=r"'datas'; the nearest is 'data'\n.*'data\.batch_size'"):
+        TrainConfig.load(path)
+
+
+@pytest.mark.parametrize("text", ["", "- a", "a: [", "model: a"])
+def test_no_config(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"run\.yaml: (not a config|cannot be read|.*out)"):
+        TrainConfig.load(path)
+
+
+def test_a_directory_of_something_else(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter.tex").write_text("")
+    with pytest.raises(
+        ValueError, match=r"thesis holds something else than a run \(chapter\.tex\)"
+    ):
+        train(config(out=str(tmp_path / "thesis")))
+    with pytest.raises(ValueError, match="is a file; choose a directory"):
+        train(config(out=str(tmp_path / "thesis/chapter.tex")))
+    with pytest.raises(ValueError, match=r"no checkpoint can be written .*Not a directory"):
+        train(config(out=str(tmp_path / "thesis/chapter.tex/run")))
+
+
+def test_another_config_in_the_same_directory(config: Config) -> None:
+    run = config(steps=1)
+    train(run)
+    other = config(steps=1, out=run.out, optimizer={"learning_rate": 0.5}, log_every=7)
+    with pytest.raises(ValueError, match=r"optimizer\.learning_rate: 0\.001 there, 0\.5 here$"):
+        train(other)
+
+
+def test_a_disk_that_is_full(config: Config, tmp_path: Path) -> None:
+    """Found out before the first step, in one line; with room, the run begins."""
+    run = config(steps=1)
+    command = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"
+        "from stf_jax.cli import main; sys.exit(main(['train', sys.argv[1]]))"
+    )
+    (path,) = tmp_path.glob("*.yaml")
+    full = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", command, str(path)],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert full.returncode == 1
+    assert full.stderr.startswith("error: ")
+    assert "no checkpoint can be written" in full.stderr
+    assert full.stderr.count("\n") == 1, full.stderr
+    assert not (Path(run.out) / "metrics.jsonl").exists()
+    assert train(run) == "finished"
