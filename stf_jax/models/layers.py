@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from stf_jax.models.lora import LoRA, LoRAConfig
-from stf_jax.parallel.sharding import ShardingRules
+from stf_jax.parallel.sharding import ShardingRules, gathered
 
 Remat = Literal["none", "dots", "full"]
 
@@ -72,14 +72,14 @@ class Linear(nnx.Module):
         use_bias: bool = True,
         lora: LoRAConfig | None = None,
     ):
-        self.contracted = len(inputs)
+        self.contracted, self.spec = len(inputs), kernel
         self.kernel = init.normal(*inputs, *outputs, spec=kernel)
         self.bias = init.zeros(*outputs, spec=bias) if use_bias else None
         self.lora = None if lora is None else _adapter(lora, inputs, outputs, kernel, init)
 
     def __call__(self, x: Float[Array, "..."], *, out: PartitionSpec | None) -> Float[Array, "..."]:
         """`out` is the partition spec of the result; it says which collective is meant."""
-        kernel = self.kernel[...]
+        kernel = gathered(self.kernel[...], self.spec)
         axes = tuple(range(x.ndim - self.contracted, x.ndim)), tuple(range(self.contracted))
         y = jax.lax.dot_general(x, kernel, (axes, ((), ())), out_sharding=out)
         if self.lora is not None:

@@ -15,7 +15,7 @@ from stf_jax.models.cache import KVCache
 from stf_jax.models.layers import Init, Linear, Remat, RMSNorm, apply_layers, stack, unstack
 from stf_jax.models.lora import LoRAConfig
 from stf_jax.parallel.attention import Mask, attention
-from stf_jax.parallel.sharding import reshard
+from stf_jax.parallel.sharding import gathered
 
 # Hidden state, cache, layers done.
 Decoding = tuple[Float[Array, "B 1 H"], KVCache, int]
@@ -132,14 +132,24 @@ class Llama(nnx.Module):
 
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T H"]:
         """Rows of the embedding table; ids outside the vocabulary are clamped."""
-        table = reshard(self.embedding[...], self.rules.looked_up)
+        table = gathered(self.embedding[...], self.rules.embedding)
         return table.at[ids].get(mode="clip", out_sharding=self.rules.tokens)
 
-    def logits(self, x: Float[Array, "B T H"]) -> Float[Array, "B T V"]:
-        """Float32 scores of the next token from normed hidden states."""
-        kernel, contracted = (
-            (self.embedding[...], 1) if self.head is None else (self.head.kernel[...], 0)
-        )
+    def head_kernel(self) -> Float[Array, "..."]:
+        """What `logits` multiplies with: [H, V], or the embedding [V, H] where the two are one."""
+        if self.head is None:
+            return gathered(self.embedding[...], self.rules.embedding)
+        return gathered(self.head.kernel[...], self.rules.column)
+
+    def logits(
+        self, x: Float[Array, "B T H"], kernel: Float[Array, "..."] | None = None
+    ) -> Float[Array, "B T V"]:
+        """Float32 scores of the next token from normed hidden states.
+
+        Whoever calls this several times gets the kernel from `head_kernel`, once.
+        """
+        kernel = self.head_kernel() if kernel is None else kernel
+        contracted = 1 if self.head is None else 0
         logits = jax.lax.dot_general(
             x,
             kernel,

@@ -95,10 +95,11 @@ class Llava(nnx.Module):
         targets = jnp.pad(batch.labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED_LABEL)
         length = hidden.shape[1]
         total, count = jnp.float32(0), jnp.int32(0)
+        kernel = self.text.head_kernel()
         entropy = jax.checkpoint(self._cross_entropy)
         for start in range(0, length, chunk):
             part, known = entropy(
-                hidden[:, start : start + chunk], targets[:, start : start + chunk]
+                hidden[:, start : start + chunk], targets[:, start : start + chunk], kernel
             )
             total, count = total + part, count + known
         return total, count
@@ -126,9 +127,12 @@ class Llava(nnx.Module):
         )
 
     def _cross_entropy(
-        self, hidden: Float[Array, "B T H"], targets: Int[Array, "B T"]
+        self,
+        hidden: Float[Array, "B T H"],
+        targets: Int[Array, "B T"],
+        kernel: Float[Array, "..."],
     ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-        logits = self.text.logits(hidden)
+        logits = self.text.logits(hidden, kernel)
         known = targets != IGNORED_LABEL
         # A sum over the vocabulary rather than a gather: it stays sharded.
         chosen = jnp.arange(logits.shape[-1]) == targets[..., None]

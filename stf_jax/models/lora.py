@@ -15,6 +15,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from stf_jax.parallel.sharding import gathered
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
@@ -80,6 +82,7 @@ class LoRA(nnx.Module):
         a = jax.random.uniform(
             key, (*inputs, config.rank), dtype, -bound, bound, out_sharding=spec_a
         )
+        self.spec_a, self.spec_b = spec_a, spec_b
         self.a = nnx.Param(a)
         self.b = nnx.Param(jnp.zeros((config.rank, *outputs), dtype, out_sharding=spec_b))
         self.key = DropoutKey(key) if config.dropout else None
@@ -92,9 +95,10 @@ class LoRA(nnx.Module):
             drawn = jax.random.bernoulli(self.key[...], kept, x.shape, out_sharding=sharding)
             x = jnp.where(drawn, x / kept, 0)
         axes = tuple(range(x.ndim - self.contracted, x.ndim)), tuple(range(self.contracted))
-        inner = jax.lax.dot_general(x, self.a[...], (axes, ((), ())), out_sharding=self.inner)
+        a, b = gathered(self.a[...], self.spec_a), gathered(self.b[...], self.spec_b)
+        inner = jax.lax.dot_general(x, a, (axes, ((), ())), out_sharding=self.inner)
         last = ((inner.ndim - 1,), (0,))
-        y = jax.lax.dot_general(inner, self.b[...], (last, ((), ())), out_sharding=out)
+        y = jax.lax.dot_general(inner, b, (last, ((), ())), out_sharding=out)
         return y * jnp.asarray(self.config.scale, y.dtype)
 
 

@@ -6,7 +6,8 @@ operation whose result is ambiguous is given one. Without a mesh every spec is N
 """
 
 import dataclasses
-from typing import Self
+from collections.abc import Sequence
+from typing import Any, Self
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -29,7 +30,6 @@ class ShardingRules:
 
     # Parameters.
     embedding: P | None = None  # [V, H]
-    looked_up: P | None = None  # [V, H] while rows are gathered from it
     column: P | None = None  # [in, F], [in, N, D]: the output is split over `tensor`
     column_bias: P | None = None  # [F], [N, D]
     row: P | None = None  # [F, out]: the input is split over `tensor`
@@ -50,7 +50,6 @@ class ShardingRules:
         """For a mesh with the axes `data`, `fsdp`, `tensor`, of any size."""
         return cls(
             embedding=P("tensor", "fsdp"),
-            looked_up=P("tensor", None),
             column=P("fsdp", "tensor"),
             column_bias=P("tensor"),
             row=P("tensor", "fsdp"),
@@ -66,24 +65,47 @@ def reshard(x: Array, spec: P | None) -> Array:
     return x if spec is None else jax.sharding.reshard(x, spec)
 
 
+def gathered(parameter: Array, spec: P | None) -> Array:
+    """A parameter whole along `fsdp`, as a matmul takes it; None means that there is no mesh.
+
+    "Reduced" says that the gradients of all its uses are first added up on each device, and then
+    summed over the devices and scattered, once.
+    """
+    if spec is None:
+        return parameter
+    whole = P(*(None if axis == "fsdp" else axis for axis in spec), reduced=frozenset(BATCH_AXES))
+    return jax.sharding.reshard(parameter, whole)
+
+
 def on_mesh(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
     """The same shape and spec on the devices of a mesh."""
     sharding = NamedSharding(mesh, leaf.sharding.spec)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh(
+    *, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
     """A mesh of data * fsdp * tensor devices, to be entered with `jax.set_mesh`.
+
+    Args:
+        data: size of the axis.
+        fsdp: size of the axis.
+        tensor: size of the axis.
+        devices: all that there are, if None.
 
     Raises:
         ValueError: the product is not the number of devices there are.
     """
-    wanted, found = data * fsdp * tensor, jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    wanted, found = data * fsdp * tensor, len(devices)
     if wanted != found:
         raise ValueError(
             f"data {data} x fsdp {fsdp} x tensor {tensor} makes {wanted} devices; there are {found}"
         )
-    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    return jax.make_mesh(
+        (data, fsdp, tensor), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices
+    )
 
 
 def check_divisible(config: LlavaConfig, mesh: Mesh) -> None:
