@@ -54,6 +54,7 @@ def _raised_here(error: BaseException) -> bool:
 def _parser() -> argparse.ArgumentParser:
     from stf_jax.cli_data import add_data
     from stf_jax.cli_eval import add_eval
+    from stf_jax.cli_plan import add_plan
     from stf_jax.cli_train import add_train
 
     parser = argparse.ArgumentParser(
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add_data(verbs)
     add_train(verbs)
     add_eval(verbs)
+    add_plan(verbs)
     return parser
 
 

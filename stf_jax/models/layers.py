@@ -19,12 +19,13 @@ from jaxtyping import Array, Float
 from stf_jax.models.lora import LoRA, LoRAConfig
 from stf_jax.parallel.sharding import ShardingRules, gathered
 
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "mlp", "dots", "full"]
 
-# What the backward pass finds stored of each layer: everything, the results of its matmuls with
-# weights, or only what went in.
+# What the backward pass finds stored of each layer: everything, its attention but not its MLP, the
+# results of its matmuls with weights, or only what went in.
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
+    "mlp": jax.checkpoint_policies.save_only_these_names("attention"),
     "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
     "full": jax.checkpoint_policies.nothing_saveable,
 }

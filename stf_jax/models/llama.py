@@ -8,6 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from stf_jax.config import RopeScaling, TextConfig
@@ -50,6 +51,11 @@ def rotate(
     first, second = jnp.split(x, 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
+
+
+def _kept(x: Array) -> Array:
+    """What the backward pass with remat "mlp" finds stored."""
+    return checkpoint_name(x, "attention")
 
 
 class DecoderAttention(nnx.Module):
@@ -100,13 +106,14 @@ class DecoderLayer(nnx.Module):
         normal, heads = self.attention_norm(x), self.attention.rules.hidden
         query = rotate(self.attention.query(normal, out=heads), *angles)
         key = rotate(self.attention.key(normal, out=heads), *angles)
-        return query, key, self.attention.value(normal, out=heads)
+        value = self.attention.value(normal, out=heads)
+        return _kept(query), _kept(key), _kept(value)
 
     def finish(
         self, x: Float[Array, "B T H"], attended: Float[Array, "B T N D"]
     ) -> Float[Array, "B T H"]:
         """Adds what attention saw, then the MLP of it."""
-        x = x + self.attention.output(attended, out=self.attention.rules.tokens)
+        x = _kept(x + self.attention.output(attended, out=self.attention.rules.tokens))
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -218,7 +225,7 @@ class Llama(nnx.Module):
 
             def step(x: Array, layer: DecoderLayer) -> tuple[Array, tuple[Array, Array] | None]:
                 query, key, value = layer.project(x, angles)
-                x = layer.finish(x, attention(query, key, value, mask=mask))
+                x = layer.finish(x, _kept(attention(query, key, value, mask=mask)))
                 return x, (key, value) if keep else None
 
             x, kept = apply_layers(step, x, self.layers, remat=remat)

@@ -6,8 +6,9 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Float, Int
 
 # A block's sides are multiples of a vector register's lanes; large blocks have fewer seams, small
-# ones skip more of a causal mask. Three of this size fit beside the rest in a v5e's fast memory.
-_LANES, _LARGEST = 128, 512
+# ones skip more of a causal mask. The tower's 577 positions are one block; the scores of several
+# such blocks fit in a v5e's fast memory.
+_LANES, _LARGEST = 128, 640
 
 
 def splash_attention(
@@ -48,15 +49,24 @@ def splash_attention(
         head_shards=1,
         q_seq_shards=1,
         block_sizes=_blocks(*shape),
+        # Its backward pass needs what it found; see `REMAT`.
+        residual_checkpoint_name="attention",
         interpret=interpret,
     )
 
     def row(query: Array, key: Array, value: Array, q: Array, kv: Array) -> Array:
         return kernel(query, key, value, splash.SegmentIds(q=q, kv=kv))
 
-    by_head = (array.swapaxes(1, 2) for array in (query, key, value))
-    seen = jax.vmap(row)(*by_head, query_segments, key_segments)
+    query, key, value = (array.swapaxes(1, 2) for array in (query, key, value))
+    seen = jax.vmap(row)(query, key, value, query_segments, key_segments)
     return seen.swapaxes(1, 2)[:, :length]
+
+
+def seen_part(queries: int, keys: int) -> float:
+    """The part of a causal mask's blocks that the kernel visits, of lengths in whole lanes."""
+    query, key = _block(queries), _block(keys)
+    visited = sum(-(-(start + query) // key) for start in range(0, queries, query))
+    return visited / (queries // query * (keys // key))
 
 
 def _padded(array: Array) -> Array:
@@ -65,18 +75,19 @@ def _padded(array: Array) -> Array:
     return jnp.pad(array, ((0, 0), (0, more), *((0, 0),) * (array.ndim - 2)))
 
 
-def _blocks(query: int, key: int) -> splash.BlockSizes:
-    q, kv = (
-        next(size for size in range(_LARGEST, 0, -_LANES) if length % size == 0)
-        for length in (query, key)
-    )
+def _block(length: int) -> int:
+    return next(size for size in range(_LARGEST, 0, -_LANES) if length % size == 0)
+
+
+def _blocks(queries: int, keys: int) -> splash.BlockSizes:
+    query, key = _block(queries), _block(keys)
     return splash.BlockSizes(
-        block_q=q,
-        block_kv=kv,
-        block_kv_compute=kv,
-        block_q_dkv=q,
-        block_kv_dkv=kv,
-        block_kv_dkv_compute=kv,
-        block_q_dq=q,
-        block_kv_dq=kv,
+        block_q=query,
+        block_kv=key,
+        block_kv_compute=key,
+        block_q_dkv=query,
+        block_kv_dkv=key,
+        block_kv_dkv_compute=key,
+        block_q_dq=query,
+        block_kv_dq=key,
     )

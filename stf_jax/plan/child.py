@@ -1,0 +1,27 @@
+"""The compiler's process: `python -m stf_jax.plan.child` reads a request and writes a plan.
+
+A process of its own, since JAX must have been told before it starts that there is no TPU, and since
+the compiler writes to stderr whatever it likes.
+"""
+
+import json
+import sys
+from typing import Any
+
+from stf_jax.plan.compiling import make_plan
+from stf_jax.plan.request import Request
+
+
+def main() -> None:
+    """A `Request` on stdin, {"plan": ...} or {"error": ...} on stdout."""
+    tree = json.load(sys.stdin)
+    answer: dict[str, Any]
+    try:
+        answer = {"plan": make_plan(Request(**tree)).to_json()}
+    except ValueError as error:
+        answer = {"error": str(error)}
+    sys.stdout.write(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""What is lost because a TPU works on whole tiles."""
+
+from jax.sharding import Mesh
+
+from stf_jax.config import LlavaConfig
+
+# Lanes of a vector register, and the side of the smallest matrix unit.
+_LANES = 128
+
+
+def padding(model: LlavaConfig, mesh: Mesh) -> dict[str, float]:
+    """The part of each size that is padding on a chip, where there is any."""
+    tensor = mesh.shape["tensor"]
+    text, vision, fusion = model.text, model.vision, model.fusion
+    sizes = {
+        "text.width": text.width,
+        "text.mlp_width": text.mlp_width // tensor,
+        "text.head_dim": text.head_dim,
+        "vocabulary": text.padded_vocab_size // tensor,
+        "vision.width": vision.width,
+        "vision.mlp_width": vision.mlp_width // tensor,
+        "vision.head_dim": vision.head_dim,
+        "vision tokens in attention": vision.patches + 1,
+        "fusion.projector_width": fusion.projector_width // tensor,
+    }
+    whole = {name: -(-size // _LANES) * _LANES for name, size in sizes.items()}
+    return {name: 1 - size / whole[name] for name, size in sizes.items() if size != whole[name]}

@@ -1,0 +1,139 @@
+"""What is asked of the compiler's process, and what it answers: plain values, as JSON."""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """One program.
+
+    Attributes:
+        config: path of a training config.
+        overrides: `--section.key=value`.
+        topology: such as "v5e:4x4".
+    """
+
+    config: str
+    overrides: tuple[str, ...]
+    topology: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Collectives of one kind in a step, in one chip's view.
+
+    Attributes:
+        kind: such as "all-gather".
+        count: how many run.
+        bytes: that the chip receives in all.
+        exposed: of these bytes, those that no computation runs beside.
+        largest: bytes of the largest array, and what it is.
+        what: its shape and source.
+    """
+
+    kind: str
+    count: int
+    bytes: float
+    exposed: float
+    largest: int
+    what: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a training step is to the compiler; sizes in bytes a chip, times in seconds.
+
+    Every time is an estimate. `fits` is false where memory ran out; then `needed` is all that is
+    known besides FLOPs.
+
+    Attributes:
+        topology: as asked.
+        mesh: axis by axis.
+        rows: of the global batch.
+        length: tokens in a row.
+        examples: None where no data was read.
+        model_flops: of a step, on all chips, by part of the model.
+        arguments: parameters, optimiser and batch.
+        temporaries: what the step needs besides.
+        peak: the most that is in use at a time.
+        limit: that a program may use.
+        hardware_flops: of a chip: matmuls as compiled, what is computed again included, and
+            kernels.
+        cycles_seconds: the compiler's cycles over the call graph, at the chip's clock.
+        kernel_seconds: Pallas kernels, for which the compiler has no cycles: their matmuls at
+            `KERNEL_RATE` of the published rate.
+        matmul_seconds: the roofline: `hardware_flops` at the published rate.
+        memory_seconds: the roofline: arguments read and written once, temporaries written and read.
+        collective_seconds: all collectives' bytes at the links' rate.
+        exposed_seconds: of those, the ones that nothing overlaps.
+        traffic: by kind.
+        largest_gather: elements of the largest array gathered from several chips.
+        top: the dearest instructions: seconds, source and shape.
+        compile_seconds: that the compiler took.
+    """
+
+    topology: str
+    mesh: dict[str, int]
+    rows: int
+    length: int
+    model_flops: dict[str, float]
+    peak_flops: float
+    limit: int
+    fits: bool
+    needed: int = 0
+    arguments: int = 0
+    temporaries: int = 0
+    peak: int = 0
+    hardware_flops: float = 0.0
+    cycles_seconds: float = 0.0
+    kernel_seconds: float = 0.0
+    matmul_seconds: float = 0.0
+    memory_seconds: float = 0.0
+    collective_seconds: float = 0.0
+    exposed_seconds: float = 0.0
+    traffic: tuple[Traffic, ...] = ()
+    largest_gather: int = 0
+    top: tuple[tuple[float, str, str], ...] = ()
+    padding: dict[str, float] = dataclasses.field(default_factory=dict)
+    compile_seconds: float = 0.0
+
+    @property
+    def chips(self) -> int:
+        """In the mesh."""
+        chips = 1
+        for size in self.mesh.values():
+            chips *= size
+        return chips
+
+    @property
+    def step_seconds(self) -> float:
+        """The estimate of a step: computation, then the collectives that it cannot hide.
+
+        No less than the collectives take by themselves.
+        """
+        computed = self.cycles_seconds + self.kernel_seconds
+        return max(computed + self.exposed_seconds, self.collective_seconds)
+
+    @property
+    def ideal_seconds(self) -> float:
+        """The model's FLOPs at the published rate of all chips."""
+        return sum(self.model_flops.values()) / self.peak_flops / self.chips
+
+    @property
+    def mfu(self) -> float:
+        """Estimated model FLOPs utilisation."""
+        return self.ideal_seconds / self.step_seconds if self.step_seconds else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """With what follows from the rest."""
+        derived = ("chips", "step_seconds", "ideal_seconds", "mfu")
+        return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> "Plan":
+        """Reads what `to_json` wrote."""
+        known = {field.name: tree[field.name] for field in dataclasses.fields(cls)}
+        known["traffic"] = tuple(Traffic(**one) for one in tree["traffic"])
+        known["top"] = tuple(tuple(one) for one in tree["top"])
+        return cls(**known)

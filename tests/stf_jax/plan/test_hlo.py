@@ -1,0 +1,99 @@
+"""Sums over the call graph of an optimised module, on text such as the TPU compiler writes."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from stf_jax.plan.hlo import UnreadableProgram, analyse, largest_gather
+
+CYCLES = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
+
+MODULE = f"""HloModule jit_step, is_scheduled=true
+
+%sum (a: f32[], b: f32[]) -> f32[] {{
+  %a = f32[] parameter(0)
+  ROOT %s = f32[] add(%a, %b)
+}}
+
+%starts (p: bf16[2,8]) -> (bf16[2,8], bf16[8,8]) {{
+  %p = bf16[2,8]{{1,0:T(8,128)(2,1)S(1)}} parameter(0)
+  %all-gather.1 = bf16[8,8]{{1,0:T(8,128)}} all-gather(%p), channel_id=1, replica_groups=mesh['axis_0'=4] {{'axis_0'}}, dimensions={{0}}, metadata={{op_name="jit(step)/gathered"}}
+  ROOT %start = (bf16[2,8], bf16[8,8]) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}}
+
+%async_collective_fusion.1 (p: bf16[2,8]) -> bf16[8,8] {{
+  %p = bf16[2,8] parameter(0)
+  ROOT %all-gather.2 = bf16[8,8] all-gather(%p), channel_id=1, replica_groups=[1,4]<=[4]
+}}
+
+%matmul (p: f32[16,4], q: f32[4,32]) -> f32[16,32] {{
+  %p = f32[16,4] parameter(0)
+  %q = f32[4,32] parameter(1)
+  ROOT %dot = f32[16,32] convolution(%p, %q), dim_labels=bf_io->bf
+}}
+
+%cond (c: (s32[], f32[16,32])) -> pred[] {{
+  %c = (s32[], f32[16,32]) parameter(0)
+  %n = s32[]{{:T(128)}} constant(5)
+  ROOT %less = pred[] compare(%n, %n), direction=LT
+}}
+
+%body (c: (s32[], f32[16,32])) -> (s32[], f32[16,32]) {{
+  %c = (s32[], f32[16,32]) parameter(0)
+  %x = f32[16,4] get-tuple-element(%c), index=0
+  %y = f32[4,32] get-tuple-element(%c), index=1
+  %w = bf16[2,8] get-tuple-element(%c), index=1
+  %f = f32[16,32]{{1,0:T(8,128)}} fusion(%x, %y), kind=kOutput, calls=%matmul, metadata={{op_name="jit(step)/while/body/closed_call/decoder/dot_general"}}, {CYCLES % 100}
+  %g = (bf16[2,8], bf16[8,8]) fusion(%w), kind=kCustom, calls=%starts
+  %h = bf16[8,8] fusion(%w), kind=kCustom, calls=%async_collective_fusion.1
+  %r = f32[16,32] all-reduce(%f), channel_id=7, replica_groups={{{{0,1}},{{2,3}}}}, to_apply=%sum, metadata={{op_name="jit(step)/summed"}}
+  ROOT %t = (s32[], f32[16,32]) tuple(%c, %r)
+}}
+
+ENTRY %main (p: f32[16,32]) -> f32[16,32] {{
+  %p = f32[16,32] parameter(0)
+  %k = f32[16,32] fusion(%p), kind=kLoop, calls=%sum, metadata={{op_name="jit(step)/mul"}}, {CYCLES % 7}
+  ROOT %while.1 = (s32[], f32[16,32]) while(%p), condition=%cond, body=%body
+}}
+"""  # noqa: E501
+
+
+def test_a_loop_counts_as_often_as_it_turns() -> None:
+    work = analyse(MODULE, devices=4)
+    assert work.cycles == {("decoder/dot_general", "f32[16,32]"): 500, ("mul", "f32[16,32]"): 7}
+    assert work.flops == 5 * 2 * 16 * 4 * 32
+
+
+def test_collectives_once_a_turn_and_by_their_group() -> None:
+    work = analyse(MODULE, devices=4)
+    found = {one.kind: (one, times) for one, times in work.collectives.items()}
+    assert found.keys() == {"all-gather", "all-reduce"}
+    gather, times = found["all-gather"]
+    assert (times, gather.bytes, gather.group, gather.overlapped) == (5, 8 * 8 * 2, 4, True)
+    assert gather.traffic == 8 * 8 * 2 * 3 / 4
+    total, times = found["all-reduce"]
+    assert (times, total.bytes, total.group, total.overlapped) == (5, 16 * 32 * 4, 2, False)
+    assert total.traffic == 16 * 32 * 4 * 2 / 2
+    assert largest_gather(MODULE) == 64
+
+
+def test_a_loop_without_end_is_not_guessed() -> None:
+    with pytest.raises(UnreadableProgram, match=r"while\.1"):
+        analyse(MODULE.replace("constant(5)", "parameter(5)"), devices=4)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_matmuls_of_a_compiled_program(layers: int) -> None:
+    """On the CPU, whose text has the same form; batched, transposed and in a loop."""
+
+    def function(x: jax.Array, w: jax.Array) -> jax.Array:
+        def step(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
+            return jnp.tanh(jnp.einsum("bij,bjk->bik", x, w)), None
+
+        return jax.lax.scan(step, x, w)[0]
+
+    x, w = jnp.zeros((3, 8, 16)), jnp.zeros((layers, 3, 16, 16))
+    text = jax.jit(jax.grad(lambda x, w: function(x, w).sum())).lower(x, w).compile().as_text()
+    one = 2 * 3 * 8 * 16 * 16
+    # The gradient of the input alone: forward and one matmul back.
+    assert analyse(text, devices=1).flops == pytest.approx(2 * layers * one)
