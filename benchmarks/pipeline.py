@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import mix665k
+import jax
 import numpy as np
 import torch
 from PIL import Image
@@ -149,8 +150,10 @@ def ours(folder: pathlib.Path, workers: int, *, fast: bool) -> Iterator[Iterator
         image_processor=ImageProcessor(),
         tokens_per_image=144,
     )
+    # A training step begins with this.
+    normalise = jax.jit(ImageProcessor().normalise)
     with contextlib.closing(data.batches()) as steps:
-        yield (np.asarray(step.batch.pixels) for step in steps)
+        yield (np.asarray(normalise(step.batch.pixels)) for step in steps)
 
 
 def rates(side: Side, count: int) -> tuple[float, float]:

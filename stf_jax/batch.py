@@ -3,7 +3,7 @@
 import dataclasses
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 IGNORED_LABEL = -100
 
@@ -19,7 +19,8 @@ class Batch:
         positions: rotary positions, from 0 in each segment.
         segments: which conversation of a packed row a position belongs to, from 1; 0 is padding.
         image_slots: index into the row's I*K image tokens, -1 where text is.
-        pixels: normalised images, channels last; zeros where a row has fewer than I.
+        pixels: images, channels last, zeros where a row has fewer than I; normalised for the model,
+            8-bit values on their way into a training step.
     """
 
     ids: Int[Array, "B T"]
@@ -27,4 +28,4 @@ class Batch:
     positions: Int[Array, "B T"]
     segments: Int[Array, "B T"]
     image_slots: Int[Array, "B T"]
-    pixels: Float[Array, "B I height width 3"]
+    pixels: Float[Array, "B I height width 3"] | UInt8[Array, "B I height width 3"]

@@ -75,7 +75,8 @@ class TrainingStep:
     Attributes:
       step: its number; going on from it is `batches(start_step=step + 1)`.
       example_ids: what stands in each row, in order; "dataset/id" if there are several datasets.
-      batch: numpy arrays with this host's rows.
+      batch: numpy arrays with this host's rows; pixels are 8-bit values, a quarter of the bytes,
+        which the training step normalises.
       lost: what was to stand there and could not be read.
     """
 
@@ -239,10 +240,9 @@ class TrainingData:
         rows = [row for row, _ in made]
         side = self._maker.image_processor.image_size
         shape = (len(rows), self.config.images_per_row, side, side, 3)
-        pixels: Any = np.zeros(shape, np.float32)
+        pixels: Any = np.zeros(shape, np.uint8)
         for number, (_, squares) in enumerate(made):
-            # Here and not in the workers, which would have to send four times the bytes.
-            self._maker.image_processor.normalise(squares, out=pixels[number, : len(squares)])
+            pixels[number, : len(squares)] = squares
         text: dict[str, Any] = {
             name: np.stack([getattr(row, name) for row in rows])
             for name in ("ids", "labels", "positions", "segments", "image_slots")

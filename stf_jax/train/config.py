@@ -184,7 +184,7 @@ class TrainConfig:
 
 
 def _plain(message: str) -> str:
-    """jsonargparse's message on one line, in the words of a config rather than of Python."""
+    """Jsonargparse's message on one line, in the words of a config rather than of Python."""
     for theirs, ours in (("Parser key ", ""), ("a typing.Literal", "one of "), ("a <class ", "<")):
         message = message.replace(theirs, ours)
     return " ".join(re.sub(r"<'(\w+)'>", r"\1", message).split())

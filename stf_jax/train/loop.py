@@ -73,7 +73,13 @@ def train(config: TrainConfig) -> Ending:
     with contextlib.ExitStack() as stack:
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
-        program = make_program(config, first.config, steps=steps, mesh=mesh)
+        program = make_program(
+            config,
+            first.config,
+            steps=steps,
+            mesh=mesh,
+            image_processor=processors.image_processor,
+        )
         checkpoints = stack.enter_context(
             Checkpoints(
                 out / CHECKPOINTS,
@@ -211,7 +217,6 @@ class _Report:
 
 def _absolute(config: TrainConfig) -> TrainConfig:
     """With paths that hold wherever the run is opened from."""
-
     datasets = tuple(
         dataclasses.replace(source, path=os.fspath(absolute(source.path)))
         for source in config.data.datasets

@@ -12,13 +12,13 @@ from jax.sharding import Mesh, NamedSharding
 from stf_jax.batch import Batch
 from stf_jax.checkpoint import flatten
 from stf_jax.config import LlavaConfig
+from stf_jax.data.images import ImageProcessor
 from stf_jax.models.llava import Llava
 from stf_jax.parallel.sharding import P, ShardingRules, check_divisible
 from stf_jax.train.config import TrainConfig
 from stf_jax.train.distributed import BatchLayout
 from stf_jax.train.optimizer import Parameters, make_optimizer, split_trained
 from stf_jax.train.step import Step, TrainState, init_state, make_step
-
 
 # The sum of gradients over the chips runs beside the matmuls; by itself the compiler waits for it.
 TPU_OPTIONS = {
@@ -57,7 +57,12 @@ class Program:
 
 
 def make_program(
-    config: TrainConfig, model: LlavaConfig, *, steps: int, mesh: Mesh | None
+    config: TrainConfig,
+    model: LlavaConfig,
+    *,
+    steps: int,
+    mesh: Mesh | None,
+    image_processor: ImageProcessor | None = None,
 ) -> Program:
     """The step of a config for a model, on a mesh that has been entered, or on one device.
 
@@ -66,6 +71,7 @@ def make_program(
         model: that is trained.
         steps: of the whole run.
         mesh: None for one device.
+        image_processor: of the vision tower; CLIP's by default.
 
     Raises:
         ValueError: the mesh does not divide the model or the batch, or the model has fewer
@@ -93,6 +99,7 @@ def make_program(
         remat=config.remat,
         dtype=dtype,
         seed=config.seed,
+        normalise=(image_processor or ImageProcessor()).normalise,
     )
     state = jax.eval_shape(lambda parameters: init_state(parameters, optimizer), trained)
     return Program(
@@ -118,7 +125,7 @@ def _batch(config: TrainConfig, model: LlavaConfig) -> Batch:
     text: Any = jax.ShapeDtypeStruct((1, config.data.sequence_length), jnp.int32)
     side = model.vision.image_size
     shape = (1, config.data.images_per_row, side, side, 3)
-    pixels: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
+    pixels: Any = jax.ShapeDtypeStruct(shape, jnp.uint8)
     return Batch(
         ids=text,
         labels=text,

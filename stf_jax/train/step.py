@@ -60,6 +60,7 @@ def make_step(
     remat: Remat = "none",
     dtype: DTypeLike = jnp.float32,
     seed: int = 0,
+    normalise: Callable[[Array], Array] = lambda pixels: pixels,
 ) -> Step:
     """The jitted step (state, frozen parameters, batch) -> (state, metrics); the state is donated.
 
@@ -76,6 +77,7 @@ def make_step(
         remat: what the backward pass computes again rather than stores.
         dtype: of the forward and backward pass.
         seed: of the adapters' dropout, whose masks follow from it and the step's number.
+        normalise: makes the model's pixels of the batch's.
     """
     graph = nnx.graphdef(model)
     dropout = flatten(nnx.to_pure_dict(nnx.state(model, DropoutKey)))
@@ -91,6 +93,7 @@ def make_step(
         trained: Parameters, frozen: Parameters, keys: Parameters, batch: Batch
     ) -> tuple[Array, Array]:
         leaves = {path: leaf.astype(dtype) for path, leaf in {**trained, **frozen}.items()} | keys
+        batch = dataclasses.replace(batch, pixels=normalise(batch.pixels))
         return nnx.merge(graph, unflatten(leaves)).loss(batch, remat=remat)
 
     def step(state: TrainState, frozen: Parameters, batch: Batch) -> tuple[TrainState, Metrics]:

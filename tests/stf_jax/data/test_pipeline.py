@@ -160,7 +160,7 @@ def test_rows_hold_what_each_example_is_alone(
     for step in data.batches(stop_step=data.steps_per_epoch):
         batch = step.batch
         assert batch.pixels.shape == (4, 4, 28, 28, 3)
-        assert batch.pixels.dtype == np.float32
+        assert batch.pixels.dtype == np.uint8
         for row, names in enumerate(step.example_ids):
             place = slot = 0
             packed += len(names) > 1
@@ -191,7 +191,7 @@ def test_rows_hold_what_each_example_is_alone(
                     slots[slots >= 0], slot * K + np.arange(len(files) * K)
                 )
                 for file in files:
-                    pixels = image_processor.pixels(load_image(corpus.images / file))
+                    pixels = image_processor.square(load_image(corpus.images / file))
                     np.testing.assert_array_equal(batch.pixels[row, slot], pixels)
                     slot += 1
                 place += len(expected.ids)
