@@ -28,8 +28,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
-import mix665k
 import jax
+import mix665k
 import numpy as np
 import torch
 from PIL import Image
