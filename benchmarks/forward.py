@@ -31,7 +31,7 @@ from stf_jax.batch import Batch
 from stf_jax.checkpoint import flatten, unflatten
 from stf_jax.config import FusionConfig, LlavaConfig
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
-from stf_jax.infer.generate import Generator
+from stf_jax.infer.engine import Engine
 from stf_jax.infer.prompts import Prompt
 from stf_jax.infer.sampling import GREEDY
 from stf_jax.models.cache import KVCache
@@ -137,13 +137,13 @@ def exact_batch(prompt: Prompt) -> Batch:
         "positions": np.arange(ids.shape[1], dtype=np.int32)[None],
         "segments": np.ones_like(ids),
         "image_slots": np.where(ids == IMAGE_TOKEN_ID, images, -1).astype(np.int32),
-        "pixels": prompt.pixels[None],
+        "pixels": prompt.load()[None],
     }
     return Batch(**jax.tree.map(jnp.asarray, fields))
 
 
 class Ours:
-    """Jitted as `stf_jax.infer.generate` does it: layers apart, weights as arguments."""
+    """Jitted as `stf_jax.infer.program` does it: layers apart, weights as arguments."""
 
     def __init__(self, model: Llava, prompt: Prompt, *, new: int):
         # A copy of the module, since unstacking changes it.
@@ -160,16 +160,15 @@ class Ours:
         slots = length + new
 
         def prefill(state: nnx.State, batch: Batch) -> tuple[jax.Array, KVCache]:
-            return nnx.merge(graph, state).prefill(batch, slots=slots)
+            logits, cache = nnx.merge(graph, state).prefill(batch)
+            return logits, cache.widened(slots)
 
         def prefill_text(
             state: nnx.State, embeds: jax.Array, batch: Batch
         ) -> tuple[jax.Array, KVCache]:
             text = nnx.merge(graph, state).text
-            hidden, cache = text.prefill(
-                embeds, positions=batch.positions, segments=batch.segments, slots=slots
-            )
-            return text.logits(hidden[:, -1:])[:, 0], cache
+            hidden, cache = text.prefill(embeds, positions=batch.positions, segments=batch.segments)
+            return text.logits(hidden[:, -1:])[:, 0], cache.widened(slots)
 
         def decode(
             state: nnx.State, logits: jax.Array, position: jax.Array, cache: KVCache
@@ -178,7 +177,9 @@ class Ours:
 
             def step(_: int, carry: Any) -> Any:
                 token, position, cache = carry
-                logits, cache = model.decode(token, positions=position, cache=cache)
+                logits, cache = model.extend(
+                    token[:, None], start=position, lengths=jnp.ones_like(position), cache=cache
+                )
                 return jnp.argmax(logits, -1).astype(jnp.int32), position + 1, cache
 
             first = jnp.argmax(logits, -1).astype(jnp.int32)
@@ -208,7 +209,7 @@ class Theirs:
         self._model, self._new = model, new
         self._device, dtype = model.device, model.dtype
         ids = np.where(prompt.ids == IMAGE_TOKEN_ID, IMAGE_ID, prompt.ids)[None]
-        pixels = torch.tensor(prompt.pixels.transpose(0, 3, 1, 2))
+        pixels = torch.tensor(prompt.load().transpose(0, 3, 1, 2))
         self._inputs = {
             "input_ids": torch.tensor(ids, dtype=torch.long, device=self._device),
             "pixel_values": pixels.to(self._device, dtype),
@@ -264,9 +265,17 @@ def interleaved(tasks: Mapping[str, Task], repeats: int) -> dict[str, list[float
     return seconds
 
 
-def first_token(generator: Generator, prompt: Prompt, _: object = None) -> Any:
+def first_token(engine: Engine, prompt: Prompt, _: object = None) -> Any:
     """What a user waits for, padding to a bucket and all."""
-    return list(generator.stream([prompt], max_new_tokens=1, sampling=GREEDY, every=1))
+    run = engine.run(
+        [prompt],
+        slots=1,
+        max_new_tokens=1,
+        sampling=GREEDY,
+        every=1,
+        take=lambda number, ids: True,
+    )
+    return list(run)
 
 
 def main() -> None:
@@ -288,7 +297,7 @@ def main() -> None:
     found, expected = ours[576].prefill()[0], theirs[576].prefill()[0].float().cpu().numpy()
     print(f"largest difference of logits: {np.abs(np.asarray(found) - expected).max():.1e}")
 
-    generators = {k: Generator(nnx.merge(*nnx.split(model))) for k, model in models.items()}
+    engines = {k: Engine(nnx.merge(*nnx.split(model))) for k, model in models.items()}
     tasks = {"torch prefill 576": Task(theirs[576].prefill)}
     for k in models:
         tasks |= {
@@ -297,7 +306,7 @@ def main() -> None:
             f"jax text {k}": Task(ours[k].prefill_text),
             f"torch decode {k}": Task(theirs[k].decode, theirs[k].prefill_text),
             f"jax decode {k}": Task(ours[k].decode, ours[k].prefill_text),
-            f"jax first {k}": Task(partial(first_token, generators[k], prompts[k])),
+            f"jax first {k}": Task(partial(first_token, engines[k], prompts[k])),
         }
     seconds = interleaved(tasks, args.repeats)
     report(seconds, args)

@@ -52,6 +52,7 @@ def _raised_here(error: BaseException) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from stf_jax.cli_chat import add_chat
     from stf_jax.cli_data import add_data
     from stf_jax.cli_eval import add_eval
     from stf_jax.cli_plan import add_plan
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     _add_convert(verbs)
     _add_generate(verbs)
+    add_chat(verbs)
     add_data(verbs)
     add_train(verbs)
     add_eval(verbs)

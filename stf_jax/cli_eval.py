@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stf_jax.cli import FLOATS, Verbs, add_verb
+from stf_jax.cli_train import add_hosts
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from stf_jax.eval.questions import Answerer
     from stf_jax.eval.running import Result
 
@@ -53,9 +56,20 @@ def add_eval(verbs: Verbs) -> None:
         "--answers", metavar="FILE", type=Path, help="score this answer file; no model is needed"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions (all)")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="(8)")
+    parser.add_argument(
+        "--slots", type=int, default=16, metavar="N", help="answers in the making at a time (16)"
+    )
+    parser.add_argument(
+        "--mesh",
+        metavar="AXIS=N,...",
+        help="devices of this host to use: data, fsdp and tensor, such as data=2,tensor=4 (one)",
+    )
+    parser.add_argument(
+        "--cache-dtype", choices=("bfloat16", "int8"), help="of keys and values (as computed)"
+    )
     parser.add_argument("--dtype", choices=FLOATS, help="(float32 on CPU, else bfloat16)")
     parser.add_argument("--vision-tower", metavar="DIR", help="CLIP, for a PyTorch directory")
+    add_hosts(parser)
     parser.add_argument("--json", action="store_true", help="one object a benchmark")
 
 
@@ -68,7 +82,8 @@ def _eval(options: argparse.Namespace) -> int:
         text = "\n".join(lines)
     else:
         text = render(results)
-    sys.stdout.write(f"{text}\n")
+    if results:
+        sys.stdout.write(f"{text}\n")
     return INCOMPLETE if any(result.score.missing for result in results) else 0
 
 
@@ -95,8 +110,10 @@ def _score(options: argparse.Namespace) -> "list[Result]":
 
 def _ask(options: argparse.Namespace) -> "list[Result]":
     from stf_jax.cli_data import _progress
+    from stf_jax.eval.hosts import JaxHosts
     from stf_jax.eval.registry import BENCHMARKS, get_benchmark
-    from stf_jax.eval.running import ask, prepare
+    from stf_jax.eval.running import ask_together, prepare
+    from stf_jax.train import distributed
 
     if options.model is None or options.out is None:
         raise ValueError("give MODEL and --out to ask a model, or --answers FILE to score a file")
@@ -115,13 +132,14 @@ def _ask(options: argparse.Namespace) -> "list[Result]":
             problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
-    answerer = _answerer(options)
+    distributed.start(options.coordinator, options.processes, options.process)
+    answerer, hosts = _answerer(options), JaxHosts()
     results = []
     for ready in prepared:
         with _progress(ready.benchmark.title) as progress:
             out = options.out / ready.benchmark.name
-            results.append(ask(ready, answerer, out=out, progress=progress))
-    return results
+            results.append(ask_together(ready, answerer, out=out, progress=progress, hosts=hosts))
+    return [result for result in results if result is not None]
 
 
 def _answerer(options: argparse.Namespace) -> "Answerer":
@@ -131,12 +149,34 @@ def _answerer(options: argparse.Namespace) -> "Answerer":
     from stf_jax.eval.generation import ModelAnswerer
 
     dtype: Any = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    model = stf_jax.load(options.model, dtype=dtype, vision_tower=options.vision_tower)
+    model = stf_jax.load(
+        options.model,
+        dtype=dtype,
+        mesh=_mesh(options.mesh),
+        vision_tower=options.vision_tower,
+        cache_dtype=options.cache_dtype,
+    )
     return ModelAnswerer(
         model,
         model_id=Path(options.model).name,
-        batch_size=options.batch_size,
+        slots=options.slots,
         dtype=dtype,
+    )
+
+
+def _mesh(text: str | None) -> "Mesh | None":
+    """The mesh that `--mesh` describes; each host has its own."""
+    if text is None:
+        return None
+    import jax
+
+    from stf_jax.parallel.sharding import AXES, make_mesh
+
+    axes = dict(part.partition("=")[::2] for part in text.split(","))
+    if not set(axes) <= set(AXES) or not all(size.isdecimal() for size in axes.values()):
+        raise ValueError(f"--mesh is {text!r}; write it as {AXES[0]}=2,{AXES[-1]}=4")
+    return make_mesh(
+        devices=jax.local_devices(), **{name: int(size) for name, size in axes.items()}
     )
 
 

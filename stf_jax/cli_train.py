@@ -18,13 +18,18 @@ def add_train(verbs: Verbs) -> None:
     )
     parser.allow_abbrev = False
     parser.add_argument("config", metavar="CONFIG", help="YAML, as in configs/")
+    add_hosts(parser)
+    # What no argument takes is for the config.
+    parser.set_defaults(overrides=[])
+
+
+def add_hosts(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `stf_jax.train.distributed.start`."""
     parser.add_argument(
         "--coordinator", metavar="HOST:PORT", help="of process 0; not needed on a TPU pod"
     )
     parser.add_argument("--processes", type=int, metavar="N", help="how many hosts there are")
     parser.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
-    # What no argument takes is for the config.
-    parser.set_defaults(overrides=[])
 
 
 def _train(options: argparse.Namespace) -> int:

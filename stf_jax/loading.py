@@ -15,6 +15,7 @@ from convert.readers import read_json
 from stf_jax.checkpoint import CheckpointError, flatten, is_native, place, unflatten
 from stf_jax.config import LlavaConfig
 from stf_jax.model import Model
+from stf_jax.models.cache import CacheDType
 from stf_jax.models.llava import Llava
 from stf_jax.parallel.sharding import ShardingRules, check_divisible
 from stf_jax.processors import extra_files, read_processors
@@ -29,6 +30,7 @@ def load(
     dtype: DTypeName | None = None,
     mesh: Mesh | None = None,
     vision_tower: epath.PathLike | None = None,
+    cache_dtype: CacheDType | None = None,
 ) -> Model:
     """Loads a model to answer questions with.
 
@@ -39,6 +41,7 @@ def load(
         dtype: of weights and arithmetic; by default float32 on CPU and bfloat16 elsewhere.
         mesh: from `stf_jax.parallel.sharding.make_mesh`; one device by default.
         vision_tower: a directory with CLIP, for a PyTorch directory that does not lead to one.
+        cache_dtype: how keys and values are kept while answering; by default as they are computed.
 
     Raises:
         CheckpointError: what is missing, damaged or does not fit, and what to do.
@@ -46,6 +49,8 @@ def load(
     """
     if dtype is not None and dtype not in get_args(DTypeName):
         raise ValueError(f"dtype is {dtype!r}; choose float32, float16 or bfloat16")
+    if cache_dtype is not None and cache_dtype not in get_args(CacheDType):
+        raise ValueError(f"cache_dtype is {cache_dtype!r}; choose bfloat16 or int8")
     if dtype == "float16" and jax.default_backend() == "cpu":
         # XLA has no attention of float16 for it.
         raise ValueError("float16 does not run on CPU; choose float32 or bfloat16")
@@ -80,6 +85,7 @@ def load(
         tokenizer=processors.tokenizer,
         image_processor=processors.image_processor,
         mesh=mesh,
+        cache_dtype=cache_dtype,
     )
 
 

@@ -5,18 +5,20 @@ model = stf_jax.load("llava-stf-7b")
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 
 import numpy as np
 from jax.sharding import Mesh
 
 from stf_jax.data.conversation import IMAGE_MARKER, Template, get_template, render_prompt
 from stf_jax.data.images import ImageProcessor, ImageSource, load_image
-from stf_jax.data.tokenizer import Tokenizer, encode_prompt, expand_images
+from stf_jax.data.tokenizer import IMAGE_TOKEN_ID, Tokenizer, encode_prompt, expand_images
 from stf_jax.infer.answers import Answer, AnswerBuilder
-from stf_jax.infer.generate import Generator
+from stf_jax.infer.engine import Engine
 from stf_jax.infer.prompts import Prompt
 from stf_jax.infer.sampling import GREEDY, Sampling
+from stf_jax.models.cache import CacheDType
 from stf_jax.models.llava import Llava
 
 # Steps between looks at the tokens: few enough for text to flow, many enough to be fast.
@@ -48,10 +50,11 @@ class Model:
         tokenizer: Tokenizer,
         image_processor: ImageProcessor,
         mesh: Mesh | None = None,
+        cache_dtype: CacheDType | None = None,
     ):
         self.network, self.config = network, network.config
         self.tokenizer, self.image_processor = tokenizer, image_processor
-        self._generator = Generator(network, mesh=mesh)
+        self.engine = Engine(network, mesh=mesh, cache_dtype=cache_dtype)
 
     def generate(
         self,
@@ -62,8 +65,9 @@ class Model:
         sampling: Sampling = GREEDY,
         stop: str | Sequence[str] = (),
         on_text: Callable[[int, str], None] | None = None,
+        slots: int = 16,
     ) -> list[Answer]:
-        """Answers a batch of requests, in order.
+        """Answers requests, in order; those about the same pictures share work.
 
         In float32 an answer does not depend on its neighbours. In bfloat16 its later tokens may: a
         matmul over another number of rows sums in another order, and bfloat16 rounds the difference
@@ -76,6 +80,7 @@ class Model:
             sampling: greedy by default.
             stop: strings that end an answer, besides the template's own.
             on_text: called with a request's index and its new text, as text comes.
+            slots: how many answers are in the making at a time; what memory has room for.
 
         Raises:
             ImageError: a picture that cannot be used.
@@ -94,16 +99,21 @@ class Model:
         builders = [AnswerBuilder(self.tokenizer, eos_ids=eos_ids, stops=stops) for _ in prompts]
         every = _STREAM_EVERY if on_text else _STOP_EVERY if stops else max_new_tokens
         emit = on_text or (lambda index, text: None)
-        for tokens in self._generator.stream(
-            prompts, max_new_tokens=max_new_tokens, sampling=sampling, every=every
+
+        def take(index: int, ids: np.ndarray) -> bool:
+            if text := builders[index].push(ids):
+                emit(index, text)
+            return not builders[index].finished
+
+        for index in self.engine.run(
+            prompts,
+            slots=min(slots, len(prompts)),
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            every=every,
+            take=take,
         ):
-            for index, (builder, ids) in enumerate(zip(builders, tokens, strict=True)):
-                if text := builder.push(ids):
-                    emit(index, text)
-            if all(builder.finished for builder in builders):
-                break
-        for index, builder in enumerate(builders):
-            if text := builder.finish():
+            if text := builders[index].finish():
                 emit(index, text)
         return [self._answer(*pair) for pair in zip(builders, prompts, strict=True)]
 
@@ -134,6 +144,7 @@ class Model:
         return Prompt(
             ids=expand_images(ids, tokens_per_image=self.config.tokens_per_image),
             pixels=np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.float32),
+            pictures=tuple(_identity(image) for image in images) or None,
         )
 
     def _answer(self, builder: AnswerBuilder, prompt: Prompt) -> Answer:
@@ -141,6 +152,11 @@ class Model:
             text=builder.text.strip(),
             token_ids=builder.token_ids,
             prompt_tokens=len(prompt.ids),
-            vision_tokens=len(prompt.pixels) * self.config.tokens_per_image,
+            vision_tokens=int((prompt.ids == IMAGE_TOKEN_ID).sum()),
             finish_reason="stop" if builder.finished else "length",
         )
+
+
+def _identity(image: ImageSource) -> Hashable:
+    """Equal for what is certain to be the same picture while a call lasts."""
+    return str(image) if isinstance(image, str | Path) else id(image)

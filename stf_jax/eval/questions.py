@@ -51,7 +51,7 @@ class Decoding:
 
 
 class Answerer(Protocol):
-    """Whatever answers questions: one model at a time, or an engine over many slots and hosts.
+    """Whatever answers questions.
 
     Attributes:
       model_id: goes into every answer's line.
@@ -63,7 +63,7 @@ class Answerer(Protocol):
         """What of the model belongs to the protocol, for JSON: image mode, vision tokens, dtype."""
 
     def answer(self, questions: Sequence[Question], decoding: Decoding) -> Iterator[Reply]:
-        """Replies in the order of the questions, as they come.
+        """Replies as they come, in any order.
 
         Raises:
           ValueError: naming every question that is longer than the context, before the first reply.

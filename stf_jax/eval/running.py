@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from stf_jax.eval import protocol
-from stf_jax.eval.answers import AnswerRecord, answer_line, count_answered, read_answers
+from stf_jax.eval.answers import AnswerRecord, read_answers
 from stf_jax.eval.benchmark import Benchmark, Score
 from stf_jax.eval.files import check_there, name_some, write_text
+from stf_jax.eval.hosts import Alone, Hosts
+from stf_jax.eval.journal import AnswerLog, share
 from stf_jax.eval.questions import Answerer, Question, missing_pictures
 
 ANSWERS = "answers.jsonl"
@@ -142,8 +144,8 @@ def ask(
 ) -> Result:
     """Asks what `out` does not answer yet, then scores.
 
-    Each answer is written as it comes, in the order of the questions; after a kill, the same call
-    goes on where it stopped, and the answer file ends up the same.
+    Answers are kept as they come and end up in the order of the questions; after a kill, the same
+    call goes on where it stopped, and the answer file ends up the same.
 
     Args:
       prepared: by `prepare`.
@@ -155,30 +157,44 @@ def ask(
       ValueError: `out` holds answers to other questions or under another protocol; a question
         longer than the context; a picture that cannot be read.
     """
-    benchmark = prepared.benchmark
+    result = ask_together(prepared, answerer, out=out, progress=progress, hosts=Alone())
+    assert result is not None
+    return result
+
+
+def ask_together(
+    prepared: Prepared,
+    answerer: Answerer,
+    *,
+    out: Path,
+    progress: Progress | None = None,
+    hosts: Hosts,
+) -> Result | None:
+    """`ask` with several hosts, each of which calls this and takes its share of the pictures.
+
+    `out` may be one folder for all or one on each host. Progress is that of the host's share. Only
+    host 0 has a result in the end.
+    """
+    benchmark, path = prepared.benchmark, out / ANSWERS
     out.mkdir(parents=True, exist_ok=True)
-    path = out / ANSWERS
-    first = prepared.questions[0]
-    protocol.settle(out, protocol.describe(benchmark, prepared.paths, first, answerer))
-    done = count_answered(path, prepared.questions)
-    asked = prepared.questions[: prepared.limit]
-    rest = asked[done:]
-    if progress:
-        progress(min(done, len(asked)), len(asked))
-    if rest:
-        with path.open("a", encoding="utf-8") as file:
+    if hosts.number == 0:
+        first = prepared.questions[0]
+        protocol.settle(out, protocol.describe(benchmark, prepared.paths, first, answerer))
+    asked = share(prepared.questions[: prepared.limit], hosts)
+    with AnswerLog(path, prepared.questions, model_id=answerer.model_id, hosts=hosts) as log:
+        rest = [one for one in asked if not log.is_answered(one)]
+        done = len(asked) - len(rest)
+        if progress:
+            progress(done, len(asked))
+        if rest:
             for reply in answerer.answer(rest, benchmark.decoding):
-                question = prepared.questions[done]
-                if reply.number != question.number:
-                    raise ValueError(
-                        f"reply {reply.number} came where that to question {question.number} is "
-                        "due; an answerer must keep the order asked"
-                    )
-                file.write(answer_line(question, reply.text, model_id=answerer.model_id))
-                file.flush()
+                log.add(reply)
                 done += 1
                 if progress:
                     progress(done, len(asked))
+        log.finish()
+    if hosts.number:
+        return None
     return _finish(benchmark, prepared.paths, path, out=out, limit=prepared.limit)
 
 

@@ -1,1 +1,1 @@
-"""Answers: prefill in length buckets, decoding in one jitted loop, sampling, stopping."""
+"""Answers: an engine of slots over shared prefixes, sampling, stopping."""

@@ -1,7 +1,7 @@
 """Prompts of different lengths and image counts as one batch of static shape."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,18 +16,42 @@ class Prompt:
 
     Attributes:
         ids: int32 [T], each image already the K placeholders that its tokens will replace.
-        pixels: float32 [images, S, S, 3].
+        pixels: float32 [images, S, S, 3], or what makes them when they are needed.
+        pictures: prompts with equal `pictures` have the same ones; None is like no other's.
     """
 
     ids: np.ndarray
-    pixels: np.ndarray
+    pixels: np.ndarray | Callable[[], np.ndarray]
+    pictures: Hashable | None = None
+
+    @property
+    def prefix(self) -> int:
+        """How many positions other questions about the same pictures may have in common.
+
+        All up to the last image; without images, all but the last one.
+        """
+        images = np.flatnonzero(self.ids == IMAGE_TOKEN_ID)
+        return int(images[-1]) + 1 if len(images) else len(self.ids) - 1
+
+    def until(self, end: int) -> "Prompt":
+        """The first `end` positions, pixels loaded; all images must lie before `end`."""
+        return dataclasses.replace(self, ids=self.ids[:end], pixels=self.load())
+
+    def load(self) -> np.ndarray:
+        """The pixels."""
+        return self.pixels() if callable(self.pixels) else self.pixels
 
 
-def bucket(length: int) -> int:
-    """The next of 64, 96, 128, 192, 256, 384, ...: at most a third is padding above 64."""
-    size = 64
+def bucket(length: int, *, least: int = 64) -> int:
+    """The next of 64, 96, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, ...
+
+    Above 64 at most a third is padding, above 512 a fifth. `least`, a power of two, is where the
+    sizes begin.
+    """
+    size = least
     while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+        power = 1 << (size.bit_length() - 1)
+        size += power // (2 if power < 512 else 4)
     return size
 
 
@@ -36,8 +60,9 @@ def pad_prompts(prompts: Sequence[Prompt], *, rows: int, image_size: int) -> Bat
 
     Rows beyond the prompts hold one token, so that nothing they compute is undefined.
     """
+    pictures = [prompt.load() for prompt in prompts]
     length = bucket(max(len(prompt.ids) for prompt in prompts))
-    images = max(len(prompt.pixels) for prompt in prompts)
+    images = max(map(len, pictures))
     shape = (rows, length)
     # Host arrays in a batch are what `jax.jit` and `jax.device_put` take.
     ids: Any = np.zeros(shape, np.int32)
@@ -47,13 +72,13 @@ def pad_prompts(prompts: Sequence[Prompt], *, rows: int, image_size: int) -> Bat
     labels: Any = np.full(shape, IGNORED_LABEL, np.int32)
     positions: Any = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
     segments[:, 0] = 1
-    for row, prompt in enumerate(prompts):
+    for row, (prompt, shown) in enumerate(zip(prompts, pictures, strict=True)):
         size = len(prompt.ids)
         at_image = prompt.ids == IMAGE_TOKEN_ID
         ids[row, :size] = prompt.ids
         segments[row, :size] = 1
         image_slots[row, :size][at_image] = np.arange(at_image.sum())
-        pixels[row, : len(prompt.pixels)] = prompt.pixels
+        pixels[row, : len(shown)] = shown
     return Batch(
         ids=ids,
         labels=labels,

@@ -62,15 +62,18 @@ def likely(
 def sample(
     logits: Float[Array, "B V"],
     *,
-    step: Int[Array, ""],
+    step: Int[Array, "B"],
     temperature: Float[Array, ""],
     top_k: Int[Array, ""],
     top_p: Float[Array, ""],
     seed: UInt[Array, ""],
 ) -> Int[Array, "B"]:
-    """One token a row; the same seed and step give the same noise to every row."""
+    """One token a row, the `step`-th of its answer; seed and step alone decide the noise."""
     kept = likely(logits / temperature, top_k=top_k, top_p=top_p)
-    key = jax.random.fold_in(jax.random.key(seed), step)
-    # One noise vector for all rows: an answer depends neither on its row nor on its neighbours.
-    noise = jax.random.gumbel(key, logits.shape[-1:])
-    return jnp.argmax(kept + noise, axis=-1).astype(jnp.int32)
+    seeded = jax.random.key(seed)
+
+    def gumbel(step: Int[Array, ""]) -> Float[Array, "V"]:
+        return jax.random.gumbel(jax.random.fold_in(seeded, step), logits.shape[-1:])
+
+    # An answer depends neither on its row nor on its neighbours.
+    return jnp.argmax(kept + jax.vmap(gumbel)(step), axis=-1).astype(jnp.int32)

@@ -1,10 +1,45 @@
-"""The key-value cache of the decoder: preallocated, written in place, equal slots for every row."""
+"""The key-value cache of the decoder: preallocated, written in place, slot p for position p."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
+
+# How keys and values are kept; None is the dtype that they are computed in.
+CacheDType = Literal["bfloat16", "int8"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantised:
+    """Vectors as int8, each with its own scale: value = integer * scale."""
+
+    integers: Int[Array, "B S K D"]
+    scales: Float[Array, "B S K 1"]
+
+
+Stored: TypeAlias = Array | Quantised
+
+
+def _store(x: Float[Array, "B T K D"], dtype: CacheDType | None) -> Stored:
+    if dtype != "int8":
+        return x if dtype is None else x.astype(dtype)
+    wide = x.astype(jnp.float32)
+    scales = jnp.abs(wide).max(axis=-1, keepdims=True) / 127
+    # A vector of zeros has scale 0.
+    integers = jnp.round(wide / jnp.where(scales == 0, 1, scales)).astype(jnp.int8)
+    return Quantised(integers=integers, scales=scales)
+
+
+def _read(stored: Stored, dtype: DTypeLike) -> Float[Array, "B S K D"]:
+    if isinstance(stored, Quantised):
+        return (stored.integers * stored.scales).astype(dtype)
+    return stored.astype(dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -12,46 +47,79 @@ from jaxtyping import Array, Float, Int
 class KVCache:
     """Keys (already rotated) and values of S slots for each row, one array a layer.
 
-    Rows of different length share slot numbers: a prompt shorter than its neighbours leaves slots
-    of segment 0, which attention never sees, and every row's next token goes to slot `length`.
-    Layers are separate arrays, since a slice of a stacked one would be copied at every step.
+    The token at position p of a row lies in slot p, and attention looks at no slot beyond a query's
+    position: what padding left in later slots is overwritten before anything sees it. Layers are
+    separate arrays, since a slice of a stacked one would be copied at every step.
     """
 
-    keys: tuple[Float[Array, "B S K D"], ...]
-    values: tuple[Float[Array, "B S K D"], ...]
-    segments: Int[Array, "B S"]
-    length: Int[Array, ""]
+    keys: tuple[Stored, ...]
+    values: tuple[Stored, ...]
+    dtype: CacheDType | None = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def from_prefill(
+    def of(
         cls,
-        keys: tuple[Float[Array, "B T K D"], ...],
-        values: tuple[Float[Array, "B T K D"], ...],
-        segments: Int[Array, "B T"],
+        keys: Sequence[Float[Array, "B T K D"]],
+        values: Sequence[Float[Array, "B T K D"]],
         *,
-        slots: int,
+        dtype: CacheDType | None,
     ) -> "KVCache":
-        """The cache after a prompt of T positions, with room for `slots` - T more."""
-        prompt = segments.shape[1]
-        room = ((0, 0), (0, slots - prompt), (0, 0), (0, 0))
+        """A cache of T slots that hold these, layer by layer."""
         return cls(
-            keys=tuple(jnp.pad(key, room) for key in keys),
-            values=tuple(jnp.pad(value, room) for value in values),
-            segments=jnp.pad(segments, room[:2]),
-            length=jnp.int32(prompt),
+            keys=tuple(_store(key, dtype) for key in keys),
+            values=tuple(_store(value, dtype) for value in values),
+            dtype=dtype,
         )
 
-    def opened(self, segments: Int[Array, "B 1"]) -> "KVCache":
-        """Makes the next slot visible; its keys and values are written layer by layer."""
-        marked = jax.lax.dynamic_update_slice(self.segments, segments, (0, self.length))
-        return dataclasses.replace(self, segments=marked, length=self.length + 1)
+    @property
+    def slots(self) -> int:
+        """S, how many positions there is room for."""
+        return int(jax.tree.leaves(self.keys[0])[0].shape[1])
 
     def written(
-        self, layer: int, key: Float[Array, "B 1 K D"], value: Float[Array, "B 1 K D"]
+        self,
+        layer: int,
+        key: Float[Array, "B T K D"],
+        value: Float[Array, "B T K D"],
+        *,
+        positions: Int[Array, "B T"],
     ) -> "KVCache":
-        """Puts one layer's key and value into the slot that `opened` made visible."""
-        slot = (0, self.length - 1, 0, 0)
+        """With one layer's keys and values at these positions; those beyond S are dropped."""
+
+        def put(stored: Array, new: Array) -> Array:
+            return jax.vmap(lambda row, at, one: row.at[at].set(one, mode="drop"))(
+                stored, positions, new
+            )
+
         keys, values = list(self.keys), list(self.values)
-        keys[layer] = jax.lax.dynamic_update_slice(keys[layer], key, slot)
-        values[layer] = jax.lax.dynamic_update_slice(values[layer], value, slot)
+        keys[layer] = jax.tree.map(put, keys[layer], _store(key, self.dtype))
+        values[layer] = jax.tree.map(put, values[layer], _store(value, self.dtype))
         return dataclasses.replace(self, keys=tuple(keys), values=tuple(values))
+
+    def read(
+        self, layer: int, dtype: DTypeLike
+    ) -> tuple[Float[Array, "B S K D"], Float[Array, "B S K D"]]:
+        """One layer's keys and values as attention takes them."""
+        return _read(self.keys[layer], dtype), _read(self.values[layer], dtype)
+
+    def widened(self, slots: int) -> "KVCache":
+        """With room for `slots` positions, S or more."""
+        room = ((0, 0), (0, slots - self.slots), (0, 0), (0, 0))
+        widened: KVCache = jax.tree.map(lambda one: jnp.pad(one, room), self)
+        return widened
+
+    def rows(self, which: Int[Array, "R"], *, spec: PartitionSpec | None) -> "KVCache":
+        """These rows, a row as often as it is named."""
+        taken: KVCache = jax.tree.map(
+            lambda one: one.at[which].get(mode="clip", out_sharding=spec), self
+        )
+        return taken
+
+    def replaced(
+        self, at: Int[Array, "R"], rows: "KVCache", *, spec: PartitionSpec | None
+    ) -> "KVCache":
+        """With `rows`, of as many slots, in place of the rows `at`; those beyond B are dropped."""
+        replaced: KVCache = jax.tree.map(
+            lambda one, new: one.at[at].set(new, mode="drop", out_sharding=spec), self, rows
+        )
+        return replaced

@@ -12,14 +12,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from stf_jax.config import RopeScaling, TextConfig
-from stf_jax.models.cache import KVCache
+from stf_jax.models.cache import CacheDType, KVCache
 from stf_jax.models.layers import Init, Linear, Remat, RMSNorm, apply_layers, stack, unstack
 from stf_jax.models.lora import LoRAConfig
-from stf_jax.parallel.attention import Mask, attention
+from stf_jax.parallel.attention import CacheMask, Mask, attention
 from stf_jax.parallel.sharding import gathered
 
-# Hidden state, cache, layers done.
-Decoding = tuple[Float[Array, "B 1 H"], KVCache, int]
+# Hidden states, cache, layers done.
+Extending = tuple[Float[Array, "B T H"], KVCache, int]
 
 
 def rope_frequencies(config: TextConfig) -> Float[Array, "D/2"]:
@@ -185,35 +185,29 @@ class Llama(nnx.Module):
         *,
         positions: Int[Array, "B T"],
         segments: Int[Array, "B T"],
-        slots: int,
+        cache_dtype: CacheDType | None = None,
     ) -> tuple[Float[Array, "B T H"], KVCache]:
-        """The same, and a cache of `slots` slots whose first T hold these sequences."""
+        """The same, and a cache of T slots; a row holds one sequence from position 0 on."""
         x, kept = self._sequences(x, positions, segments, keep=True)
         keys, values = zip(*kept, strict=True)
-        return x, KVCache.from_prefill(keys, values, segments, slots=slots)
+        return x, KVCache.of(keys, values, dtype=cache_dtype)
 
-    def decode(
-        self, x: Float[Array, "B 1 H"], *, positions: Int[Array, "B 1"], cache: KVCache
-    ) -> tuple[Float[Array, "B 1 H"], KVCache]:
-        """One further token a row against the cache, which takes it in."""
-        with jax.named_scope("decode"):
+    def extend(
+        self, x: Float[Array, "B T H"], *, positions: Int[Array, "B T"], cache: KVCache
+    ) -> tuple[Float[Array, "B T H"], KVCache]:
+        """T further tokens a row against the cache, which takes them in; decoding has T = 1."""
+        with jax.named_scope("extend"):
             angles = self._angles(positions)
-            segments = jnp.ones_like(positions)
-            cache = cache.opened(segments)
-            mask = Mask(query_segments=segments, key_segments=cache.segments, causal=False)
+            mask = CacheMask(positions=positions, slots=cache.slots)
 
-            def step(carry: Decoding, layer: DecoderLayer) -> tuple[Decoding, None]:
+            def step(carry: Extending, layer: DecoderLayer) -> tuple[Extending, None]:
                 x, cache, index = carry
                 query, key, value = layer.project(x, angles)
-                cache = cache.written(index, key, value)
-                attended = attention(query, cache.keys[index], cache.values[index], mask=mask)
+                cache = cache.written(index, key, value, positions=positions)
+                attended = attention(query, *cache.read(index, x.dtype), mask=mask)
                 return (layer.finish(x, attended), cache, index + 1), None
 
-            (x, cache, _), _ = apply_layers(
-                step,
-                (x, cache, 0),
-                unstack(self.layers),
-            )
+            (x, cache, _), _ = apply_layers(step, (x, cache, 0), unstack(self.layers))
             return self.norm(x), cache
 
     def _sequences(

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from stf_jax.batch import IGNORED_LABEL, Batch
 from stf_jax.config import LlavaConfig
 from stf_jax.fusion import Fusion, fused_width
-from stf_jax.models.cache import KVCache
+from stf_jax.models.cache import CacheDType, KVCache
 from stf_jax.models.clip import VisionTower
 from stf_jax.models.layers import MLP, Init, Remat, gelu
 from stf_jax.models.llama import Llama
@@ -104,22 +104,39 @@ class Llava(nnx.Module):
             total, count = total + part, count + known
         return total, count
 
-    def prefill(self, batch: Batch, *, slots: int) -> tuple[Float[Array, "B V"], KVCache]:
-        """Logits after each row's last position, and the cache that decoding goes on from."""
-        hidden, cache = self.text.prefill(
-            self.splice(batch), positions=batch.positions, segments=batch.segments, slots=slots
-        )
-        last = (batch.segments > 0).sum(axis=1, keepdims=True) - 1
-        final = jnp.take_along_axis(hidden, last[..., None], axis=1)
-        return self.text.logits(final)[:, 0], cache
-
-    def decode(
-        self, ids: Int[Array, "B"], *, positions: Int[Array, "B"], cache: KVCache
+    def prefill(
+        self, batch: Batch, *, cache_dtype: CacheDType | None = None
     ) -> tuple[Float[Array, "B V"], KVCache]:
-        """Logits after one further token a row."""
-        embedded = self.text.embed(ids[:, None])
-        hidden, cache = self.text.decode(embedded, positions=positions[:, None], cache=cache)
-        return self.text.logits(hidden)[:, 0], cache
+        """Logits after each row's last position, and a cache of T slots; a row is one sequence."""
+        hidden, cache = self.text.prefill(
+            self.splice(batch),
+            positions=batch.positions,
+            segments=batch.segments,
+            cache_dtype=cache_dtype,
+        )
+        return self._logits_at((batch.segments > 0).sum(axis=1) - 1, hidden), cache
+
+    def extend(
+        self,
+        ids: Int[Array, "B T"],
+        *,
+        start: Int[Array, "B"],
+        lengths: Int[Array, "B"],
+        cache: KVCache,
+    ) -> tuple[Float[Array, "B V"], KVCache]:
+        """Logits after `lengths` further tokens a row, the first of which is at position `start`.
+
+        What stands in `ids` behind them is padding.
+        """
+        positions = start[:, None] + jnp.arange(ids.shape[1], dtype=jnp.int32)
+        hidden, cache = self.text.extend(self.text.embed(ids), positions=positions, cache=cache)
+        return self._logits_at(lengths - 1, hidden), cache
+
+    def _logits_at(
+        self, index: Int[Array, "B"], hidden: Float[Array, "B T H"]
+    ) -> Float[Array, "B V"]:
+        one = jnp.take_along_axis(hidden, index[:, None, None], axis=1)
+        return self.text.logits(one)[:, 0]
 
     def _hidden(self, batch: Batch, *, remat: Remat = "none") -> Float[Array, "B T H"]:
         return self.text(

@@ -1,6 +1,6 @@
 """Attention over heads, masked by a rule rather than by an array that the caller builds.
 
-Splash on a TPU, cuDNN on a GPU for 16-bit numbers, XLA elsewhere and for single tokens.
+Splash on a TPU, cuDNN on a GPU for 16-bit numbers, XLA elsewhere and against a cache.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from stf_jax.parallel.splash import splash_attention
 class Mask:
     """A query sees the keys of its own segment; with `causal`, only those at or before its index.
 
-    Segment 0 is padding, or a cache slot that nothing was written to: it is never seen.
+    Segment 0 is padding: it is never seen.
     """
 
     query_segments: Int[Array, "B T"]
@@ -34,23 +34,36 @@ class Mask:
         return seen[:, None]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheMask:
+    """A query sees the cache slots up to its own position: slot p holds the key of position p."""
+
+    positions: Int[Array, "B T"]
+    slots: int
+
+    def array(self) -> Bool[Array, "B 1 T S"]:
+        """The rule as an array, True where a query sees a key."""
+        return (jnp.arange(self.slots) <= self.positions[:, :, None])[:, None]
+
+
 def attention(
     query: Float[Array, "B T N D"],
     key: Float[Array, "B S K D"],
     value: Float[Array, "B S K D"],
     *,
-    mask: Mask | None = None,
+    mask: Mask | CacheMask | None = None,
 ) -> Float[Array, "B T N D"]:
     """softmax(q k^T / sqrt(D)) v, with the softmax in float32; N is a multiple of K.
 
     A query that sees no key (padding) gets a finite value that means nothing.
     """
     with jax.named_scope("attention"):
+        if isinstance(mask, CacheMask):
+            return jax.nn.dot_product_attention(query, key, value, mask=mask.array())
         platform = _platform()
-        if query.shape[1] > 1 and platform == "tpu":
+        if platform == "tpu":
             return _per_device(query, key, value, mask)
-        half = query.dtype in (jnp.bfloat16, jnp.float16)
-        cudnn = query.shape[1] > 1 and platform in ("cuda", "gpu") and half
+        cudnn = platform in ("cuda", "gpu") and query.dtype in (jnp.bfloat16, jnp.float16)
         seen = mask.array() if mask else None
         return jax.nn.dot_product_attention(
             query, key, value, mask=seen, implementation="cudnn" if cudnn else None

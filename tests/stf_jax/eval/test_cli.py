@@ -43,7 +43,7 @@ def test_all_nine_end_to_end(
     reference: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    arguments = ("--data", data, "--out", out, "--batch-size", 1, "--json")
+    arguments = ("--data", data, "--out", out, "--slots", 1, "--json")
     assert run("all", reference / "llava-stf", *arguments) == 0
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [one["benchmark"] for one in printed] == list(BENCHMARKS)
@@ -81,8 +81,9 @@ def test_the_reference_s_answers(reference: Path, model: stf_jax.Model) -> None:
         for number, case in enumerate(cases)
     ]
     decoding = Decoding(template=cases[0]["template"], max_new_tokens=24)
-    for batch_size in (1, 2):
-        replies = list(answerer(model, batch_size=batch_size).answer(questions, decoding))
+    for slots in (1, 2):
+        replies = list(answerer(model, slots=slots).answer(questions, decoding))
+        replies.sort(key=lambda reply: reply.number)
         assert [reply.number for reply in replies] == [0, 1]
         for reply, case in zip(replies, cases, strict=True):
             assert reply.text == model.tokenizer.decode(case["output_ids"][1:]).strip()

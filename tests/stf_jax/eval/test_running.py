@@ -5,6 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stf_jax.eval.answers import AnswerRecord, pair
-from stf_jax.eval.questions import Reply
+from stf_jax.eval.questions import Decoding, Question, Reply
 from stf_jax.eval.registry import BENCHMARKS, get_benchmark
 from stf_jax.eval.report import render
-from stf_jax.eval.running import ask, prepare, score_file
+from stf_jax.eval.running import ask, ask_together, prepare, score_file
 from tests.stf_jax.eval.miniature import SHORT, Echo, write_jsonl
 
 GQA = get_benchmark("gqa")
@@ -169,13 +172,89 @@ def test_answers_of_another_benchmark(data: Path, tmp_path: Path) -> None:
         ask(prepare(GQA, data=data), Echo(), out=out)
 
 
-def test_an_answerer_out_of_order(data: Path, tmp_path: Path) -> None:
-    class Shuffled(Echo):
-        def answer(self, questions: Any, decoding: Any) -> Any:
-            yield Reply(number=questions[1].number, text="Yes")
+class Backwards(Echo):
+    """Replies from the last question to the first."""
 
-    with pytest.raises(ValueError, match="must keep the order asked"):
-        ask(prepare(GQA, data=data), Shuffled(), out=tmp_path)
+    def answer(self, questions: Sequence[Question], decoding: Decoding) -> Iterator[Reply]:
+        return super().answer(questions[::-1], decoding)
+
+
+@pytest.mark.parametrize("name", ["gqa", "mme"])
+def test_replies_in_another_order(data: Path, tmp_path: Path, name: str) -> None:
+    """Killed anywhere, in the middle of a line: nothing is asked twice, the file is the same."""
+    prepared = prepare(BENCHMARKS[name], data=data)
+    whole = ask(prepared, Echo(), out=tmp_path / "whole")
+    for stop in range(1, len(prepared.questions)):
+        out = tmp_path / str(stop)
+        with pytest.raises(KeyboardInterrupt):
+            ask(prepared, Backwards(stop_after=stop), out=out)
+        with (out / "answers.part-0.jsonl").open("a") as file:
+            file.write("[0, ")
+        rest = Echo()
+        result = ask(prepared, rest, out=out)
+        assert [one.number for one in rest.asked] == list(range(len(prepared.questions) - stop))
+        assert result.answers.read_bytes() == whole.answers.read_bytes()
+        assert {file.name for file in out.iterdir()} == {
+            file.name for file in (tmp_path / "whole").iterdir()
+        }
+
+
+@pytest.mark.parametrize("number", [0, 3, -1])
+def test_a_reply_that_nobody_asked_for(data: Path, tmp_path: Path, number: int) -> None:
+    class Wrong(Echo):
+        def answer(self, questions: Any, decoding: Any) -> Any:
+            yield Reply(number=0, text="Yes")
+            yield Reply(number=number, text="Yes")
+
+    with pytest.raises(ValueError, match=f"to question {number}, which was not asked"):
+        ask(prepare(GQA, data=data), Wrong(), out=tmp_path)
+
+
+class Together:
+    """One of several hosts, each in a thread."""
+
+    def __init__(self, number: int, said: list[Any], barrier: threading.Barrier):
+        self.number, self.count = number, len(said)
+        self._said, self._barrier = said, barrier
+
+    def gather(self, message: Any) -> list[Any]:
+        self._said[self.number] = json.loads(json.dumps(message))
+        self._barrier.wait()
+        said = list(self._said)
+        self._barrier.wait()
+        return said
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_several_hosts(data: Path, tmp_path: Path, shared: bool) -> None:
+    """Each picture's questions on one host; stopped, they go on, with fewer hosts if need be."""
+    prepared = prepare(get_benchmark("mme"), data=data)
+    whole = ask(prepared, Echo(), out=tmp_path / "whole")
+
+    def run(hosts: int, stop_after: int | None) -> tuple[list[Echo], list[Any]]:
+        said, barrier = [None] * hosts, threading.Barrier(hosts, timeout=20)
+        echoes = [Backwards(stop_after=stop_after) for _ in range(hosts)]
+
+        def one(number: int) -> Any:
+            out = tmp_path / ("out" if shared else f"out{number}")
+            together = Together(number, said, barrier)
+            try:
+                return ask_together(prepared, echoes[number], out=out, hosts=together)
+            except KeyboardInterrupt:
+                return None
+
+        with ThreadPoolExecutor(hosts) as threads:
+            return echoes, list(threads.map(one, range(hosts)))
+
+    asked = [one.number for echo in run(3, 1)[0] for one in echo.asked[:1]]
+    assert len(set(asked)) == 3
+    echoes, results = run(2 if shared else 3, None)
+    numbers = [one.number for echo in echoes for one in echo.asked]
+    assert sorted(numbers + asked) == list(range(len(prepared.questions)))
+    assert results[0].score == whole.score
+    assert results[1:] == [None] * (len(results) - 1)
+    assert results[0].answers.read_bytes() == whole.answers.read_bytes()
+    assert not list(tmp_path.rglob("answers.part-*"))
 
 
 def test_missing_pictures_are_listed_before_the_first_question(data: Path) -> None:

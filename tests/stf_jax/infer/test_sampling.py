@@ -20,7 +20,7 @@ def draw(logits: np.ndarray, *, seeds: np.ndarray, steps: np.ndarray, **knobs: f
     def one(seed: jax.Array, step: jax.Array) -> jax.Array:
         return sample(
             jnp.asarray(logits)[None],
-            step=step,
+            step=step[None],
             seed=seed,
             temperature=jnp.float32(settings["temperature"]),
             top_k=jnp.int32(settings["top_k"]),

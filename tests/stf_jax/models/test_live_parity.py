@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from convert import open_source
 from stf_jax.checkpoint import unflatten
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
-from stf_jax.infer.generate import Generator
+from stf_jax.infer.engine import Engine
 from stf_jax.infer.prompts import Prompt, pad_prompts
 from stf_jax.infer.sampling import GREEDY
 from stf_jax.models.clip import VisionTower
@@ -390,10 +390,16 @@ def test_greedy_tokens(changes: dict[str, Any], tmp_path: Path) -> None:
     prompts = make_prompts(
         5, lengths=(90, 21, 40, 57, 3), images=(2, 1, 0, 1, 0), config=source.config
     )
-    generator = Generator(imported(source))
-    (found,) = generator.stream(prompts, max_new_tokens=40, sampling=GREEDY, every=40)
+    found: list[list[int]] = [[] for _ in prompts]
+
+    def take(number: int, ids: np.ndarray) -> bool:
+        found[number] += ids.tolist()
+        return True
+
+    engine = Engine(imported(source))
+    list(engine.run(prompts, slots=3, max_new_tokens=40, sampling=GREEDY, every=40, take=take))
     for row, prompt in zip(found, prompts, strict=True):
         expected = model.generate(**theirs(prompt), do_sample=False, max_new_tokens=40)[0]
         expected = expected[len(prompt.ids) :].tolist()
         assert len(expected) == 40 or expected[-1] == 2
-        assert row.tolist() == expected
+        assert row == expected

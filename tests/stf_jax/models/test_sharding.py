@@ -19,7 +19,7 @@ from stf_jax.batch import Batch
 from stf_jax.checkpoint import flatten, unflatten
 from stf_jax.config import FusionConfig, LlavaConfig, TextConfig, VisionConfig
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
-from stf_jax.infer.generate import Generator
+from stf_jax.infer.engine import Engine
 from stf_jax.infer.prompts import Prompt, pad_prompts
 from stf_jax.infer.sampling import GREEDY, Sampling
 from stf_jax.models.cache import KVCache
@@ -135,10 +135,16 @@ def loss_and_gradients(model: Llava, batch: Batch) -> tuple[jax.Array, dict[str,
     return loss, flatten(nnx.to_pure_dict(gradients))
 
 
-def generated(generator: Generator, sampling: Sampling) -> list[list[int]]:
-    prompts = make_prompts(generator.config)
-    (rows,) = generator.stream(prompts, max_new_tokens=12, sampling=sampling, every=12)
-    return [row.tolist() for row in rows]
+def generated(engine: Engine, sampling: Sampling) -> list[list[int]]:
+    prompts = make_prompts(engine.config)
+    answers: list[list[int]] = [[] for _ in prompts]
+
+    def take(number: int, ids: np.ndarray) -> bool:
+        answers[number] += ids.tolist()
+        return True
+
+    list(engine.run(prompts, slots=16, max_new_tokens=12, sampling=sampling, every=12, take=take))
+    return answers
 
 
 def loaded(config: LlavaConfig, weights: Arrays, rules: ShardingRules) -> Llava:
@@ -292,7 +298,8 @@ def test_cache(on_mesh: OnMesh) -> None:
 
     @jax.jit
     def prefill(model: Llava, batch: Batch) -> tuple[jax.Array, KVCache]:
-        logits, cache = model.prefill(batch, slots=LENGTH + 4)
+        logits, cache = model.prefill(batch)
+        cache = cache.widened(LENGTH + 4)
         specs.extend(jax.typeof(array).sharding.spec for array in (*cache.keys, *cache.values))
         return logits, cache
 
@@ -304,14 +311,15 @@ def test_cache(on_mesh: OnMesh) -> None:
         for array in (*cache.keys, *cache.values):
             part = (on_mesh.rows, LENGTH + 4, text.kv_heads // tensor, text.head_dim)
             assert_shards(array, part)
-        assert_shards(cache.segments, (on_mesh.rows, LENGTH + 4))
-        ids = jax.device_put(jnp.full(16, 60), on_mesh.model.rules.tokens)
-        logits, cache = jax.jit(Llava.decode)(on_mesh.model, ids, positions=ids, cache=cache)
+        at = jax.device_put(jnp.full(16, 60), on_mesh.model.rules.tokens)
+        logits, cache = jax.jit(Llava.extend)(
+            on_mesh.model, at[:, None], start=at, lengths=jnp.ones_like(at), cache=cache
+        )
 
 
 @functools.cache
-def alone(name: str) -> Generator:
-    return Generator(loaded(CONFIGS[name], expected_of(name).weights, ShardingRules.none()))
+def alone(name: str) -> Engine:
+    return Engine(loaded(CONFIGS[name], expected_of(name).weights, ShardingRules.none()))
 
 
 @pytest.mark.parametrize(("name", "axes"), CASES)
@@ -321,7 +329,7 @@ def test_generated_tokens(name: str, axes: str) -> None:
         asked.append(Sampling(temperature=0.8, top_k=50, top_p=0.9, seed=3))
     weights, mesh = expected_of(name).weights, make_mesh(**MESHES[axes])
     with jax.set_mesh(mesh):
-        spread = Generator(loaded(CONFIGS[name], weights, ShardingRules.default()), mesh=mesh)
+        spread = Engine(loaded(CONFIGS[name], weights, ShardingRules.default()), mesh=mesh)
     for sampling in asked:
         expected = generated(alone(name), sampling)
         assert len(set(itertools.chain(*expected))) > 20

@@ -1,0 +1,151 @@
+"""Times the engine on a workload like GQA's beside `transformers`' PyTorch LLaVA at batch 1.
+
+Several questions about each image, short answers: a third of the vocabulary, drawn at random, ends
+an answer, so that answers have two more tokens on average; every contender gives the same. PyTorch
+answers one question after another, as the reference evaluates. Weights are random, the same on both
+sides; contenders take turns. The default takes some minutes on two cores.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from forward import IMAGE_ID, build, imported, make_torch
+
+from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
+from stf_jax.infer.engine import Engine
+from stf_jax.infer.prompts import Prompt
+from stf_jax.infer.sampling import GREEDY
+
+# Tokens of the system text and "USER:", which come before the image.
+SYSTEM = 35
+Answers = list[list[int]]
+
+
+def parse() -> argparse.Namespace:
+    """The sizes, the workload and the repetitions."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=4, help="of the language model")
+    parser.add_argument("--width", type=int, default=1024, help="a multiple of 128")
+    parser.add_argument("--mlp-width", type=int, default=2752)
+    parser.add_argument("--vision-layers", type=int, default=3)
+    parser.add_argument("--vision-width", type=int, default=64)
+    parser.add_argument("--images", type=int, default=4)
+    parser.add_argument("--questions", type=int, default=8, help="about each image (GQA: 32)")
+    parser.add_argument("--slots", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    return parser.parse_args()
+
+
+def make_prompts(args: argparse.Namespace, *, tokens: int, size: int) -> list[Prompt]:
+    """Questions of 12 to 30 tokens, those about an image not together, as in GQA's file."""
+    rng = np.random.default_rng(0)
+    system = rng.integers(3, 31000, SYSTEM)
+    pictures = rng.standard_normal((args.images, 1, size, size, 3), dtype=np.float32)
+    prompts = []
+    for number in range(args.images * args.questions):
+        image = number % args.images
+        question = rng.integers(3, 31000, rng.integers(12, 31))
+        ids = np.concatenate([system, np.full(tokens, IMAGE_TOKEN_ID), question])
+        prompts.append(Prompt(ids=ids.astype(np.int32), pixels=pictures[image], pictures=image))
+    return prompts
+
+
+def ask_torch(model: Any, ends: list[int], prompts: list[Prompt]) -> Answers:
+    """One question after another."""
+    answers = []
+    for prompt in prompts:
+        ids = np.where(prompt.ids == IMAGE_TOKEN_ID, IMAGE_ID, prompt.ids)[None]
+        pixels = torch.tensor(prompt.load().transpose(0, 3, 1, 2))
+        with torch.inference_mode():
+            out = model.generate(
+                input_ids=torch.tensor(ids, dtype=torch.long, device=model.device),
+                attention_mask=torch.ones(ids.shape, dtype=torch.long, device=model.device),
+                pixel_values=pixels.to(model.device, model.dtype),
+                do_sample=False,
+                max_new_tokens=128,
+                eos_token_id=ends,
+                pad_token_id=0,
+            )
+        answers.append(out[0, ids.shape[1] :].tolist())
+    return answers
+
+
+def ask_engine(engine: Engine, slots: int, share: bool, prompts: list[Prompt]) -> Answers:
+    """All questions at once."""
+    answers: Answers = [[] for _ in prompts]
+
+    def take(number: int, ids: np.ndarray) -> bool:
+        answers[number] += ids.tolist()
+        return True
+
+    run = engine.run(
+        prompts,
+        slots=slots,
+        max_new_tokens=128,
+        sampling=GREEDY,
+        every=16,
+        take=take,
+        share=share,
+    )
+    assert len(list(run)) == len(prompts)
+    return answers
+
+
+def main() -> None:
+    """Builds, asks, compares, prints."""
+    args = parse()
+    torch_model = make_torch(args)
+    config, weights = imported(torch_model)
+    ends = np.random.default_rng(1).choice(np.arange(3, 31000), 10000, replace=False)
+    text = dataclasses.replace(config.text, eos_ids=tuple(map(int, ends)))
+    config = dataclasses.replace(config, text=text)
+    engine = Engine(build(config, weights, args.dtype))
+    del weights
+    if torch.cuda.is_available():
+        torch_model = torch_model.cuda()
+    prompts = make_prompts(args, tokens=config.tokens_per_image, size=config.vision.image_size)
+    contenders: dict[str, Callable[[list[Prompt]], Answers]] = {
+        "PyTorch, one at a time": partial(ask_torch, torch_model, ends.tolist()),
+        "ours, one at a time": partial(ask_engine, engine, 1, False),
+        "prefix reuse": partial(ask_engine, engine, 1, True),
+        f"{args.slots} slots": partial(ask_engine, engine, args.slots, False),
+        f"{args.slots} slots, prefix reuse": partial(ask_engine, engine, args.slots, True),
+    }
+    answers = {name: ask(prompts) for name, ask in contenders.items()}  # and compile
+    expected = next(iter(answers.values()))
+    lengths = [len(answer) for answer in expected]
+    print(
+        f"{len(prompts)} questions of {min(len(p.ids) for p in prompts)} to "
+        f"{max(len(p.ids) for p in prompts)} tokens, answers of {statistics.mean(lengths):.1f}"
+    )
+    for name, found in answers.items():
+        same = sum(one == other for one, other in zip(found, expected, strict=True))
+        print(f"{name:<28}{same:4} of {len(prompts)} answers as PyTorch's")
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(args.repeats):
+        for name, ask in contenders.items():
+            # Threads of the other runtime that still spin would share the cores.
+            time.sleep(0.05)
+            start = time.perf_counter()
+            ask(prompts)
+            seconds[name].append(time.perf_counter() - start)
+    slowest = seconds["PyTorch, one at a time"]
+    print(f"\n{'questions/s':<28}{'best':>8}{'median':>8}{'times PyTorch, best':>21}{'median':>8}")
+    for name, times in seconds.items():
+        best, middle = len(prompts) / min(times), len(prompts) / statistics.median(times)
+        ratio = min(slowest) / min(times), statistics.median(slowest) / statistics.median(times)
+        print(f"{name:<28}{best:8.2f}{middle:8.2f}{ratio[0]:21.1f}{ratio[1]:8.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Replies on their way into the answer file: they come in any order and on any host."""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from stf_jax.eval.answers import answer_line, count_answered
+from stf_jax.eval.hosts import Hosts
+from stf_jax.eval.questions import Question, Reply
+
+_PART = re.compile(r"answers\.part-(\d+)\.jsonl")
+
+
+class AnswerLog:
+    """The answer file, in the order of the questions, and beside it what came too early for it.
+
+    Host 0 writes the file. A reply that is not yet due there, and every reply of another host, goes
+    to that host's own `answers.part-N.jsonl`, until all are answered. Nothing is lost with a kill.
+
+    Args:
+      path: the answer file.
+      questions: all of the benchmark's.
+      model_id: goes into every line.
+      hosts: each has a log; opening and finishing wait for all of them.
+
+    Raises:
+      ValueError: the file holds answers to other questions.
+    """
+
+    def __init__(self, path: Path, questions: Sequence[Question], *, model_id: str, hosts: Hosts):
+        self._path, self._questions = path, questions
+        self._model_id, self._hosts = model_id, hosts
+        self._written = count_answered(path, questions) if hosts.number == 0 else 0
+        own = {number: text for part in self._parts() for number, text in _read(part)}
+        said = hosts.gather([self._written, list(own.items())])
+        self._written = said[0][0]
+        self._early = {number: text for _, replies in said for number, text in replies}
+        self._files = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        part = self._path.with_name(f"answers.part-{self._hosts.number}.jsonl")
+        self._part = self._opened(part)
+        self._file = self._opened(self._path) if self._hosts.number == 0 else None
+        self._write_due()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self._files.close()
+        for part in self._parts():
+            if not part.stat().st_size:
+                part.unlink()
+
+    def is_answered(self, question: Question) -> bool:
+        """Whether nothing need be asked."""
+        return question.number < self._written or question.number in self._early
+
+    def add(self, reply: Reply) -> None:
+        """Keeps a reply, safe from a kill when this returns.
+
+        Raises:
+          ValueError: that question has an answer, or there is none of this number.
+        """
+        if not 0 <= reply.number < len(self._questions) or self.is_answered(
+            self._questions[reply.number]
+        ):
+            raise ValueError(f"a reply came to question {reply.number}, which was not asked")
+        self._early[reply.number] = reply.text
+        if self._file is None or reply.number > self._written:
+            self._part.write(json.dumps([reply.number, reply.text]) + "\n")
+            self._part.flush()
+        self._write_due()
+
+    def finish(self) -> None:
+        """Brings the replies of all hosts into the file and removes what they lay in."""
+        for replies in self._hosts.gather(list(self._early.items())):
+            self._early |= dict(replies)
+        self._write_due()
+        # No reply is deleted before host 0 has it in the file.
+        self._hosts.gather(None)
+        self._part.truncate(0)
+        for part in self._parts():
+            os.truncate(part, 0)
+
+    def _write_due(self) -> None:
+        if self._file is None:
+            return
+        while self._written in self._early:
+            question = self._questions[self._written]
+            text = self._early.pop(self._written)
+            self._file.write(answer_line(question, text, model_id=self._model_id))
+            self._written += 1
+        self._file.flush()
+
+    def _parts(self) -> list[Path]:
+        """Those in this host's care, also of a run that had more hosts."""
+        found = [(_PART.fullmatch(file.name), file) for file in self._path.parent.iterdir()]
+        hosts = self._hosts
+        return [
+            file
+            for match, file in found
+            if match is not None and int(match[1]) % hosts.count == hosts.number
+        ]
+
+    def _opened(self, path: Path) -> IO[str]:
+        return self._files.enter_context(path.open("a", encoding="utf-8"))
+
+
+def _read(part: Path) -> Iterable[tuple[int, str]]:
+    """The replies of a part, whose last line a kill may have cut short."""
+    data = part.read_bytes()
+    os.truncate(part, data.rfind(b"\n") + 1)
+    return [
+        tuple(json.loads(line)) for line in data.splitlines(keepends=True) if line[-1:] == b"\n"
+    ]
+
+
+def share(questions: Sequence[Question], hosts: Hosts) -> list[Question]:
+    """This host's questions; those about the same pictures stay together."""
+    groups: dict[tuple[Path | bytes, ...] | int, int] = {}
+    return [
+        one
+        for one in questions
+        if groups.setdefault(one.images or one.number, len(groups)) % hosts.count == hosts.number
+    ]

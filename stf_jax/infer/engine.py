@@ -1,0 +1,228 @@
+"""Many questions through few slots: shared prefixes are computed once, no slot waits for another.
+
+Prompts are put in groups that share their first positions (system text and pictures). The cache of
+several such prefixes is computed in one batch; then their questions go through the slots, each
+taking over the cache of its prefix. A round is: admit questions to free slots, decode on the
+devices until enough slots are free again, look at the tokens. The next pictures are read meanwhile.
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int
+
+from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
+from stf_jax.infer.program import Limits, Program, Questions
+from stf_jax.infer.prompts import Prompt, bucket, pad_prompts
+from stf_jax.infer.sampling import Sampling
+from stf_jax.models.cache import CacheDType, KVCache
+from stf_jax.models.llava import Llava
+
+# Takes a prompt's number and its new ids; returns whether the answer is to go on.
+Take = Callable[[int, Int[np.ndarray, "new"]], bool]
+
+# Slots are refilled when this part of them is free: a question alone costs as much as several.
+_REFILL = 4
+# Questions are short; to pad them to the buckets of whole prompts would double their cost.
+_LEAST_QUESTION = 16
+_READERS = 4
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Group:
+    """Prompts with the same first `prefix` positions."""
+
+    prefix: int
+    prompts: list[int]
+
+
+class Engine:
+    """Answers prompts. What it says depends neither on slots nor on neighbours nor on sharing.
+
+    Args:
+        model: taken over: its stacked layers are taken apart.
+        mesh: that the model lies on; one device by default.
+        cache_dtype: how keys and values are kept; by default as they are computed.
+    """
+
+    def __init__(
+        self, model: Llava, *, mesh: Mesh | None = None, cache_dtype: CacheDType | None = None
+    ):
+        self.config = model.config
+        self.program = Program(model, mesh=mesh, cache_dtype=cache_dtype)
+
+    def run(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        slots: int,
+        max_new_tokens: int,
+        sampling: Sampling,
+        every: int,
+        take: Take,
+        share: bool = True,
+    ) -> Iterator[int]:
+        """Yields the number of each prompt when its answer is complete, in that order.
+
+        Args:
+            prompts: their pixels may be made when they are needed, in other threads.
+            slots: answers in the making at a time, on a mesh rounded up to what divides.
+            max_new_tokens: where an answer is cut.
+            sampling: the same for all.
+            every: steps between looks at the tokens, at most.
+            take: called with what is new of an answer; False ends it.
+            share: whether prompts about the same pictures share the cache of their prefix.
+
+        Raises:
+            ValueError: no tokens or no slots wanted, a prompt that leaves no room for any token, or
+                one that ends in a picture.
+        """
+        limits = Limits(sampling=sampling, max_new_tokens=self._checked(prompts, max_new_tokens))
+        if slots < 1:
+            raise ValueError(f"slots is {slots}; give 1 or more")
+        if not prompts:
+            return
+        multiple = self.program.row_multiple
+        slots = -(-slots // multiple) * multiple
+        # A number for both prefixes and questions of one call.
+        rows = max(slots // _REFILL // multiple, 1) * multiple
+        longest = max(len(prompt.ids) for prompt in prompts) + limits.max_new_tokens
+        context = bucket(min(longest, self.config.text.max_positions))
+        state = self.program.start(slots=slots, context=context, new=bucket(limits.max_new_tokens))
+        free, taken, seen = deque(range(slots)), dict[int, int](), np.zeros(slots, int)
+        with ThreadPoolExecutor(_READERS) as readers:
+            groups = _groups(prompts, share=share)
+            feed = _Feed(self.program, prompts, groups, rows, context=context, readers=readers)
+            while taken or feed.more:
+                while free and feed.more:
+                    feed.refill()
+                    if len(free) < (count := min(rows, len(feed.waiting))):
+                        break
+                    chosen = [(*feed.waiting.popleft(), free.popleft()) for _ in range(count)]
+                    questions = _questions(prompts, chosen, rows=rows, slots=slots)
+                    state = self.program.admit(state, feed.prefixes, questions, limits)
+                    for prompt, _, slot in chosen:
+                        taken[slot], seen[slot] = prompt, 0
+                # With nobody waiting, only when all are finished.
+                enough = min(rows, len(feed.waiting) or rows) if feed.more else slots
+                state = self.program.decode(
+                    state,
+                    limits,
+                    stopped=np.isin(np.arange(slots), free),
+                    every=every,
+                    enough=enough,
+                )
+                # While the devices decode.
+                feed.refill()
+                tokens, counts, finished = jax.device_get(
+                    (state.tokens, state.counts, state.finished)
+                )
+                for slot, prompt in list(taken.items()):
+                    goes_on = take(prompt, tokens[slot, seen[slot] : counts[slot]])
+                    seen[slot] = counts[slot]
+                    if finished[slot] or not goes_on:
+                        del taken[slot]
+                        free.append(slot)
+                        yield prompt
+
+    def _checked(self, prompts: Sequence[Prompt], max_new_tokens: int) -> int:
+        """The limit, no higher than the context, after a look at every prompt."""
+        whole = isinstance(max_new_tokens, int | np.integer)
+        if not whole or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; give 1 or more, a whole number")
+        room = self.config.text.max_positions
+        longest = max((len(prompt.ids) for prompt in prompts), default=0)
+        if longest >= room:
+            raise ValueError(
+                f"a prompt of {longest} tokens, images included, leaves no room for an answer in "
+                f"the model's context of {room}; shorten it or give fewer images"
+            )
+        if any(prompt.ids[-1] == IMAGE_TOKEN_ID for prompt in prompts):
+            raise ValueError("a prompt ends in a picture; put text behind it")
+        return min(max_new_tokens, room)
+
+
+class _Feed:
+    """Prefixes, `rows` of them at a time, and the questions that wait to be asked about them.
+
+    While one batch of pictures is at work, those of the next are read.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        prompts: Sequence[Prompt],
+        groups: Sequence[_Group],
+        rows: int,
+        *,
+        context: int,
+        readers: ThreadPoolExecutor,
+    ):
+        self._program, self._prompts, self._rows = program, prompts, rows
+        self._context, self._readers = context, readers
+        self._chunks = deque(groups[at : at + rows] for at in range(0, len(groups), rows))
+        self._coming = self._read()
+        # (prompt, row of its prefix)
+        self.waiting = deque[tuple[int, int]]()
+        self.prefixes: KVCache
+
+    @property
+    def more(self) -> bool:
+        """Whether there is a question that is not asked yet."""
+        return bool(self.waiting or self._chunks)
+
+    def refill(self) -> None:
+        """Goes on to the next prefixes if no question waits about the last ones."""
+        if self.waiting or not self._chunks:
+            return
+        chunk, loaded = self._chunks.popleft(), [one.result() for one in self._coming]
+        self._coming = self._read()
+        size = self._program.config.vision.image_size
+        batch = pad_prompts(loaded, rows=self._rows, image_size=size)
+        self.prefixes = self._program.prefixes(batch, context=self._context)
+        self.waiting.extend(
+            (prompt, row) for row, group in enumerate(chunk) for prompt in group.prompts
+        )
+
+    def _read(self) -> list[Future[Prompt]]:
+        """Begins to read the pictures of the next chunk."""
+        return [
+            self._readers.submit(self._prompts[group.prompts[0]].until, group.prefix)
+            for group in (self._chunks[0] if self._chunks else ())
+        ]
+
+
+def _groups(prompts: Sequence[Prompt], *, share: bool) -> list[_Group]:
+    """Prompts by what they share; those of like images and length are neighbours."""
+    groups: dict[object, _Group] = {}
+    for number, prompt in enumerate(prompts):
+        end = prompt.prefix
+        shared = share and prompt.pictures is not None
+        key = (prompt.pictures, prompt.ids[:end].tobytes()) if shared else number
+        groups.setdefault(key, _Group(prefix=end, prompts=[])).prompts.append(number)
+
+    def size(group: _Group) -> tuple[int, int]:
+        ids = prompts[group.prompts[0]].ids
+        return int((ids == IMAGE_TOKEN_ID).sum()), bucket(group.prefix)
+
+    return sorted(groups.values(), key=size)
+
+
+def _questions(
+    prompts: Sequence[Prompt], chosen: Sequence[tuple[int, int, int]], *, rows: int, slots: int
+) -> Questions:
+    """(prompt, row of its prefix, slot) as arrays, padded to a bucket and to `rows`."""
+    ends = [prompts[prompt].prefix for prompt, _, _ in chosen]
+    rest = [prompts[prompt].ids[end:] for (prompt, _, _), end in zip(chosen, ends, strict=True)]
+    length = bucket(max(map(len, rest)), least=_LEAST_QUESTION)
+    questions = Questions.empty(rows, length, slots=slots)
+    for row, (ids, end, (_, prefix, slot)) in enumerate(zip(rest, ends, chosen, strict=True)):
+        questions.ids[row, : len(ids)] = ids
+        questions.lengths[row], questions.starts[row] = len(ids), end
+        questions.prefixes[row], questions.slots[row] = prefix, slot
+    return questions

@@ -1,0 +1,102 @@
+"""One conversation whose cache is kept between turns: a turn costs what is new in it."""
+
+from collections.abc import Generator
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
+from stf_jax.infer.program import Limits, Program, Questions, Slots
+from stf_jax.infer.prompts import Prompt, bucket, pad_prompts
+
+_LEAST = 16
+
+
+class Session:
+    """Answers prompts one after another, each of which mostly repeats the one before.
+
+    Whatever a prompt has in common with what the cache holds, counted from the start, is not
+    computed again; with a new picture all of it is.
+
+    Args:
+        program: of the model.
+    """
+
+    def __init__(self, program: Program):
+        self._program = program
+        self._slots: Slots | None = None
+        self._held = np.zeros(0, np.int32)
+        self._pictures: object = None
+        #: Tokens of the last prompt that were computed for it.
+        self.computed = 0
+
+    def stream(
+        self, prompt: Prompt, *, limits: Limits, every: int
+    ) -> Generator[Int[np.ndarray, "new"], None, None]:
+        """New ids, `every` at a time; whoever stops listening ends the answer.
+
+        Raises:
+            ValueError: a prompt that leaves no room for an answer.
+        """
+        room, length = self._program.config.text.max_positions, len(prompt.ids)
+        if length >= room:
+            raise ValueError(
+                f"the conversation is {length} tokens long, images included, and the model's "
+                f"context is {room}; start again"
+            )
+        needed, new = length + limits.max_new_tokens, bucket(limits.max_new_tokens)
+        start = self._common(prompt, context=min(needed, room), new=new)
+        slots = self._slots
+        # Until the devices have answered, nothing is known of what they hold.
+        self._slots = None
+        rows = self._program.row_multiple
+        if start and slots is not None:
+            slots = self._program.resume(slots, _question(prompt, start, rows), limits)
+        else:
+            # With room for as much again, so that few turns outgrow it.
+            slots = self._begin(prompt, limits, context=bucket(min(2 * needed, room)), new=new)
+        self.computed = length - start
+        seen, finished = 0, False
+        while not finished:
+            self._slots = None
+            slots = self._program.decode(
+                slots, limits, stopped=np.arange(rows) > 0, every=every, enough=rows
+            )
+            tokens, count, ended = jax.device_get(
+                (slots.tokens[0], slots.counts[0], slots.finished[0])
+            )
+            # The newest token is in no cache yet.
+            self._held = np.concatenate([prompt.ids, tokens[: count - 1]])
+            self._slots, self._pictures = slots, prompt.pictures
+            said, seen, finished = tokens[seen:count], int(count), bool(ended)
+            yield said
+
+    def _common(self, prompt: Prompt, *, context: int, new: int) -> int:
+        """How many positions of a prompt need not be computed; one always is."""
+        slots = self._slots
+        if slots is None or slots.cache.slots < context or slots.tokens.shape[1] != new:
+            return 0
+        if prompt.pictures != self._pictures or len(prompt.ids) < 2:
+            return 0
+        most = min(len(prompt.ids) - 1, len(self._held))
+        differs = np.flatnonzero(prompt.ids[:most] != self._held[:most])
+        common = int(differs[0]) if len(differs) else most
+        # What is asked anew is text.
+        return 0 if IMAGE_TOKEN_ID in prompt.ids[common:] else common
+
+    def _begin(self, prompt: Prompt, limits: Limits, *, context: int, new: int) -> Slots:
+        rows, size = self._program.row_multiple, self._program.config.vision.image_size
+        batch = pad_prompts([prompt.until(prompt.prefix)], rows=rows, image_size=size)
+        prefixes = self._program.prefixes(batch, context=context)
+        empty = self._program.start(slots=rows, context=context, new=new)
+        question = _question(prompt, prompt.prefix, rows)
+        return self._program.admit(empty, prefixes, question, limits)
+
+
+def _question(prompt: Prompt, start: int, rows: int) -> Questions:
+    rest = prompt.ids[start:]
+    question = Questions.empty(rows, bucket(len(rest), least=_LEAST), slots=rows)
+    question.ids[0, : len(rest)] = rest
+    question.lengths[0], question.starts[0], question.slots[0] = len(rest), start, 0
+    return question

@@ -1,0 +1,179 @@
+"""The engine gives the reference's tokens, and those of a decoder without cache or slots."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+import stf_jax
+from stf_jax.checkpoint import flatten, unflatten
+from stf_jax.config import LlavaConfig
+from stf_jax.data.conversation import get_template, render_prompt
+from stf_jax.data.images import load_image
+from stf_jax.data.tokenizer import IMAGE_TOKEN_ID, encode_prompt, expand_images
+from stf_jax.infer import engine as engine_module
+from stf_jax.infer.engine import Engine
+from stf_jax.infer.prompts import Prompt, pad_prompts
+from stf_jax.infer.sampling import GREEDY
+from stf_jax.models.llava import Llava
+from stf_jax.parallel.sharding import make_mesh
+
+MESHES = {
+    "one device": None,
+    "fsdp 8": {"fsdp": 8},
+    "data 2 x tensor 4": {"data": 2, "tensor": 4},
+}
+
+
+@pytest.fixture(scope="module", params=MESHES)
+def model(request: pytest.FixtureRequest, reference: Path) -> stf_jax.Model:
+    axes = MESHES[request.param]
+    mesh = None if axes is None else make_mesh(**axes)
+    return stf_jax.load(reference / "llava-stf", mesh=mesh)
+
+
+def answers(engine: Engine, prompts: list[Prompt], lengths: list[int], **options: Any) -> Any:
+    """Each answer cut where its length says."""
+    found: list[list[int]] = [[] for _ in prompts]
+
+    def take(number: int, ids: np.ndarray) -> bool:
+        found[number] += ids.tolist()
+        return len(found[number]) < lengths[number]
+
+    run = engine.run(prompts, max_new_tokens=max(lengths), sampling=GREEDY, take=take, **options)
+    assert sorted(run) == list(range(len(prompts)))
+    return [row[:length] for row, length in zip(found, lengths, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("slots", "share", "step"),
+    [(1, True, 64), (3, False, 1), (4, True, 64), (16, True, 100)],
+    ids=["one slot", "apart", "shared", "wide"],
+)
+def test_reference(
+    model: stf_jax.Model,
+    reference: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    slots: int,
+    share: bool,
+    step: int,
+) -> None:
+    """Lengths are padded to multiples of `step`."""
+    if model.engine.program.mesh is not None and slots != 4:
+        pytest.skip("eight rows in any case")
+    for module in (engine_module, __import__("stf_jax.infer.prompts", fromlist=["bucket"])):
+        monkeypatch.setattr(module, "bucket", lambda length, least=0: -(-length // step) * step)
+    cases = json.loads((reference / "generation.json").read_text())
+    prompts = []
+    for case in cases * 3:
+        text = f"<image>\n{case['question'].removeprefix('<image>').strip()}"
+        text = render_prompt(text, template=get_template(case["template"]))
+        ids = encode_prompt(model.tokenizer, text)
+        pixels = model.image_processor.pixels(load_image(reference / "images" / case["image"]))
+        prompts.append(
+            Prompt(
+                ids=expand_images(ids, tokens_per_image=model.config.tokens_per_image),
+                pixels=pixels[None],
+                pictures=case["image"],
+            )
+        )
+    found = answers(model.engine, prompts, [24] * 6, slots=slots, share=share, every=5)
+    assert found == [case["output_ids"][1:] for case in cases] * 3
+
+
+TINY = LlavaConfig.tiny()
+# One token in thirty ends an answer.
+CONFIG = dataclasses.replace(
+    TINY, text=dataclasses.replace(TINY.text, eos_ids=tuple(range(20, 40)), max_positions=120)
+)
+NEW, LONGEST = 12, 80
+
+
+@pytest.fixture(scope="module")
+def network() -> Llava:
+    rng, network = np.random.default_rng(0), Llava.abstract(CONFIG)
+    # Larger weights than training starts from: logits then depend on all of the prompt.
+    weights = {
+        path: jnp.asarray(rng.normal(path.endswith("scale"), 0.2, leaf.shape), leaf.dtype)
+        for path, leaf in flatten(nnx.to_pure_dict(nnx.state(network))).items()
+    }
+    nnx.update(network, unflatten(weights))
+    return network
+
+
+@pytest.fixture(scope="module")
+def engine(network: Llava) -> Engine:
+    return Engine(nnx.merge(*nnx.split(network)))
+
+
+FORWARD = jax.jit(Llava.__call__)
+
+
+def without_cache(network: Llava, prompts: list[Prompt], lengths: list[int]) -> list[list[int]]:
+    """The most likely token after all that came before, computed anew for each token."""
+    rows, ids = [[] for _ in prompts], [prompt.ids for prompt in prompts]
+    for _ in range(max(lengths)):
+        now = [dataclasses.replace(p, ids=one) for p, one in zip(prompts, ids, strict=True)]
+        # A row of the greatest length and pictures keeps the shapes.
+        size = CONFIG.vision.image_size
+        full = Prompt(ids=np.ones(96, np.int32), pixels=np.zeros((2, size, size, 3), np.float32))
+        batch = pad_prompts([*now, full], rows=20, image_size=size)
+        logits = np.asarray(FORWARD(network, batch))
+        chosen = [int(logits[row, len(one) - 1].argmax()) for row, one in enumerate(ids)]
+        for row, token in enumerate(chosen):
+            over = rows[row] and rows[row][-1] in CONFIG.text.eos_ids
+            if not over and len(rows[row]) < lengths[row]:
+                rows[row].append(token)
+        ids = [np.append(one, token) for one, token in zip(ids, chosen, strict=True)]
+    return rows
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> tuple[list[Prompt], list[int]]:
+    """Twenty less one, about a few pictures or none, with their stop points."""
+    prompts = []
+    for _ in range(19):
+        images, picture = draw(st.integers(0, 2)), draw(st.integers(0, 2))
+        rng = np.random.default_rng([images, picture])
+        size = CONFIG.vision.image_size
+        before = rng.integers(40, 600, 3 + 9 * picture)
+        vision = np.full(images * CONFIG.tokens_per_image, IMAGE_TOKEN_ID)
+        seed = draw(st.integers(0, 999))
+        after = np.random.default_rng(seed).integers(40, 600, draw(st.integers(1, 40)))
+        prompts.append(
+            Prompt(
+                ids=np.concatenate([before, vision, after]).astype(np.int32),
+                pixels=rng.standard_normal((images, size, size, 3), dtype=np.float32),
+                pictures=(images, picture) if draw(st.booleans()) else None,
+            )
+        )
+    return prompts, draw(st.lists(st.integers(1, NEW), min_size=19, max_size=19))
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=11, phases=(Phase.generate,))
+@given(
+    asked=requests(),
+    slots=st.sampled_from([1, 4, 9]),
+    every=st.sampled_from([1, 3, 20]),
+    share=st.booleans(),
+)
+def test_random_requests(
+    engine: Engine,
+    network: Llava,
+    asked: tuple[list[Prompt], list[int]],
+    slots: int,
+    every: int,
+    share: bool,
+) -> None:
+    """Two hundred of them."""
+    prompts, lengths = asked
+    found = answers(engine, prompts, lengths, slots=slots, every=every, share=share)
+    assert found == without_cache(network, prompts, lengths)
