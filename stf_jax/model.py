@@ -5,8 +5,8 @@ model = stf_jax.load("llava-stf-7b")
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
-from pathlib import Path
+import hashlib
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
@@ -139,12 +139,14 @@ class Model:
         ids = encode_prompt(self.tokenizer, render_prompt(question, template=template))
         # A photograph is shown upright, as its owner sees it.
         pictures = [load_image(image, apply_orientation=True) for image in images]
-        pixels = [self.image_processor.pixels(picture) for picture in pictures]
         size = self.config.vision.image_size
+        pixels = np.zeros((len(pictures), size, size, 3), np.float32)
+        for picture, out in zip(pictures, pixels, strict=True):
+            out[...] = self.image_processor.pixels(picture)
         return Prompt(
             ids=expand_images(ids, tokens_per_image=self.config.tokens_per_image),
-            pixels=np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.float32),
-            pictures=tuple(_identity(image) for image in images) or None,
+            pixels=pixels,
+            pictures=hashlib.sha256(pixels.tobytes()).digest() if pictures else None,
         )
 
     def _answer(self, builder: AnswerBuilder, prompt: Prompt) -> Answer:
@@ -155,8 +157,3 @@ class Model:
             vision_tokens=int((prompt.ids == IMAGE_TOKEN_ID).sum()),
             finish_reason="stop" if builder.finished else "length",
         )
-
-
-def _identity(image: ImageSource) -> Hashable:
-    """Equal for what is certain to be the same picture while a call lasts."""
-    return str(image) if isinstance(image, str | Path) else id(image)

@@ -1,0 +1,101 @@
+"""Models for lmms-eval, which finds them by entry point: `--model stf_jax --model_args path=DIR`.
+
+It poses questions its own way, so that scores differ from those of `stf-jax eval`. Written for its
+version 0.7; nothing else imports this file.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+
+import stf_jax
+from stf_jax.data.conversation import IMAGE_MARKER
+
+# Pictures of so many questions are in memory at a time.
+_CHUNK = 256
+
+
+def manifest() -> ModelManifest:
+    """What the entry point gives to lmms-eval."""
+    return ModelManifest(model_id="stf_jax", simple_class_path="stf_jax.eval.lmms.StfJax")
+
+
+class StfJax(lmms):
+    """A model of `stf_jax.load` on one device, with the engine behind it.
+
+    Args:
+      path: as `stf_jax.load` takes it.
+      dtype: likewise.
+      vision_tower: likewise.
+      template: the form of the prompt.
+      batch_size: answers in the making at a time.
+      device: ignored; JAX has chosen one.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        path: str,
+        dtype: Any = None,
+        vision_tower: str | None = None,
+        template: str = "v1",
+        batch_size: int | str = 16,
+        device: str | None = None,
+    ) -> None:
+        super().__init__()
+        self._model = stf_jax.load(path, dtype=dtype, vision_tower=vision_tower)
+        self._template, self._slots = template, int(batch_size)
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """An answer to each request, in their order."""
+        answers: dict[int, str] = {}
+        alike = defaultdict(list)
+        for number, request in enumerate(requests):
+            alike[repr(sorted(request.args[1].items()))].append(number)
+        for numbers in alike.values():
+            for start in range(0, len(numbers), _CHUNK):
+                chunk = numbers[start : start + _CHUNK]
+                options = _options(requests[chunk[0]].args[1])
+                asked = [self._request(requests[number]) for number in chunk]
+                found = self._model.generate(
+                    asked, template=self._template, slots=self._slots, **options
+                )
+                answers |= dict(zip(chunk, (answer.text for answer in found), strict=True))
+        return [answers[number] for number in range(len(requests))]
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        """Refused."""
+        raise NotImplementedError("stf_jax answers tasks of one round; leave such tasks out")
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Refused."""
+        raise NotImplementedError("stf_jax generates only; choose tasks of generate_until")
+
+    def _request(self, request: Any) -> stf_jax.Request:
+        context, _, pictures_of, document, task, split = request.args
+        pictures = list(pictures_of(self.task_dict[task][split][document]) or ())
+        # Where marks and pictures do not match, the pictures come first.
+        if context.count(IMAGE_MARKER) != len(pictures):
+            context = context.replace(IMAGE_MARKER, "")
+        return stf_jax.Request(prompt=context, images=pictures)
+
+
+def _options(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Generation arguments of `transformers` as ours."""
+    sampled = asked.get("do_sample", True) and (asked.get("temperature") or 0) > 0
+    sampling = stf_jax.Sampling()
+    if sampled:
+        sampling = stf_jax.Sampling(
+            temperature=asked["temperature"],
+            top_p=asked.get("top_p") or 1.0,
+            top_k=asked.get("top_k") or 0,
+        )
+    return {
+        "sampling": sampling,
+        "max_new_tokens": asked.get("max_new_tokens", 1024),
+        "stop": asked.get("until", ()),
+    }
