@@ -263,7 +263,8 @@ def _check_architecture(config: TrainConfig, first: NativeCheckpoint) -> None:
 
 def _mesh(config: TrainConfig) -> Mesh | None:
     if config.mesh is not None:
-        return make_mesh(**config.mesh.sizes(jax.device_count()))
+        sizes = config.mesh.sizes(jax.device_count())
+        return make_mesh(data=sizes["data"], fsdp=sizes["fsdp"], tensor=sizes["tensor"])
     if jax.process_count() > 1:
         raise TrainingError("several hosts need a mesh; leave out mesh: null")
     return None
