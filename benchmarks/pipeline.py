@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
 import mix665k
@@ -39,15 +40,16 @@ from stf_jax.data.building import build
 from stf_jax.data.config import DataConfig, DatasetSource
 from stf_jax.data.images import CLIP_MEAN, CLIP_STD, ImageProcessor
 from stf_jax.data.packing import group, pack, shuffled
-from stf_jax.data.pipeline import TrainingData
+from stf_jax.data.pipeline import TrainingData, TrainingStep
 from stf_jax.data.tokenizer import load_tokenizer
 
 # Widths and heights, and how often, roughly as in COCO's train2017.
 SIZES = (((640, 480), 0.42), ((480, 640), 0.14), ((640, 427), 0.32), ((427, 640), 0.12))
 BATCH = 32
+ROWS = 3
 # Batches before the clock starts: more than any side makes ahead.
 WARM = 8
-Side = Callable[[], AbstractContextManager[Iterator[np.ndarray]]]
+Side = Callable[[], AbstractContextManager[Iterator[int]]]
 REFERENCE = pathlib.Path(__file__).parent.parent / "tests/data/reference"
 
 
@@ -124,23 +126,21 @@ class Recipe(torch.utils.data.Dataset[torch.Tensor]):
 @contextlib.contextmanager
 def recipe(
     paths: list[pathlib.Path], workers: int, *, clip: CLIPImageProcessorPil | None
-) -> Iterator[Iterator[np.ndarray]]:
-    """Batches of pixels float32 [B, 3, 336, 336] from PyTorch's DataLoader."""
+) -> Iterator[Iterator[int]]:
+    """Batches of pixels float32 [B, 3, 336, 336] from PyTorch's DataLoader, by their pictures."""
     loader = torch.utils.data.DataLoader(
         Recipe(paths, clip=clip), batch_size=BATCH, num_workers=workers
     )
-    yield (batch.numpy() for batch in loader)
+    yield (len(batch.numpy()) for batch in loader)
 
 
 @contextlib.contextmanager
-def ours(folder: pathlib.Path, workers: int, *, fast: bool) -> Iterator[Iterator[np.ndarray]]:
-    """Batches of pixels float32 [B, 1, 336, 336, 3] from this project's pipeline."""
+def ours(folder: pathlib.Path, workers: int, *, fast: bool) -> Iterator[Iterator[int]]:
+    """Batches of pixels float32 [R, 12, 336, 336, 3] from packed rows, by their pictures."""
     config = DataConfig(
         datasets=(DatasetSource(path=os.fspath(folder / "dataset")),),
-        sequence_length=256,
-        batch_size=BATCH,
-        packing="single",
-        images_per_row=1,
+        batch_size=ROWS,
+        images_per_row=12,
         workers=workers,
         fast_images=fast,
     )
@@ -153,19 +153,25 @@ def ours(folder: pathlib.Path, workers: int, *, fast: bool) -> Iterator[Iterator
     # A training step begins with this.
     normalise = jax.jit(ImageProcessor().normalise)
     with contextlib.closing(data.batches()) as steps:
-        yield (np.asarray(normalise(step.batch.pixels)) for step in steps)
+        yield (_normalised(step, normalise) for step in steps)
+
+
+def _normalised(step: TrainingStep, normalise: Callable[[Any], Any]) -> int:
+    jax.block_until_ready(normalise(step.batch.pixels))
+    return sum(len(row) for row in step.example_ids)
 
 
 def rates(side: Side, count: int) -> tuple[float, float]:
-    """Pictures a second of processor time, and a second by the clock, over `count` batches."""
+    """Pictures a second of processor time, and a second by the clock, over `count` pictures."""
     with side() as batches:
         for _ in range(WARM):
             next(batches)
         processor, clock = processor_time(), time.perf_counter()
-        for _ in range(count):
-            next(batches)
+        done = 0
+        while done < count:
+            done += next(batches)
         processor, clock = processor_time() - processor, time.perf_counter() - clock
-    return count * BATCH / processor, count * BATCH / clock
+    return done / processor, done / clock
 
 
 def processor_time() -> float:
@@ -202,7 +208,7 @@ def pictures(count: int, workers: int, rounds: int) -> None:
         found: dict[str, list[tuple[float, float]]] = {key: [] for key in sides}
         for _ in range(rounds):
             for key, side in sides.items():
-                found[key].append(rates(side, count // BATCH))
+                found[key].append(rates(side, count))
         print(f"JPEGs of COCO's sizes to 336 px, padded; {workers} worker processes, {rounds} "
               f"rounds of {count}; {os.cpu_count()} cores")  # fmt: skip
         print(f"{'':32} pictures/s per core   ratio   (least)   pictures/s by the clock")

@@ -9,8 +9,9 @@ import dataclasses
 import gc
 import itertools
 import logging
+import signal
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -223,7 +224,7 @@ class TrainingData:
         step = source.start_step
         iterator: Any = iter(_prefetched(source, self.config.workers))
         try:
-            for row in iterator:
+            for row in _survived(iterator):
                 rows.append(row)
                 if len(rows) < len(source.batch_rows):
                     continue
@@ -285,7 +286,23 @@ def _prefetched(source: RowSource, workers: int) -> Any:
     )
 
 
+def _survived(iterator: Iterator[Any]) -> Iterator[Any]:
+    try:
+        yield from iterator
+    except RuntimeError as error:
+        if "Worker process was terminated unexpectedly" not in str(error):
+            raise
+        raise ChildProcessError(
+            "a worker process was killed, perhaps for want of memory; "
+            "use fewer data.workers and start again"
+        ) from error
+
+
 def _start_worker(worker: int, workers: int) -> None:
+    # A scheduler that stops a run signals all its processes; the run itself ends its workers, after
+    # its last checkpoint.
+    for one in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(one, signal.SIG_IGN)
     end_with_parent()
     # Memory of pictures is used again, not given back and fetched anew for each.
     Image.core.set_blocks_max(_PICTURE_BLOCKS)  # type: ignore[attr-defined]

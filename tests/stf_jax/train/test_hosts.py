@@ -29,6 +29,18 @@ def free_port() -> int:
         return port
 
 
+def until(condition: Callable[[], bool], *, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert condition()
+
+
+def written(config: TrainConfig, path: Path) -> Path:
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(config.to_dict()))))
+    return path
+
+
 def begin(path: Path, *, processes: int, devices: int) -> list[subprocess.Popen[str]]:
     """`stf-jax train` in several processes with so many devices each."""
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
@@ -53,22 +65,51 @@ def losses(run: TrainConfig) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
+def steps(run: TrainConfig) -> int:
+    metrics = Path(run.out, "metrics.jsonl")
+    return metrics.read_text().count("\n") if metrics.exists() else 0
+
+
+def test_all_processes_of_a_run_are_told_to_end(
+    config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    """As a scheduler does; the data workers live until the run has saved and left."""
+    run = config(steps=300, data={"batch_size": 4, "workers": 2})
+    path = written(run, tmp_path / "run.yaml")
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", COMMAND, "train", str(path)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        until(lambda: process.poll() is not None or steps(run) >= 2)
+        os.killpg(process.pid, signal.SIGTERM)
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 75, said
+    done = steps(run)
+    assert f"interrupted after step {done}; start it again to go on" in said
+    assert "Traceback" not in said
+    assert (Path(run.out) / "checkpoints" / str(done)).is_dir()
+    until(lambda: not _alive(process.pid), seconds=20)
+
+
+def _alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def test_two_processes_are_one_run(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     """Preempted in one of them, both leave; alone it goes on; and the losses are those of one."""
     keys = {"steps": 30, "data": {"batch_size": 8}}
     expected = config(**keys, mesh={"fsdp": 8})
     assert train(expected) == "finished"
     run = config(**keys, mesh={"data": 2, "fsdp": 2, "tensor": 2}, log_every=1)
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(json.loads(json.dumps(run.to_dict()))))
-    first, second = begin(path, processes=2, devices=4)
+    first, second = begin(written(run, tmp_path / "run.yaml"), processes=2, devices=4)
     # Only one host of a pod may be told that it is preempted.
-    metrics = Path(run.out, "metrics.jsonl")
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and first.poll() is None:
-        if metrics.exists() and metrics.read_text().count("\n") >= 2:
-            break
-        time.sleep(0.05)
+    until(lambda: first.poll() is not None or steps(run) >= 2)
     second.send_signal(signal.SIGTERM)
     said = [process.communicate(timeout=240)[1] for process in (first, second)]
     assert [first.returncode, second.returncode] == [75, 75], said
