@@ -3,8 +3,13 @@
 import argparse
 import json
 import sys
+from typing import TYPE_CHECKING
 
 from stf_jax.cli import Verbs, add_verb
+
+if TYPE_CHECKING:
+    from stf_jax.plan.request import Plan
+    from stf_jax.plan.sweep import Ask
 
 # Other than that of a mistake, so that a script can tell.
 DOES_NOT_FIT = 3
@@ -23,16 +28,61 @@ def add_plan(verbs: Verbs) -> None:
     parser.add_argument(
         "--topology", required=True, metavar="T", help="generation and chips along each axis"
     )
-    parser.add_argument("--json", action="store_true", help="one object")
+    parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help="try meshes, micro-batches and remat policies; the best that fit, an hour at 7B",
+    )
+    parser.add_argument("--json", action="store_true", help="one object a plan")
     # What no argument takes is for the config.
     parser.set_defaults(overrides=[])
 
 
 def _plan(options: argparse.Namespace) -> int:
     from stf_jax.plan.asking import plan
-    from stf_jax.plan.report import render
+    from stf_jax.plan.report import render, render_sweep
 
-    made = plan(options.config, topology=options.topology, overrides=options.overrides)
-    text = json.dumps(made.to_json()) if options.json else render(made)
-    sys.stdout.write(f"{text}\n")
+    def ask(more: tuple[str, ...] = ()) -> "Plan":
+        overrides = [*options.overrides, *more]
+        return plan(options.config, topology=options.topology, overrides=overrides)
+
+    if options.sweep:
+        chosen = _swept(options, ask)
+        text = (
+            "\n".join(json.dumps({"overrides": changes} | one.to_json()) for changes, one in chosen)
+            if options.json
+            else render_sweep(chosen)
+        )
+        sys.stdout.write(f"{text}\n")
+        return 0 if chosen else DOES_NOT_FIT
+    made = ask()
+    if options.json:
+        sys.stdout.write(f"{json.dumps(made.to_json())}\n")
+    else:
+        sys.stdout.write(f"{render(made)}\n")
+        if not made.fits:
+            sys.stdout.write(f"{_change(options, made.chips, ask)}\n")
     return 0 if made.fits else DOES_NOT_FIT
+
+
+def _swept(options: argparse.Namespace, ask: "Ask") -> "list[tuple[tuple[str, ...], Plan]]":
+    from stf_jax.plan.chips import Topology
+    from stf_jax.plan.report import progress
+    from stf_jax.plan.sweep import best, sweep
+    from stf_jax.train.config import TrainConfig
+
+    config = TrainConfig.load(options.config, options.overrides)
+    tried = []
+    for one in sweep(config, chips=Topology.parse(options.topology).chips, ask=ask):
+        sys.stderr.write(f"{progress(one)}\n")
+        tried.append(one)
+    return best(tried)
+
+
+def _change(options: argparse.Namespace, chips: int, ask: "Ask") -> str:
+    from stf_jax.plan.report import render_change
+    from stf_jax.plan.sweep import change_that_fits
+    from stf_jax.train.config import TrainConfig
+
+    config = TrainConfig.load(options.config, options.overrides)
+    return render_change(change_that_fits(config, chips=chips, ask=ask))

@@ -13,7 +13,16 @@ from jaxtyping import Array, Float, Int
 
 from stf_jax.config import RopeScaling, TextConfig
 from stf_jax.models.cache import CacheDType, KVCache
-from stf_jax.models.layers import Init, Linear, Remat, RMSNorm, apply_layers, stack, unstack
+from stf_jax.models.layers import (
+    Init,
+    Linear,
+    Remat,
+    RMSNorm,
+    apply_layers,
+    stack,
+    unstack,
+    written_gradient,
+)
 from stf_jax.models.lora import LoRAConfig
 from stf_jax.parallel.attention import CacheMask, Mask, attention
 from stf_jax.parallel.sharding import gathered
@@ -54,7 +63,7 @@ def rotate(
 
 
 def _kept(x: Array) -> Array:
-    """What the backward pass with remat "mlp" finds stored."""
+    """What the backward pass with remat "attention" finds stored."""
     return checkpoint_name(x, "attention")
 
 
@@ -86,7 +95,8 @@ class GatedMLP(nnx.Module):
     def __call__(self, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
         """The hidden width is split over `tensor`, the result is not."""
         hidden = self.rules.hidden
-        gated = jax.nn.silu(self.gate(x, out=hidden)) * self.up(x, out=hidden)
+        gate, up = (written_gradient(f(x, out=hidden)) for f in (self.gate, self.up))
+        gated = jax.nn.silu(gate) * up
         return self.down(gated, out=self.rules.tokens)
 
 
@@ -106,8 +116,7 @@ class DecoderLayer(nnx.Module):
         normal, heads = self.attention_norm(x), self.attention.rules.hidden
         query = rotate(self.attention.query(normal, out=heads), *angles)
         key = rotate(self.attention.key(normal, out=heads), *angles)
-        value = self.attention.value(normal, out=heads)
-        return _kept(query), _kept(key), _kept(value)
+        return query, key, self.attention.value(normal, out=heads)
 
     def finish(
         self, x: Float[Array, "B T H"], attended: Float[Array, "B T N D"]

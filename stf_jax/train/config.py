@@ -90,8 +90,8 @@ class TrainConfig:
         micro_batches: parts of a batch whose gradients are added up one after the other.
         normalization: the loss is the mean over all supervised "tokens" of a batch, or the mean of
             its "micro_batches"' means, as in the PyTorch reference.
-        remat: what the backward pass computes again: "none", "mlp" (the decoder's
-            MLPs), "dots" (all but matmuls), "full".
+        remat: what the backward pass computes again: "none", "dots" (all but matmuls),
+            "attention" (all but attention), "full".
         dtype: of the forward and backward pass; trained parameters are float32 all the same.
         nonfinite: what a step does whose loss or gradient is not finite: "stop" the run, or "skip"
             the update and go on.

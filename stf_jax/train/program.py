@@ -20,8 +20,10 @@ from stf_jax.train.distributed import BatchLayout
 from stf_jax.train.optimizer import Parameters, make_optimizer, split_trained
 from stf_jax.train.step import Step, TrainState, init_state, make_step
 
-# The sum of gradients over the chips runs beside the matmuls; by itself the compiler waits for it.
+# The sum of gradients over the chips runs beside the matmuls; by itself the compiler joins several
+# (here those above 16 MiB stay alone) and waits for them.
 TPU_OPTIONS = {
+    "xla_jf_crs_combiner_threshold_in_bytes": str(2**24),
     "xla_enable_async_all_reduce": "true",
     "xla_tpu_enable_async_collective_fusion": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",

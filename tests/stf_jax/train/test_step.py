@@ -123,7 +123,7 @@ def test_mean_of_micro_batches(reference_batch, source, weights):
     assert abs(alone[0] - alone[1]) > 1e-3
 
 
-@pytest.mark.parametrize("remat", ["mlp", "dots", "full"])
+@pytest.mark.parametrize("remat", ["attention", "dots", "full"])
 def test_remat_changes_nothing(reference_batch, source, weights, remat: str):
     batch = jax.tree.map(lambda leaf: leaf[None], reference_batch(4))
     stored = run(source, weights, batch, "finetune", steps=3)
@@ -134,7 +134,9 @@ def test_remat_changes_nothing(reference_batch, source, weights, remat: str):
 
 def test_unknown_remat_is_an_error(reference_batch, source, weights):
     batch = jax.tree.map(lambda leaf: leaf[None], reference_batch(4))
-    with pytest.raises(ValueError, match="remat is 'fulll'; choose one of none, mlp, dots, full"):
+    with pytest.raises(
+        ValueError, match="remat is 'fulll'; choose one of none, attention, dots, full"
+    ):
         run(source, weights, batch, "finetune", steps=1, remat="fulll")
 
 

@@ -1,0 +1,63 @@
+"""Plans of a config's neighbours: meshes, micro-batches and remat policies."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import get_args
+
+from stf_jax.models.layers import Remat
+from stf_jax.plan.request import Plan
+from stf_jax.train.config import MeshConfig, TrainConfig
+
+# Overrides to the config, and what the compiler says of it; None where they do not go together.
+Tried = tuple[tuple[str, ...], Plan | None]
+Ask = Callable[[tuple[str, ...]], Plan]
+
+
+def sweep(config: TrainConfig, *, chips: int, ask: Ask) -> Iterator[Tried]:
+    """Every neighbour, one after the other, each with what the compiler says of it.
+
+    Meshes with `tensor` 1, 2 and 4, the batch in as few micro-batches as the rows allow and in
+    twice as many, and each remat policy.
+
+    Args:
+        config: which is varied.
+        chips: of the slice.
+        ask: plans the config with overrides; takes minutes at 7B.
+    """
+    for tensor, parts, remat in itertools.product((1, 2, 4), (1, 2), get_args(Remat)):
+        rows = config.data.batch_size
+        if chips % tensor or rows % (parts * chips // tensor):
+            continue
+        mesh = MeshConfig(data=1, fsdp=chips // tensor, tensor=tensor)
+        axes = dataclasses.asdict(mesh).items()
+        overrides = (
+            *(f"--mesh.{name}={size}" for name, size in axes),
+            f"--micro_batches={parts}",
+            f"--remat={remat}",
+        )
+        try:
+            yield overrides, ask(overrides)
+        except ValueError:
+            yield overrides, None
+
+
+def best(tried: list[Tried], *, count: int = 5) -> list[tuple[tuple[str, ...], Plan]]:
+    """Those that fit, the fastest first."""
+    fit = [(overrides, plan) for overrides, plan in tried if plan is not None and plan.fits]
+    return sorted(fit, key=lambda one: one[1].step_seconds)[:count]
+
+
+def change_that_fits(config: TrainConfig, *, chips: int, ask: Ask) -> tuple[str, ...] | None:
+    """The first of the usual changes with which the step fits; asks the compiler about each.
+
+    None if none of them does: then parameters and optimiser are too large for the slice.
+    """
+    changes: list[tuple[str, ...]] = []
+    if config.remat != "full":
+        changes.append(("--remat=full",))
+    parts = config.micro_batches * 2
+    while config.data.batch_size % (parts * chips) == 0:
+        changes.append(("--remat=full", f"--micro_batches={parts}"))
+        parts *= 2
+    return next((change for change in changes if ask(change).fits), None)

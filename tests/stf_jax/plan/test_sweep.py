@@ -1,0 +1,102 @@
+"""Which neighbours are tried, and which are kept; the compiler is stood in for."""
+
+import dataclasses
+
+import pytest
+
+from stf_jax.data.config import DataConfig
+from stf_jax.plan.report import headline, render, render_change, render_sweep
+from stf_jax.plan.request import Plan, Traffic
+from stf_jax.plan.sweep import best, change_that_fits, sweep
+from stf_jax.train.config import TrainConfig
+
+CONFIG = TrainConfig(model="m", out="o", remat="dots", data=DataConfig(batch_size=32))
+FITS = Plan(
+    topology="v5e:4x4",
+    mesh={"data": 1, "fsdp": 16, "tensor": 1},
+    rows=32,
+    length=2048,
+    model_flops={"vision": 1e13, "fusion": 2e13, "text": 3e14},
+    peak_flops=1e14,
+    limit=16 * 2**30,
+    fits=True,
+    arguments=2**30,
+    temporaries=2**31,
+    peak=3 * 2**30,
+    hardware_flops=3e13,
+    cycles_seconds=0.3,
+    kernel_seconds=0.1,
+    exposed_seconds=0.05,
+    collective_seconds=0.2,
+    traffic=(
+        Traffic(
+            kind="all-gather", count=3, bytes=9e9, exposed=0, largest=9 * 10**6, what="bf16[9]"
+        ),
+    ),
+    top=((0.1, "decoder/dot_general", "bf16[1,2]"),),
+)
+DOES_NOT = dataclasses.replace(FITS, fits=False, needed=20 * 2**30)
+
+
+def test_the_estimate() -> None:
+    """Computation and what does not overlap it, but never less than all collectives."""
+    assert FITS.step_seconds == pytest.approx(0.45)
+    assert FITS.ideal_seconds == pytest.approx(3.3e14 / 1e14 / 16)
+    assert FITS.mfu == pytest.approx(FITS.ideal_seconds / 0.45)
+    slow = dataclasses.replace(FITS, collective_seconds=2.0)
+    assert slow.step_seconds == 2.0
+    assert Plan.from_json(FITS.to_json()) == FITS
+
+
+def test_only_what_divides_is_tried() -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def ask(overrides: tuple[str, ...]) -> Plan:
+        asked.append(overrides)
+        if "--mesh.tensor=4" in overrides:
+            raise ValueError("the mesh does not divide the model")
+        if "--remat=none" in overrides:
+            return DOES_NOT
+        return dataclasses.replace(FITS, cycles_seconds=0.1 * len(asked))
+
+    tried = list(sweep(CONFIG, chips=16, ask=ask))
+    # 32 rows over 16 chips are one or two micro-batches; over 8 and 4 too.
+    assert len(asked) == len(tried) == 3 * 2 * 4
+    assert asked[0][:3] == ("--mesh.data=1", "--mesh.fsdp=16", "--mesh.tensor=1")
+    kept = best(tried, count=3)
+    assert [plan.step_seconds for _, plan in kept] == sorted(
+        plan.step_seconds for _, plan in tried if plan is not None and plan.fits
+    )[:3]
+    assert "estimated step" in render_sweep(kept)
+    assert render_sweep([]) == "nothing fits; use a larger slice"
+
+
+@pytest.mark.parametrize(
+    ("enough", "change", "advice"),
+    [
+        ("--remat=full", ("--remat=full",), "it fits with --remat=full"),
+        (
+            "--micro_batches=2",
+            ("--remat=full", "--micro_batches=2"),
+            "it fits with --remat=full --micro_batches=2",
+        ),
+        ("never", None, "no fewer rows at a time would fit it: use a larger slice, or stage lora"),
+    ],
+)
+def test_what_would_make_it_fit(enough: str, change: tuple[str, ...] | None, advice: str) -> None:
+    found = change_that_fits(
+        CONFIG, chips=16, ask=lambda overrides: FITS if enough in overrides else DOES_NOT
+    )
+    assert found == change
+    assert render_change(found) == advice
+
+
+def test_what_a_person_reads() -> None:
+    text = render(FITS)
+    assert "peak 3.00 GiB a chip of 16.00 GiB" in text
+    assert "330.0 T a step (vision 10.0 T, fusion 20.0 T, text 300.0 T)" in text
+    assert "9.0 GB to a chip" in text
+    assert headline(FITS) == (
+        "v5e:4x4: peak 3.00 GiB of 16.00 GiB a chip; estimated step 0.45 s, estimated MFU 46 %"
+    )
+    assert "does not fit: needs 20.00 GiB a chip, 4.00 GiB more than there are" in render(DOES_NOT)
