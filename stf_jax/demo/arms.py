@@ -1,0 +1,44 @@
+"""The arms of the experiment: what may stand between the vision tower and the language model."""
+
+import dataclasses
+
+from stf_jax.config import FusionConfig, MBTFConfig, TextConfig, VisionConfig
+
+# The hidden states that MBTF mixes: all but the first and the last, the highest first.
+TAPS = (4, 3, 2, 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to make vision tokens."""
+
+    name: str  # of its folder
+    title: str  # in tables and plots
+    fusion: FusionConfig
+
+
+def all_arms(vision: VisionConfig, text: TextConfig) -> dict[str, Arm]:
+    """The paper's four, with its multiples of the tower's width."""
+    tap, width = TAPS[0], vision.width
+    stf = FusionConfig(
+        taps=(tap,), mbtf=None, reduction="stf", window=2, projector_width=16 * width
+    )
+    arms = (
+        Arm(
+            name="llava",
+            title="LLaVA-1.5",
+            fusion=FusionConfig.llava(text_width=text.width, tap=tap),
+        ),
+        Arm(
+            name="average",
+            title="AvgPool",
+            fusion=FusionConfig.average(text_width=text.width, tap=tap),
+        ),
+        Arm(name="stf", title="STF", fusion=stf),
+        Arm(
+            name="stf_mbtf",
+            title="STF + MBTF",
+            fusion=dataclasses.replace(stf, taps=TAPS, mbtf=MBTFConfig(mlp_width=4 * width)),
+        ),
+    )
+    return {arm.name: arm for arm in arms}

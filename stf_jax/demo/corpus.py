@@ -1,0 +1,74 @@
+"""The scenes of a run on disk: JPEG pictures, LLaVA's JSON to train on, questions held out."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from stf_jax.checkpoint import new_directory
+from stf_jax.demo import scenes
+from stf_jax.demo.scenes import Question, Scans, Scene
+
+PICTURES = "pictures"
+CAPTIONS = "captions.json"
+CONVERSATIONS = "conversations.json"
+HELD_OUT = "held_out.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """A question that no model was trained on, about scans that none has seen."""
+
+    picture: str
+    question: Question
+
+
+def write_corpus(out: Path, *, train: int, held_out: int, seed: int) -> None:
+    """Draws all scenes of a run into the new folder `out`, which appears when it is complete."""
+    with new_directory(out) as unfinished:
+        folder = Path(unfinished)
+        (folder / PICTURES).mkdir()
+        captions: list[dict[str, Any]] = []
+        conversations: list[dict[str, Any]] = []
+        rng, scans = np.random.default_rng([seed, 0]), Scans.load("train")
+        for number in range(train):
+            name, scene = f"train-{number:05}.jpg", Scene.draw(rng)
+            _save(scene, scans, rng, folder / PICTURES / name)
+            asked = scenes.questions(scene, rng)
+            entry = {"id": name, "image": name}
+            captions.append(
+                entry | {"conversations": [*scenes.conversation([scenes.describe(scene, rng)])]}
+            )
+            conversations.append(entry | {"conversations": [*scenes.conversation(asked)]})
+        rng, scans = np.random.default_rng([seed, 1]), Scans.load("test")
+        unseen: list[dict[str, Any]] = []
+        for number in range(held_out):
+            name, scene = f"held-out-{number:04}.jpg", Scene.draw(rng)
+            _save(scene, scans, rng, folder / PICTURES / name)
+            unseen += [
+                {
+                    "picture": name,
+                    "question": dataclasses.asdict(question),
+                }
+                for question in scenes.questions(scene, rng)
+            ]
+        for name, content in (
+            (CAPTIONS, captions), (CONVERSATIONS, conversations), (HELD_OUT, unseen),
+        ):  # fmt: skip
+            (folder / name).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_held_out(folder: Path) -> list[HeldOut]:
+    """The questions that `write_corpus` held out, scene after scene."""
+    return [
+        HeldOut(**one | {"question": Question(**one["question"])})
+        for one in json.loads((folder / HELD_OUT).read_text())
+    ]
+
+
+def _save(scene: Scene, scans: Scans, rng: np.random.Generator, path: Path) -> None:
+    # Small coloured strokes would lose their colour to JPEG's usual half-resolution chroma.
+    Image.fromarray(scenes.render(scene, scans, rng)).save(path, quality=95, subsampling=0)

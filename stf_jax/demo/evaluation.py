@@ -1,0 +1,126 @@
+"""What a trained arm answers about held-out scenes, and what an answer costs."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+import stf_jax
+from stf_jax import flops
+from stf_jax.demo.corpus import PICTURES, HeldOut
+from stf_jax.demo.scenes import KINDS
+
+BATCH = 100
+LONGEST_ANSWER = 16  # tokens; a row of four cells takes up to 15 and the end of sequence
+
+# Two-sided 95 % of the normal distribution.
+_Z = 1.96
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score:
+    """Exact matches among questions, with Wilson's 95 % interval (Wilson 1927)."""
+
+    right: int
+    asked: int
+
+    @property
+    def accuracy(self) -> float:
+        """From 0 to 1."""
+        return self.right / self.asked
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Lower and upper end."""
+        n, p = self.asked, self.accuracy
+        centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+        half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
+        return centre - half, centre + half
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of reading one picture and one question, before the first token of the answer.
+
+    Attributes:
+        vision_tokens: of the picture.
+        prompt_tokens: of the longest question, picture included.
+        language_flops: of the language model alone, which is where fewer tokens save.
+        total_flops: with tower, fusion and projector.
+        seconds: of all of it, the median over several batches, a question.
+    """
+
+    vision_tokens: int
+    prompt_tokens: int
+    language_flops: float
+    total_flops: float
+    seconds: float
+
+
+def answer_all(
+    model: Path, asked: Sequence[HeldOut], corpus: Path, out: Path, progress: Callable[[int], None]
+) -> list[str]:
+    """The greedy answer to each question; `out` keeps them, so that they are generated once."""
+    if not out.is_file():
+        loaded = stf_jax.load(model, dtype="float32")
+        answers: list[str] = []
+        for start in range(0, len(asked), BATCH):
+            answers += [
+                answer.text
+                for answer in loaded.generate(
+                    requests(asked[start : start + BATCH], corpus), max_new_tokens=LONGEST_ANSWER
+                )
+            ]
+            progress(len(answers))
+        content = {"answers": answers, "cost": dataclasses.asdict(_cost(loaded, asked, corpus))}
+        unfinished = out.with_name(f".{out.name}.unfinished")
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(json.dumps(content, indent=1) + "\n")
+        unfinished.replace(out)
+    found: list[str] = json.loads(out.read_text())["answers"]
+    return found
+
+
+def read_cost(out: Path) -> Cost:
+    """What `answer_all` has measured on the way."""
+    return Cost(**json.loads(out.read_text())["cost"])
+
+
+def requests(asked: Sequence[HeldOut], corpus: Path) -> list[stf_jax.Request]:
+    """As a user would ask."""
+    return [
+        stf_jax.Request(prompt=one.question.text, images=[corpus / PICTURES / one.picture])
+        for one in asked
+    ]
+
+
+def scores(asked: Sequence[HeldOut], answers: Sequence[str]) -> dict[str, Score]:
+    """By kind of question, and "all"; every kind is asked equally often, so that is their mean."""
+    right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
+    for one, answer in zip(asked, answers, strict=True):
+        right[one.question.kind].append(answer == one.question.answer)
+    right["all"] = [hit for hits in right.values() for hit in hits]
+    return {kind: Score(right=sum(hits), asked=len(hits)) for kind, hits in right.items()}
+
+
+def _cost(model: stf_jax.Model, asked: Sequence[HeldOut], corpus: Path) -> Cost:
+    batch = requests(asked[:BATCH], corpus)
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        answers = model.generate(batch, max_new_tokens=1)
+        seconds.append(time.perf_counter() - start)
+    length = max(answer.prompt_tokens for answer in answers)
+    work = flops.forward(model.config, rows=1, length=length, images=1)
+    return Cost(
+        vision_tokens=model.config.tokens_per_image,
+        prompt_tokens=length,
+        language_flops=work.text,
+        total_flops=work.total,
+        # The first one compiles.
+        seconds=float(np.median(seconds[1:])) / len(batch),
+    )

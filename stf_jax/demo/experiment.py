@@ -1,0 +1,260 @@
+"""The laptop reproduction from beginning to end, each step by the verb that a user would call.
+
+    scenes/      pictures, LLaVA's JSON, held-out questions
+    data/        the same as TFDS datasets, by `stf-jax data build`
+    ARM/start    by `stf-jax convert import`: tower, new fusion, language model
+    ARM/stage1   by `stf-jax train`: fusion and projector learn captions
+    ARM/stage2   by `stf-jax train`: with the language model, they learn conversations
+    ARM/answers.json
+    results.json, report.md, *.png
+    best/        the best arm as a PyTorch checkpoint
+
+What is there already is not done again, so that a run that was stopped goes on.
+"""
+
+import contextlib
+import dataclasses
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from convert import export_checkpoint, import_checkpoint
+from stf_jax.config import LlavaConfig
+from stf_jax.data.building import build
+from stf_jax.data.checking import check
+from stf_jax.demo.arms import Arm, all_arms
+from stf_jax.demo.corpus import CAPTIONS, CONVERSATIONS, PICTURES, read_held_out, write_corpus
+from stf_jax.demo.evaluation import answer_all, read_cost, scores
+from stf_jax.demo.head_start import LANGUAGE, TEXT, TOWER, VISION
+from stf_jax.demo.results import ArmResult, Results
+from stf_jax.processors import load_processors
+from stf_jax.train.config import TrainConfig
+from stf_jax.train.loop import train
+
+SETTINGS = "settings.json"
+TEMPLATES = {CAPTIONS: "plain", CONVERSATIONS: "v1"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How large a run is.
+
+    Attributes:
+        arms: names, in the order of the report.
+        train_scenes: pictures, each with a caption and a conversation.
+        held_out_scenes: with a question of each kind.
+        steps: of stage 1 and of stage 2.
+        rows: of a batch.
+        seed: of scenes, new weights and the order of the examples.
+    """
+
+    arms: tuple[str, ...] = ("average", "stf_mbtf")
+    train_scenes: int = 4000
+    held_out_scenes: int = 300
+    steps: tuple[int, int] = (200, 300)
+    rows: int = 8
+    seed: int = 0
+
+    @classmethod
+    def named(cls, size: str, *, seed: int = 0) -> "Settings":
+        """Of size "quick", "default" or "full"."""
+        if size == "quick":
+            return cls(train_scenes=300, held_out_scenes=20, steps=(10, 10), seed=seed)
+        if size == "full":
+            return cls(arms=("llava", "average", "stf", "stf_mbtf"), seed=seed)
+        return cls(seed=seed)
+
+
+class DemoError(ValueError):
+    """A demo that cannot begin or go on; the message names the fix."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM during training; a checkpoint is there."""
+
+
+def run(settings: Settings, out: Path) -> Results:
+    """Runs the experiment in the folder `out`, or goes on with the one that is there.
+
+    Raises:
+        DemoError: `out` holds a run of other settings.
+        Interrupted: and it can be called again.
+    """
+    _claim(out, settings)
+    corpus = out / "scenes"
+    if not corpus.is_dir():
+        _say(f"Drawing {settings.train_scenes} scenes to train on, {settings.held_out_scenes} not")
+        write_corpus(
+            corpus,
+            train=settings.train_scenes,
+            held_out=settings.held_out_scenes,
+            seed=settings.seed,
+        )
+    arms = all_arms(VISION, TEXT)
+    for number, name in enumerate(settings.arms):
+        _import(arms[name], out, seed=settings.seed)
+        if not number:
+            _build(out, out / name / "start")
+        _train(arms[name], settings, out)
+    asked = read_held_out(corpus)
+    results = []
+    for name in settings.arms:
+        answers_file = out / name / "answers.json"
+        with _progress(f"Asking {arms[name].title}", total=len(asked)) as progress:
+            answers = answer_all(out / name / "stage2", asked, corpus, answers_file, progress)
+        results.append(
+            ArmResult(
+                name=name,
+                title=arms[name].title,
+                scores=scores(asked, answers),
+                cost=read_cost(answers_file),
+                stages=tuple(_records(out / name / stage) for stage in ("stage1", "stage2")),
+                answers=tuple(answers),
+            )
+        )
+    found = Results(settings=dataclasses.asdict(settings), arms=tuple(results))
+    _export(found.best.name, out)
+    return found
+
+
+def _claim(out: Path, settings: Settings) -> None:
+    """Notes the settings in a new folder; in an old one they must be the same."""
+    wanted = json.loads(json.dumps(dataclasses.asdict(settings)))
+    if (out / SETTINGS).is_file():
+        if json.loads((out / SETTINGS).read_text()) != wanted:
+            raise DemoError(f"{out} holds a demo of other settings; choose another --out")
+        return
+    if out.exists() and any(out.iterdir()):
+        raise DemoError(f"{out} holds something else than a demo; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / SETTINGS).write_text(json.dumps(wanted, indent=1) + "\n")
+
+
+def _import(arm: Arm, out: Path, *, seed: int) -> None:
+    start = out / arm.name / "start"
+    if start.is_dir():
+        return
+    _say(f"\n== {arm.title}")
+    _show("convert", "import", LANGUAGE, start, "--vision-tower", TOWER, "--dtype", "float32")
+    import_checkpoint(
+        LANGUAGE, start, vision_tower=TOWER, fusion=arm.fusion, seed=seed, dtype="float32"
+    )
+
+
+def _build(out: Path, model: Path) -> None:
+    """Both datasets; tokenizer and pictures are those of every arm."""
+    processors = load_processors(model)
+    for name, template in TEMPLATES.items():
+        dataset = _dataset(out, name)
+        if dataset.is_dir():
+            continue
+        files, images = [out / "scenes" / name], out / "scenes" / PICTURES
+        shared: dict[str, Any] = {
+            "images": images,
+            "tokenizer": processors.tokenizer,
+            "image_processor": processors.image_processor,
+            "tokens_per_image": processors.tokens_per_image,
+            "template": template,
+            "sequence_length": TEXT.max_positions,
+            "workers": 1,
+        }
+        common = ("--images", images, "--model", model, "--template", template)
+        with _progress(f"Checking {name}") as progress:
+            _show("data", "check", *files, *common)
+            report = check(files, progress=progress, **shared)
+        if not report.clean:
+            raise DemoError(report.render())
+        with _progress(f"Building {name}") as progress:
+            _show("data", "build", *files, dataset, *common)
+            build(files, dataset, progress=progress, **shared)
+
+
+def _train(arm: Arm, settings: Settings, out: Path) -> None:
+    model = out / arm.name / "start"
+    for number, (name, template) in enumerate(TEMPLATES.items(), 1):
+        run_folder = out / arm.name / f"stage{number}"
+        tree: dict[str, Any] = {
+            "model": str(model),
+            "out": str(run_folder),
+            "stage": ("pretrain", "finetune")[number - 1],
+            "steps": settings.steps[number - 1],
+            "remat": "none",
+            "dtype": "float32",
+            "mesh": None,
+            "log_every": 50,
+            "seed": settings.seed,
+            "data": {
+                "datasets": [{"path": str(_dataset(out, name))}],
+                "template": template,
+                "image_mode": "pad",
+                "sequence_length": 256,
+                "batch_size": settings.rows,
+                "images_per_row": (3, 2)[number - 1],
+                "seed": settings.seed,
+                "workers": 0,
+            },
+            "optimizer": {"learning_rate": 1e-3, "projector_learning_rate": 2e-3},
+            "checkpoint": {"every": 50, "keep": 1},
+        }
+        file = out / arm.name / f"stage{number}.yaml"
+        file.write_text(yaml.safe_dump(tree, sort_keys=False))
+        _show("train", file)
+        if train(TrainConfig.load(file)) == "interrupted":
+            raise Interrupted
+        model = run_folder
+
+
+def _export(arm: str, out: Path) -> None:
+    best, trained = out / "best", out / arm / "stage2"
+    if best.is_dir():
+        return
+    layout: Any = "llava-stf" if _config(trained).fusion.mbtf else "llava"
+    _show("convert", "export", trained, best, "--layout", layout)
+    export_checkpoint(trained, best, layout=layout)
+
+
+def _config(trained: Path) -> LlavaConfig:
+    from stf_jax.train.run import open_model
+
+    return open_model(trained).config
+
+
+def _dataset(out: Path, name: str) -> Path:
+    return out / "data" / Path(name).stem
+
+
+def _records(run_folder: Path) -> tuple[dict[str, Any], ...]:
+    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
+    return tuple(json.loads(line) for line in lines)
+
+
+@contextlib.contextmanager
+def _progress(title: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """A bar on a terminal, nothing in a pipe; to be called with how many are done, of how many."""
+    console = Console(stderr=True)
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done, of=total: bar.update(task, completed=done, total=of)
+
+
+def command(*arguments: object) -> str:
+    """A command as a user would type it here."""
+    name = ["stf-jax"] if shutil.which("stf-jax") else [sys.executable, "-m", "stf_jax"]
+    return shlex.join([*name, *map(str, arguments)])
+
+
+def _show(*arguments: object) -> None:
+    _say(f"$ {command(*arguments)}")
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")

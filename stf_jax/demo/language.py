@@ -1,0 +1,256 @@
+"""The small language model of the demo, and its head start: the language of the questions.
+
+It stands where Vicuna does: a decoder that can already talk about scenes, and that has never seen
+a picture. In its head start the place of vision tokens is taken by codes of what the cells hold,
+looked up in tables that are thrown away afterwards; some rows have a code for each cell, others
+one for each window of 2x2 cells, so that neither number of tokens is favoured.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import sentencepiece
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from stf_jax.batch import IGNORED_LABEL, Batch
+from stf_jax.checkpoint import flatten, unflatten
+from stf_jax.config import TextConfig
+from stf_jax.data.conversation import get_template
+from stf_jax.data.encoding import encode_conversation, expand_conversation
+from stf_jax.data.tokenizer import IMAGE_TOKEN_ID, Tokenizer
+from stf_jax.demo import scenes
+from stf_jax.demo.scenes import GRID, KINDS, Scene
+from stf_jax.models.layers import Init
+from stf_jax.models.llama import Llama
+
+VOCABULARY = 544
+
+TEXT = TextConfig(
+    vocab_size=VOCABULARY, width=96, mlp_width=256, layers=3, heads=4, kv_heads=4, head_dim=24,
+    max_positions=1024,
+)  # fmt: skip
+
+
+def write_tokenizer(folder: Path, *, seed: int = 0) -> None:
+    """A sentencepiece model of LLaMA's kind, made of the text that the demo speaks."""
+    rng = np.random.default_rng(seed)
+    template = get_template("v1")
+    sentences = [template.system]
+    for _ in range(800):
+        scene = Scene.draw(rng)
+        sentences.append(scene.caption(rng))
+        for question in scenes.questions(scene, rng):
+            sentences.append(f"USER: {question.text} ASSISTANT: {question.answer}")
+    sentences += [template.system] * 100
+    folder.mkdir(parents=True, exist_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=VOCABULARY,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+    content = {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": False,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "model_max_length": TEXT.max_positions,
+    } | special
+    (folder / "tokenizer_config.json").write_text(json.dumps(content, indent=2) + "\n")
+    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
+
+
+_STDDEV = 0.5  # of embeddings and codes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A part of the head start.
+
+    Attributes:
+        steps: of the optimiser.
+        rows: of a batch, a scene each.
+        length: tokens of a row.
+        captions: the rows of a batch that are captions; the others are conversations.
+        rate: the peak learning rate.
+    """
+
+    steps: int
+    rows: int
+    length: int
+    captions: int
+    rate: float
+
+
+# Captions first, in which nearly every word must be looked up: so it is learnt ten times faster
+# than from questions.
+PHASES = (
+    Phase(steps=700, rows=24, length=68, captions=24, rate=3e-3),
+    Phase(steps=400, rows=12, length=152, captions=4, rate=2e-3),
+)
+_QUESTIONS = 8  # of a conversation
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What the cells of each row's scene hold."""
+
+    digits: Int[Array, "B G G"]
+
+
+class Codes(nnx.Module):
+    """Stands for tower, fusion and projector: codes of what the cells of a window hold, and where.
+
+    A code is a sum of vectors: for each cell of the window, whose place in it has tables of its
+    own; and one each for the window's row and column.
+    """
+
+    def __init__(self, window: int, *, rngs: nnx.Rngs):
+        make, cells, side = jax.nn.initializers.normal(_STDDEV), window**2, GRID // window
+
+        def table(*shape: int) -> nnx.Param[Array]:
+            return nnx.Param(make(rngs.params(), (*shape, TEXT.width)))
+
+        self.window = window
+        self.digits = table(cells, 11)
+        self.rows, self.columns = table(side, 1), table(1, side)
+
+    def __call__(self, seen: Seen) -> Float[Array, "B K H"]:
+        """In raster order, as vision tokens come."""
+        side = GRID // self.window
+        cut = seen.digits.reshape(-1, side, self.window, side, self.window).swapaxes(2, 3)
+        cut = cut.reshape(-1, side * side, self.window**2) + 1
+        held = self.digits[jnp.arange(self.window**2), cut].sum(axis=2)
+        return held + (self.rows[...] + self.columns[...]).reshape(-1, TEXT.width)
+
+
+def _widened(path: str, leaf: Array) -> Array:
+    """Weights as a narrow model wants them: LLaMA's 0.02 is for widths of thousands."""
+    if path == "embedding":
+        return leaf * (_STDDEV / 0.02)
+    if not path.endswith("kernel"):
+        return leaf
+    inputs = TEXT.mlp_width if "/down/" in path else TEXT.width
+    # What is added to the residual stream, twice a layer, is to keep its size.
+    share = math.sqrt(2 * TEXT.layers) if "/down/" in path or "/output/" in path else 1
+    return leaf / (0.02 * math.sqrt(inputs) * share)
+
+
+class Reader(nnx.Module):
+    """The language model with codes for one and for four cells."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.text = Llama(TEXT, init=Init(rngs=rngs))
+        leaves = flatten(nnx.to_pure_dict(nnx.state(self.text)))
+        nnx.update(
+            self.text, unflatten({path: _widened(path, leaf) for path, leaf in leaves.items()})
+        )
+        self.codes = nnx.List([Codes(1, rngs=rngs), Codes(2, rngs=rngs)])
+
+    def __call__(self, batch: Batch, seen: Seen, *, window: int) -> Float[Array, "B T V"]:
+        """Logits at every position, with codes in place of vision tokens."""
+        codes, slots = self.codes[window - 1](seen), batch.image_slots[..., None]
+        placed = jnp.take_along_axis(codes, jnp.maximum(slots, 0), axis=1)
+        spliced = jnp.where(slots >= 0, placed, self.text.embed(batch.ids))
+        return self.text.logits(
+            self.text(spliced, positions=batch.positions, segments=batch.segments)
+        )
+
+    def loss(self, batch: Batch, seen: Seen, *, window: int) -> Array:
+        """Mean cross entropy of the answers, in nats."""
+        targets = batch.labels[:, 1:]
+        known = targets != IGNORED_LABEL
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            self(batch, seen, window=window)[:, :-1], jnp.where(known, targets, 0)
+        )
+        return (losses * known).sum() / known.sum()
+
+
+def read_rows(
+    tokenizer: Tokenizer, phase: Phase, rng: np.random.Generator, *, window: int
+) -> tuple[Batch, Seen]:
+    """Random scenes with questions, one a row."""
+    shape = (phase.rows, phase.length)
+    ids, labels = np.zeros(shape, np.int32), np.full(shape, IGNORED_LABEL, np.int32)
+    segments, slots = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+    drawn = [Scene.draw(rng) for _ in range(phase.rows)]
+    for row, scene in enumerate(drawn):
+        if row < phase.captions:
+            asked, template = [scenes.describe(scene, rng)], get_template("plain")
+        else:
+            asked = [scenes.ask(scene, str(kind), rng) for kind in rng.choice(KINDS, _QUESTIONS)]
+            template = get_template("v1")
+        encoded = encode_conversation(
+            tokenizer, list(scenes.conversation(asked)), template=template, num_images=1
+        )
+        encoded = expand_conversation(
+            encoded, tokens_per_image=(GRID // window) ** 2, max_length=phase.length
+        )
+        end = len(encoded.ids)
+        ids[row, :end], segments[row, :end] = encoded.ids, 1
+        labels[row, 1:end] = encoded.labels[1:]
+        places = np.flatnonzero(encoded.ids == IMAGE_TOKEN_ID)
+        slots[row, places] = np.arange(len(places))
+    batch = Batch(
+        ids=ids,
+        labels=labels,
+        positions=np.broadcast_to(np.arange(phase.length, dtype=np.int32), shape),
+        segments=segments,
+        image_slots=slots,
+        pixels=np.zeros((phase.rows, 0, 1, 1, 3), np.float32),
+    )
+    return batch, Seen(digits=np.stack([scene.digits for scene in drawn]))
+
+
+def train_language(
+    tokenizer: Tokenizer, *, seed: int, progress: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """Trains the decoder on random scenes; its parameters by native path, "text/..."."""
+    graph, parameters = nnx.split(Reader(rngs=nnx.Rngs(seed)))
+    rng, done, total = np.random.default_rng(seed), 0, sum(phase.steps for phase in PHASES)
+    for phase in PHASES:
+        rate = optax.warmup_cosine_decay_schedule(
+            0, phase.rate, 50, phase.steps, end_value=phase.rate / 10
+        )
+        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
+
+        @functools.partial(jax.jit, static_argnames="window", donate_argnums=(0, 1))
+        def step(
+            parameters: nnx.State, moments: Any, batch: Batch, seen: Seen, window: int
+        ) -> tuple[nnx.State, Any]:
+            def loss(parameters: nnx.State) -> Array:
+                return nnx.merge(graph, parameters).loss(batch, seen, window=window)
+
+            updates, moments = optimizer.update(jax.grad(loss)(parameters), moments, parameters)  # noqa: B023
+            return optax.apply_updates(parameters, updates), moments
+
+        moments = optimizer.init(parameters)
+        for number in range(phase.steps):
+            window = 1 + number % 2
+            batch, seen = read_rows(tokenizer, phase, rng, window=window)
+            parameters, moments = step(parameters, moments, batch, seen, window)
+            done += 1
+            progress(done, total)
+    trained = nnx.to_pure_dict(parameters)["text"]
+    return flatten({"text": jax.device_get(trained)})

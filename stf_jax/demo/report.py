@@ -1,0 +1,141 @@
+"""The report of a run: a table on the terminal, and report.md with its figures."""
+
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from stf_jax.demo.corpus import PICTURES, HeldOut
+from stf_jax.demo.evaluation import Score
+from stf_jax.demo.plots import draw_all
+from stf_jax.demo.results import Results
+from stf_jax.demo.scenes import GRID, KINDS
+
+_TEXT = """# A quarter of the vision tokens: what is lost, and what is not
+
+{verdict}
+
+{table}
+
+Exact matches in per cent with their 95 % interval (Wilson). Prefill is one question about one
+picture up to the first token of the answer: the language model's arithmetic, and the measured time
+with reading the picture, tower and fusion, in batches of 100. Training time is that of all steps.
+
+![Accuracy](accuracy.png)
+
+## What was done
+
+Scenes of {grid} cells with handwritten digits (scikit-learn's) in four colours, digits everywhere
+of other size and place. A patch of the tower covers one cell, a fused token four.
+{train:,} scenes to train on; {held_out:,} held out, composed of other scans. Every arm has the same
+tower, language model, data, seed and steps: {steps[0]} of stage 1 (captions, the language model
+frozen), {steps[1]} of stage 2 (conversations). The questions:
+
+| kind | for example |
+| --- | --- |
+{examples}
+
+![A scene](scene.png)
+
+Neighbouring patches of such a scene have nothing in common, which is the hardest case for pooling;
+in photographs they mostly do, and the paper's gap is about one point (its table 3). What this shows
+is the mechanism, by the code that runs at full size.
+
+![Losses](loss.png)
+
+![Prefill](prefill.png)
+
+## Where it ran
+
+{machine}. Seed {seed}. `results.json` has every number of this page, `ARM/stage2/metrics.jsonl`
+every step, `ARM/answers.json` every answer.
+"""
+
+
+def write_report(results: Results, asked: Sequence[HeldOut], out: Path) -> None:
+    """Writes results.json, report.md and its figures."""
+    results.save(out / "results.json")
+    draw_all(results, asked, out)
+    settings = results.settings
+    text = _TEXT.format(
+        verdict=results.verdict,
+        table=_markdown(*_cells(results)),
+        examples=_examples(asked),
+        grid=f"{GRID}x{GRID}",
+        train=settings["train_scenes"],
+        held_out=settings["held_out_scenes"],
+        steps=settings["steps"],
+        seed=settings["seed"],
+        machine=machine(),
+    )
+    (out / "report.md").write_text(text, encoding="utf-8")
+
+
+def show_table(results: Results) -> None:
+    """The table of the report, on the terminal."""
+    header, rows = _cells(results)
+    table = Table(title=None)
+    for name in header:
+        table.add_column(name, justify="left" if name == "arm" else "right")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    # In a pipe rich would cut columns to 80 characters.
+    Console(width=max(console.width, 130)).print(table)
+
+
+def machine() -> str:
+    """What this computer is."""
+    processor = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        processor = names[0].partition(":")[2].strip() if names else processor
+    return (
+        f"{processor}, {os.cpu_count()} cores, {platform.system()}; "
+        f"Python {platform.python_version()}, JAX {jax.__version__} on {jax.default_backend()}"
+    )
+
+
+def _cells(results: Results) -> tuple[list[str], list[list[str]]]:
+    header = ["arm", "tokens", *KINDS, "all", "prefill MFLOP", "prefill ms", "training s"]
+    rows = [
+        [
+            arm.title,
+            str(arm.cost.vision_tokens),
+            *(f"{100 * arm.scores[kind].accuracy:.1f}" for kind in KINDS),
+            _with_interval(arm.scores["all"]),
+            f"{arm.cost.language_flops / 1e6:.1f}",
+            f"{1000 * arm.cost.seconds:.2f}",
+            f"{arm.training_seconds:.0f}",
+        ]
+        for arm in results.arms
+    ]
+    return header, rows
+
+
+def _with_interval(score: Score) -> str:
+    low, high = score.interval
+    return f"{100 * score.accuracy:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _examples(asked: Sequence[HeldOut]) -> str:
+    """A row for each kind of question: those about the first picture."""
+    return "\n".join(
+        f"| {one.question.kind} | {one.question.text} {one.question.answer} |"
+        for one in asked[: len(KINDS)]
+    )
+
+
+def example_question(asked: Sequence[HeldOut], out: Path) -> tuple[Path, str]:
+    """A held-out picture, and a question about it."""
+    return out / "scenes" / PICTURES / asked[0].picture, asked[0].question.text

@@ -1,0 +1,95 @@
+"""What a run has found: every number of the report, as it lies in `results.json`."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stf_jax.demo.evaluation import Cost, Score
+
+BASELINE, CLAIM = "average", "stf_mbtf"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArmResult:
+    """One arm, trained and asked.
+
+    Attributes:
+        name: of its folder.
+        title: in tables and plots.
+        scores: by kind of question, and "all".
+        cost: of a question before the first token of its answer.
+        stages: of each stage, the records of its `metrics.jsonl`.
+        answers: to the held-out questions, in their order.
+    """
+
+    name: str
+    title: str
+    scores: Mapping[str, Score]
+    cost: Cost
+    stages: Sequence[Sequence[Mapping[str, Any]]]
+    answers: Sequence[str]
+
+    @property
+    def training_seconds(self) -> float:
+        """Of all steps of both stages."""
+        return sum(record["seconds"] for stage in self.stages for record in stage)
+
+    def to_json(self) -> dict[str, Any]:
+        """Without what `metrics.jsonl` and `answers.json` hold."""
+        return {
+            "title": self.title,
+            "scores": {
+                kind: dataclasses.asdict(score)
+                | {"accuracy": score.accuracy, "interval": score.interval}
+                for kind, score in self.scores.items()
+            },
+            "cost": dataclasses.asdict(self.cost),
+            "training_seconds": self.training_seconds,
+            "last_losses": [stage[-1]["loss"] for stage in self.stages],
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Results:
+    """All arms of a run."""
+
+    settings: Mapping[str, Any]
+    arms: Sequence[ArmResult]
+
+    @property
+    def best(self) -> ArmResult:
+        """The arm with the most right answers."""
+        return max(self.arms, key=lambda arm: arm.scores["all"].right)
+
+    def arm(self, name: str) -> ArmResult:
+        """The arm of that name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+    @property
+    def verdict(self) -> str:
+        """The claim, and whether this run bears it out."""
+        claim, baseline = self.arm(CLAIM), self.arm(BASELINE)
+        ours, theirs = claim.scores["all"], baseline.scores["all"]
+        gap = 100 * (ours.accuracy - theirs.accuracy)
+        if ours.interval[0] > theirs.interval[1]:
+            judged = f"{gap:.1f} points more, and the intervals lie apart: the claim holds here"
+        elif ours.interval[1] < theirs.interval[0]:
+            judged = f"{-gap:.1f} points fewer, and the intervals lie apart: the claim fails here"
+        else:
+            judged = f"a difference of {gap:+.1f} points, within the intervals: nothing is shown"
+        return (
+            f"With {claim.cost.vision_tokens} tokens an image each, {claim.title} answers "
+            f"{100 * ours.accuracy:.1f} % and {baseline.title} {100 * theirs.accuracy:.1f} % of "
+            f"{ours.asked:,} held-out questions: {judged}."
+        )
+
+    def save(self, path: Path) -> None:
+        """Writes `results.json`."""
+        content = {
+            "verdict": self.verdict,
+            "settings": dict(self.settings),
+            "arms": {arm.name: arm.to_json() for arm in self.arms},
+        }
+        path.write_text(json.dumps(content, indent=1) + "\n")

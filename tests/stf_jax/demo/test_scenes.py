@@ -1,0 +1,99 @@
+"""Scenes and questions: the same for one seed, true, and of disjoint scans."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stf_jax.demo import scenes
+from stf_jax.demo.corpus import read_held_out, write_corpus
+from stf_jax.demo.evaluation import Score, scores
+from stf_jax.demo.scenes import EMPTY, GRID, KINDS, NAMES, Scene
+
+pytest.importorskip("sklearn")
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def test_answers_are_true() -> None:
+    """Read back from the scene by the words of the question alone."""
+    random = rng()
+    for _ in range(50):
+        scene = Scene.draw(random)
+        cells = {
+            scenes.name(row, column): scene.cell(row, column)
+            for row in range(GRID)
+            for column in range(GRID)
+        }
+        for question in scenes.questions(scene, random):
+            last = question.text.rstrip("?").split()[-1]
+            if question.kind == "digit":
+                assert cells[last] == question.answer
+            elif question.kind == "place":
+                assert [n for n, look in cells.items() if look == last] == [question.answer]
+            elif question.kind == "count":
+                found = [look for look in cells.values() if look == last]
+                assert scenes.DIGITS[len(found)] == question.answer
+            else:
+                row = [cells[last + column] for column in scenes.COLUMNS]
+                assert question.answer == ", ".join(row)
+
+
+def test_captions_name_every_cell_once() -> None:
+    scene = Scene.draw(rng())
+    parts = dict(part.split(" ", 1) for part in scene.caption(rng()).split(", "))
+    assert len(parts) == GRID**2
+    assert parts["BY"] == scene.cell(1, 2)
+
+
+def test_pictures_show_the_colours_of_their_cells() -> None:
+    scene = Scene(
+        digits=np.full((GRID, GRID), 8), colours=np.arange(GRID**2).reshape(GRID, GRID) % len(NAMES)
+    )
+    picture = scenes.render(scene, scenes.Scans.load("test"), rng()).astype(float)
+    cells = picture.reshape(GRID, scenes.CELL, GRID, scenes.CELL, 3).max((1, 3))
+    palette = np.array([*scenes.COLOURS.values()])
+    nearest = ((cells[:, :, None] - palette) ** 2).sum(-1).argmin(-1)
+    np.testing.assert_array_equal(nearest, scene.colours)
+
+
+def test_scans_are_disjoint_and_complete() -> None:
+    train, test = (scenes.Scans.load(split).ink for split in ("train", "test"))
+    sizes = [sum(len(ink) for ink in split) for split in (train, test)]
+    assert sizes == [1437, 360]
+    for seen, unseen in zip(train, test, strict=True):
+        known = {ink.tobytes() for ink in seen}
+        assert not any(ink.tobytes() in known for ink in unseen)
+
+
+def test_one_seed_gives_one_corpus(tmp_path: Path) -> None:
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        write_corpus(tmp_path / name, train=4, held_out=2, seed=seed)
+    contents = {
+        name: {
+            path.relative_to(tmp_path / name): path.read_bytes()
+            for path in (tmp_path / name).rglob("*")
+            if path.is_file()
+        }
+        for name in "abc"
+    }
+    assert contents["a"] == contents["b"] != contents["c"]
+    asked = read_held_out(tmp_path / "a")
+    assert [one.question.kind for one in asked] == [*KINDS] * 2
+    assert scores(asked, [one.question.answer for one in asked])["all"] == Score(right=8, asked=8)
+    assert scores(asked, ["x"] * 8)["all"].accuracy == 0
+
+
+def test_wilson_interval() -> None:
+    """Against the table of Wilson's interval for 8 of 10: (0.4902, 0.9433)."""
+    low, high = Score(right=8, asked=10).interval
+    assert low == pytest.approx(0.4902, abs=1e-4)
+    assert high == pytest.approx(0.9433, abs=1e-4)
+
+
+def test_empty_cells_hold_nothing() -> None:
+    digits = np.full((GRID, GRID), EMPTY)
+    scene = Scene(digits=digits, colours=np.zeros_like(digits))
+    assert scene.row(0) == ", ".join(["nothing"] * GRID)
