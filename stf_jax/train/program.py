@@ -21,8 +21,8 @@ from stf_jax.train.optimizer import Parameters, make_optimizer, split_trained
 from stf_jax.train.step import Step, TrainState, init_state, make_step
 
 # The sum of gradients over the chips runs beside the matmuls; by itself the compiler joins several
-# (here those above 16 MiB stay alone) and waits for them.
-TPU_OPTIONS = {
+# (here those above 16 MiB stay alone) and waits for them. It offers this on v5e only.
+V5E_OPTIONS = {
     "xla_jf_crs_combiner_threshold_in_bytes": str(2**24),
     "xla_enable_async_all_reduce": "true",
     "xla_tpu_enable_async_collective_fusion": "true",
@@ -55,7 +55,7 @@ class Program:
         lowered: Any = self.step.lower(self.state, self.frozen, self.batch)  # type: ignore[attr-defined]
         mesh = self.layout.mesh
         devices = jax.devices() if mesh is None else mesh.devices.flat
-        return lowered.compile(TPU_OPTIONS if devices[0].platform == "tpu" else None)
+        return lowered.compile(V5E_OPTIONS if devices[0].device_kind == "TPU v5 lite" else None)
 
 
 def make_program(
