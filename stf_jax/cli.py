@@ -54,6 +54,7 @@ def _raised_here(error: BaseException) -> bool:
 def _parser() -> argparse.ArgumentParser:
     from stf_jax.cli_chat import add_chat
     from stf_jax.cli_data import add_data
+    from stf_jax.cli_demo import add_demo
     from stf_jax.cli_eval import add_eval
     from stf_jax.cli_plan import add_plan
     from stf_jax.cli_train import add_train
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     add_chat(verbs)
     add_data(verbs)
     add_train(verbs)
+    add_demo(verbs)
     add_eval(verbs)
     add_plan(verbs)
     return parser

@@ -37,7 +37,7 @@ def write_corpus(out: Path, *, train: int, held_out: int, seed: int) -> None:
         for number in range(train):
             name, scene = f"train-{number:05}.jpg", Scene.draw(rng)
             _save(scene, scans, rng, folder / PICTURES / name)
-            asked = scenes.questions(scene, rng)
+            asked = scenes.questions(scene, rng, of_each=3)
             entry = {"id": name, "image": name}
             captions.append(
                 entry | {"conversations": [*scenes.conversation([scenes.describe(scene, rng)])]}
@@ -53,7 +53,7 @@ def write_corpus(out: Path, *, train: int, held_out: int, seed: int) -> None:
                     "picture": name,
                     "question": dataclasses.asdict(question),
                 }
-                for question in scenes.questions(scene, rng)
+                for question in scenes.questions(scene, rng, of_each=2)
             ]
         for name, content in (
             (CAPTIONS, captions), (CONVERSATIONS, conversations), (HELD_OUT, unseen),

@@ -50,16 +50,16 @@ class Settings:
     Attributes:
         arms: names, in the order of the report.
         train_scenes: pictures, each with a caption and a conversation.
-        held_out_scenes: with a question of each kind.
+        held_out_scenes: with two questions of each kind.
         steps: of stage 1 and of stage 2.
         rows: of a batch.
         seed: of scenes, new weights and the order of the examples.
     """
 
     arms: tuple[str, ...] = ("average", "stf_mbtf")
-    train_scenes: int = 4000
-    held_out_scenes: int = 300
-    steps: tuple[int, int] = (200, 300)
+    train_scenes: int = 1500
+    held_out_scenes: int = 200
+    steps: tuple[int, int] = (200, 100)
     rows: int = 8
     seed: int = 0
 

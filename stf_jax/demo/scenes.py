@@ -24,7 +24,7 @@ COLOURS = {
     "yellow": (240, 215, 60),
 }
 NAMES = tuple(COLOURS)
-KINDS = ("digit", "place", "count", "row")
+KINDS = ("digit", "cell", "pair")
 
 # Words, each of which the tokenizer has as one token: a small model learns from them much faster.
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -48,23 +48,15 @@ class Scene:
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "Scene":
-        """A random scene in which some digit is there once, so that it can be asked for."""
+        """A random scene."""
         shape = (GRID, GRID)
-        while True:
-            digits, colours = rng.integers(10, size=shape), rng.integers(len(NAMES), size=shape)
-            digits = np.where(rng.random(shape) < _FILLED, digits, EMPTY)
-            scene = cls(digits=digits, colours=colours)
-            if len(_unique(scene)):
-                return scene
+        digits, colours = rng.integers(10, size=shape), rng.integers(len(NAMES), size=shape)
+        return cls(digits=np.where(rng.random(shape) < _FILLED, digits, EMPTY), colours=colours)
 
     def cell(self, row: int, column: int) -> str:
         """What is there: "seven", or "nothing"."""
         digit = self.digits[row, column]
         return "nothing" if digit == EMPTY else DIGITS[digit]
-
-    def row(self, row: int) -> str:
-        """All cells of a row."""
-        return ", ".join(self.cell(row, column) for column in range(GRID))
 
     def caption(self, rng: np.random.Generator) -> str:
         """The whole scene in words, cell by cell in random order."""
@@ -83,22 +75,14 @@ class Question:
 
 def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Question:
     """A random question of a kind."""
-    filled = np.argwhere(scene.digits != EMPTY)
-    row, column = rng.choice(filled)
+    cells = [(row, column) for row in range(GRID) for column in range(GRID)]
     if kind == "digit":
-        text = f"Which digit is in {name(row, column)}?"
-        answer = DIGITS[scene.digits[row, column]]
-    elif kind == "count":
-        digit = rng.integers(10)
-        text = f"How many times is there a {DIGITS[digit]}?"
-        answer = DIGITS[(scene.digits == digit).sum()]
-    elif kind == "row":
-        text = f"What is in row {ROWS[row]}?"
-        answer = scene.row(row)
+        at = rng.choice(np.argwhere(scene.digits != EMPTY))
+        text, answer = f"Which digit is in {name(*at)}?", scene.cell(*at)
     else:
-        row, column = rng.choice(_unique(scene))
-        text = f"Where is the {scene.cell(row, column)}?"
-        answer = name(row, column)
+        asked = rng.permutation(cells)[: 2 if kind == "pair" else 1]
+        text = f"What is in {', '.join(name(*at) for at in asked)}?"
+        answer = ", ".join(scene.cell(*at) for at in asked)
     return Question(kind=kind, text=text, answer=answer)
 
 
@@ -107,15 +91,9 @@ def describe(scene: Scene, rng: np.random.Generator) -> Question:
     return Question(kind="caption", text="Describe the picture.", answer=scene.caption(rng))
 
 
-def _unique(scene: Scene) -> Int[np.ndarray, "N 2"]:
-    """Rows and columns of the digits that are there once."""
-    values, counts = np.unique(scene.digits, return_counts=True)
-    return np.argwhere(np.isin(scene.digits, values[(counts == 1) & (values != EMPTY)]))
-
-
-def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """One of each kind."""
-    return [ask(scene, kind, rng) for kind in KINDS]
+def questions(scene: Scene, rng: np.random.Generator, *, of_each: int = 1) -> list[Question]:
+    """So many of each kind, the kinds in turn."""
+    return [ask(scene, kind, rng) for kind in KINDS * of_each]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
