@@ -101,8 +101,8 @@ class Work:
     """What a chip does in one call, summed over the call graph.
 
     Attributes:
-        cycles: of each instruction's source and result shape.
-        flops: of matmuls outside kernels, by the same key.
+        cycles: by where an instruction comes from and the shape of its result.
+        flops: of matmuls outside kernels.
         kernels: calls of Pallas kernels, by the instruction and its operands' shapes.
         collectives: and how often each runs.
     """

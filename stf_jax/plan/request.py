@@ -52,8 +52,10 @@ class Plan:
         mesh: axis by axis.
         rows: of the global batch.
         length: tokens in a row.
-        examples: None where no data was read.
         model_flops: of a step, on all chips, by part of the model.
+        peak_flops: of a chip, bf16 FLOPs a second as published.
+        fits: whether the compiler found room.
+        needed: where it did not, the bytes that it wanted.
         arguments: parameters, optimiser and batch.
         temporaries: what the step needs besides.
         peak: the most that is in use at a time.
@@ -61,8 +63,8 @@ class Plan:
         hardware_flops: of a chip: matmuls as compiled, what is computed again included, and
             kernels.
         cycles_seconds: the compiler's cycles over the call graph, at the chip's clock.
-        kernel_seconds: Pallas kernels, for which the compiler has no cycles: their matmuls at
-            `KERNEL_RATE` of the published rate.
+        kernel_seconds: Pallas kernels, for which the compiler has no cycles: their matmuls at half
+            the published rate.
         matmul_seconds: the roofline: `hardware_flops` at the published rate.
         memory_seconds: the roofline: arguments read and written once, temporaries written and read.
         collective_seconds: all collectives' bytes at the links' rate.
@@ -70,6 +72,7 @@ class Plan:
         traffic: by kind.
         largest_gather: elements of the largest array gathered from several chips.
         top: the dearest instructions: seconds, source and shape.
+        padding: the part of a size that is padding to whole tiles, where there is any.
         compile_seconds: that the compiler took.
     """
 
