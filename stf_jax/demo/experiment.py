@@ -33,8 +33,10 @@ from stf_jax.data.checking import check
 from stf_jax.demo.arms import Arm, all_arms
 from stf_jax.demo.corpus import CAPTIONS, CONVERSATIONS, PICTURES, read_held_out, write_corpus
 from stf_jax.demo.evaluation import answer_all, read_cost, scores
-from stf_jax.demo.head_start import LANGUAGE, TEXT, TOWER, VISION
+from stf_jax.demo.head_start import LANGUAGE, TOWER
+from stf_jax.demo.language import TEXT
 from stf_jax.demo.results import ArmResult, Results
+from stf_jax.demo.tower import VISION
 from stf_jax.processors import load_processors
 from stf_jax.train.config import TrainConfig
 from stf_jax.train.loop import train

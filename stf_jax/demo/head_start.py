@@ -75,10 +75,13 @@ def _tensors(entries: Sequence[Entry], leaves: Mapping[str, Any]) -> dict[str, A
     return found
 
 
-def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+def _write(folder: Path, config: Mapping[str, Any], tensors: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", {**config, "torch_dtype": "float32"})
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    file = folder / "model.safetensors"
+    safetensors.numpy.save_file(tensors, file, {"format": "pt"})
+    # It is written for its owner alone.
+    file.chmod(0o644)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -212,15 +212,16 @@ def read_rows(
         labels[row, 1:end] = encoded.labels[1:]
         places = np.flatnonzero(encoded.ids == IMAGE_TOKEN_ID)
         slots[row, places] = np.arange(len(places))
-    batch = Batch(
-        ids=ids,
-        labels=labels,
-        positions=np.broadcast_to(np.arange(phase.length, dtype=np.int32), shape),
-        segments=segments,
-        image_slots=slots,
-        pixels=np.zeros((phase.rows, 0, 1, 1, 3), np.float32),
-    )
-    return batch, Seen(digits=np.stack([scene.digits for scene in drawn]))
+    arrays: dict[str, Any] = {
+        "ids": ids,
+        "labels": labels,
+        "positions": np.broadcast_to(np.arange(phase.length, dtype=np.int32), shape),
+        "segments": segments,
+        "image_slots": slots,
+        "pixels": np.zeros((phase.rows, 0, 1, 1, 3), np.float32),
+    }
+    digits: Any = np.stack([scene.digits for scene in drawn])
+    return Batch(**arrays), Seen(digits=digits)
 
 
 def train_language(

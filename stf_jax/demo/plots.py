@@ -12,7 +12,7 @@ from PIL import Image
 
 from stf_jax.demo.corpus import PICTURES, HeldOut
 from stf_jax.demo.results import Results
-from stf_jax.demo.scenes import GRID, KINDS, SIDE
+from stf_jax.demo.scenes import COLUMNS, GRID, KINDS, ROWS, SIDE
 
 # Wong 2011, told apart by the colour-blind.
 COLOURS = {"llava": "#999999", "average": "#E69F00", "stf": "#56B4E9", "stf_mbtf": "#0072B2"}
@@ -143,8 +143,8 @@ def _draw_picture(axes: Axes, path: Path) -> None:
         axes.axhline(place, color="white", linewidth=2.5)
         axes.axvline(place, color="white", linewidth=2.5)
     middles = (np.arange(GRID) + 0.5) * SIDE / GRID
-    axes.set_xticks(middles, range(1, GRID + 1))
-    axes.set_yticks(middles, range(1, GRID + 1))
+    axes.set_xticks(middles, list(COLUMNS))
+    axes.set_yticks(middles, list(ROWS))
     axes.set(
         title="A held-out scene\nthin lines: patches; thick lines: fused tokens",
         xlabel="column",

@@ -71,7 +71,7 @@ def captioned(split: str, count: int, *, seed: int) -> Captioned:
     """Random scenes of the scans of a split."""
     rng, scans = np.random.default_rng(seed), Scans.load(split)
     drawn = [Scene.draw(rng) for _ in range(count)]
-    pictures = np.stack([scenes.render(scene, scans, rng) for scene in drawn])
+    pictures: Any = np.stack([scenes.render(scene, scans, rng) for scene in drawn])
     rows, columns = np.indices((GRID, GRID))
     words = [
         np.stack(
@@ -85,7 +85,8 @@ def captioned(split: str, count: int, *, seed: int) -> Captioned:
         ).reshape(GRID * GRID, len(_WORDS))
         for scene in drawn
     ]
-    return Captioned(pixels=pictures, words=np.stack(words))
+    stacked: Any = np.stack(words)
+    return Captioned(pixels=pictures, words=stacked)
 
 
 def train_tower(*, seed: int, progress: Callable[[int, int], None]) -> dict[str, Any]:
