@@ -1,7 +1,7 @@
 """Times the engine on a workload like GQA's beside `transformers`' PyTorch LLaVA at batch 1.
 
 Several questions about each image, short answers: a third of the vocabulary, drawn at random, ends
-an answer, so that answers have two more tokens on average; every contender gives the same. PyTorch
+an answer, and so does a limit of a few tokens; every contender gives the same. PyTorch
 answers one question after another, as the reference evaluates. Weights are random, the same on both
 sides; contenders take turns. The default takes some minutes on two cores.
 """
@@ -40,6 +40,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vision-width", type=int, default=64)
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--questions", type=int, default=8, help="about each image (GQA: 32)")
+    parser.add_argument("--new", type=int, default=4, help="tokens of an answer at most")
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -60,7 +61,7 @@ def make_prompts(args: argparse.Namespace, *, tokens: int, size: int) -> list[Pr
     return prompts
 
 
-def ask_torch(model: Any, ends: list[int], prompts: list[Prompt]) -> Answers:
+def ask_torch(model: Any, ends: list[int], new: int, prompts: list[Prompt]) -> Answers:
     """One question after another."""
     answers = []
     for prompt in prompts:
@@ -72,7 +73,7 @@ def ask_torch(model: Any, ends: list[int], prompts: list[Prompt]) -> Answers:
                 attention_mask=torch.ones(ids.shape, dtype=torch.long, device=model.device),
                 pixel_values=pixels.to(model.device, model.dtype),
                 do_sample=False,
-                max_new_tokens=128,
+                max_new_tokens=new,
                 eos_token_id=ends,
                 pad_token_id=0,
             )
@@ -80,7 +81,7 @@ def ask_torch(model: Any, ends: list[int], prompts: list[Prompt]) -> Answers:
     return answers
 
 
-def ask_engine(engine: Engine, slots: int, share: bool, prompts: list[Prompt]) -> Answers:
+def ask_engine(engine: Engine, new: int, slots: int, share: bool, prompts: list[Prompt]) -> Answers:
     """All questions at once."""
     answers: Answers = [[] for _ in prompts]
 
@@ -91,7 +92,7 @@ def ask_engine(engine: Engine, slots: int, share: bool, prompts: list[Prompt]) -
     run = engine.run(
         prompts,
         slots=slots,
-        max_new_tokens=128,
+        max_new_tokens=new,
         sampling=GREEDY,
         every=16,
         take=take,
@@ -115,11 +116,13 @@ def main() -> None:
         torch_model = torch_model.cuda()
     prompts = make_prompts(args, tokens=config.tokens_per_image, size=config.vision.image_size)
     contenders: dict[str, Callable[[list[Prompt]], Answers]] = {
-        "PyTorch, one at a time": partial(ask_torch, torch_model, ends.tolist()),
-        "ours, one at a time": partial(ask_engine, engine, 1, False),
-        "prefix reuse": partial(ask_engine, engine, 1, True),
-        f"{args.slots} slots": partial(ask_engine, engine, args.slots, False),
-        f"{args.slots} slots, prefix reuse": partial(ask_engine, engine, args.slots, True),
+        "PyTorch, one at a time": partial(ask_torch, torch_model, ends.tolist(), args.new),
+        "ours, one at a time": partial(ask_engine, engine, args.new, 1, False),
+        "prefix reuse": partial(ask_engine, engine, args.new, 1, True),
+        f"{args.slots} slots": partial(ask_engine, engine, args.new, args.slots, False),
+        f"{args.slots} slots, prefix reuse": partial(
+            ask_engine, engine, args.new, args.slots, True
+        ),
     }
     answers = {name: ask(prompts) for name, ask in contenders.items()}  # and compile
     expected = next(iter(answers.values()))
@@ -130,7 +133,7 @@ def main() -> None:
     )
     for name, found in answers.items():
         same = sum(one == other for one, other in zip(found, expected, strict=True))
-        print(f"{name:<28}{same:4} of {len(prompts)} answers as PyTorch's")
+        print(f"{name:<28}{same:4} of {len(prompts)} answers as PyTorch's", flush=True)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(args.repeats):
         for name, ask in contenders.items():
