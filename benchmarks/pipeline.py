@@ -46,7 +46,7 @@ from stf_jax.data.tokenizer import load_tokenizer
 # Widths and heights, and how often, roughly as in COCO's train2017.
 SIZES = (((640, 480), 0.42), ((480, 640), 0.14), ((640, 427), 0.32), ((427, 640), 0.12))
 BATCH = 32
-ROWS = 3
+ROWS = 4
 # Batches before the clock starts: more than any side makes ahead.
 WARM = 8
 Side = Callable[[], AbstractContextManager[Iterator[int]]]
@@ -136,11 +136,11 @@ def recipe(
 
 @contextlib.contextmanager
 def ours(folder: pathlib.Path, workers: int, *, fast: bool) -> Iterator[Iterator[int]]:
-    """Batches of pixels float32 [R, 12, 336, 336, 3] from packed rows, by their pictures."""
+    """Batches of pixels float32 [R, 8, 336, 336, 3] from packed rows, by their pictures."""
     config = DataConfig(
         datasets=(DatasetSource(path=os.fspath(folder / "dataset")),),
         batch_size=ROWS,
-        images_per_row=12,
+        images_per_row=8,
         workers=workers,
         fast_images=fast,
     )

@@ -1,6 +1,6 @@
 """The native checkpoint: one self-contained directory, local or on gs://.
 
-    config.json   format, version, the model's config, and the size of every other file
+    config.json   format, version, an id, the model's config, and the size of every other file
     params/       the parameters, a Zarr array each, written and read by Orbax on any mesh
     hf/           tokenizer, image processor and config.json as they came from PyTorch
     pytorch/      what `convert` needs to give back a PyTorch checkpoint bit for bit
@@ -92,6 +92,7 @@ def write(
         content = {
             "format": FORMAT,
             "version": VERSION,
+            "id": secrets.token_hex(16),
             "model": config.to_dict(),
             "files": _sizes(unfinished),
         }
@@ -163,7 +164,7 @@ def open_native(path: epath.PathLike) -> "NativeCheckpoint":
         config = LlavaConfig.from_dict(model)
     except ValueError as error:
         raise _damaged(path / _CONFIG) from error
-    return NativeCheckpoint(path=path, config=config)
+    return NativeCheckpoint(path=path, config=config, id=str(content.get("id", "")))
 
 
 def _damaged(path: epath.Path) -> CheckpointError:
@@ -172,10 +173,17 @@ def _damaged(path: epath.Path) -> CheckpointError:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NativeCheckpoint:
-    """A native checkpoint on disk; nothing is read before it is asked for."""
+    """A native checkpoint on disk; nothing is read before it is asked for.
+
+    Attributes:
+        path: its directory.
+        config: the model's.
+        id: the same for every copy of it, and for nothing else.
+    """
 
     path: epath.Path
     config: LlavaConfig
+    id: str
 
     @property
     def extras(self) -> epath.Path:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import glob
 import json
 import os
 import sys
@@ -21,6 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # transformers says at length that it does not find PyTorch, which nobody needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if not glob.glob("/dev/accel*") and not glob.glob("/dev/vfio/[0-9]*"):
+        # Without a TPU, libtpu (which `plan` needs) would ask the network for one, at length.
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if "overrides" in options:

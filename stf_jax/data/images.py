@@ -322,7 +322,10 @@ class ImageProcessor:
         """Pixels float32 [..., S, S, 3] of uint8 values of the same shape, in numpy or in JAX."""
         mean, std = np.array(self.mean), np.array(self.std)
         scale, bias = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
-        return squares * scale + bias
+        # Rows of S*3 values rather than of 3: several times faster in numpy, and the same.
+        scale, bias = (np.tile(values, squares.shape[-2]) for values in (scale, bias))
+        rows = squares.reshape(*squares.shape[:-2], -1) * scale + bias
+        return rows.reshape(squares.shape)
 
     def check_size(self, width: int, height: int) -> None:
         """Raises ImageError if `pixels` would refuse a picture of this size as too thin."""

@@ -7,6 +7,7 @@ for step in data.batches(start_step=resumed_at):
 
 import dataclasses
 import gc
+import hashlib
 import itertools
 import logging
 import signal
@@ -115,6 +116,7 @@ class TrainingData:
     ):
         self.config = config
         datasets, indices = _open(config, tokenizer)
+        self._prints = [dataset.fingerprint for dataset in datasets]
         columns = _Columns.of(indices, config, tokens_per_image)
         sizes = [len(index) for index in indices]
         starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
@@ -155,6 +157,15 @@ class TrainingData:
         )
         self._columns = columns
         self.lost: dict[str, str] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the datasets, wherever they lie, and of which of their examples are used."""
+        told = hashlib.sha256("".join(self._prints).encode())
+        planner = self.planner
+        for array in (planner.lengths, planner.images, *planner.pools, planner.draws):
+            told.update(np.ascontiguousarray(array).tobytes())
+        return told.hexdigest()
 
     @property
     def steps_per_epoch(self) -> int:

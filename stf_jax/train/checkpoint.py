@@ -143,7 +143,14 @@ class Checkpoints:
             ),
             like,
         )
-        return self._checkpointer.load(self.latest, abstract)
+        try:
+            return self._checkpointer.load(self.latest, abstract)
+        except Exception as error:  # Orbax raises bare ones, too
+            before = [one.step for one in self._checkpointer.checkpoints][:-1]
+            instead = f"to go on from step {before[-1]}" if before else "to begin again"
+            raise CheckpointError(
+                f"{self._directory / str(self.latest)} is damaged; delete it {instead}"
+            ) from error
 
     def close(self) -> None:
         """Waits until everything is written."""

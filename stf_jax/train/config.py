@@ -17,10 +17,11 @@ from stf_jax.models.lora import LoRAConfig
 from stf_jax.train.optimizer import OptimizerConfig, Stage
 from stf_jax.train.step import Normalization
 
-# In these a resumed run may differ: they change where and how it runs, not what it computes.
+# In these a resumed run may differ: they change where and how it runs, not what it computes. Model
+# and examples are known by what they are, not by where they lie.
 FREE = (
-    "out", "mesh", "remat", "nonfinite", "checkpoint", "log_every", "profile",
-    "data.workers", "data.max_lost",
+    "model", "out", "mesh", "remat", "nonfinite", "checkpoint", "log_every", "profile",
+    "data.workers", "data.max_lost", "data.datasets",
 )  # fmt: skip
 
 
@@ -154,7 +155,7 @@ class TrainConfig:
         """
         path = Path(path)
         try:
-            tree: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+            tree: Any = yaml.load(path.read_text(encoding="utf-8"), _Loader)
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
             raise ValueError(f"{path}: cannot be read ({reason})") from error
@@ -166,6 +167,9 @@ class TrainConfig:
         known = _keys(cls)
         given = [*_tree_keys(tree), *(_override_key(one) for one in overrides)]
         unknown = [key for key in given if key not in known]
+        flat = [key for key in _sections(cls) if not isinstance(tree.get(key, {}), Mapping | None)]
+        if flat:
+            raise ValueError(f"{path}: {flat[0]} is {tree[flat[0]]!r}; it is a section of keys")
         if unknown:
             raise ValueError("\n".join(_unknown(key, known, path) for key in unknown))
         try:
@@ -183,11 +187,43 @@ class TrainConfig:
         return dataclasses.asdict(self)
 
 
+def without_free(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as plain values, but for `FREE` keys."""
+    data = {key: value for key, value in config["data"].items() if f"data.{key}" not in FREE}
+    return {key: value for key, value in config.items() if key not in FREE} | {"data": data}
+
+
 def _plain(message: str) -> str:
     """Jsonargparse's message on one line, in the words of a config rather than of Python."""
-    for theirs, ours in (("Parser key ", ""), ("a typing.Literal", "one of "), ("a <class ", "<")):
+    union = re.search(r'key "(.+?)".*Subtypes: \[(.*?)\].*Given value: (.*)', message, re.DOTALL)
+    if union:
+        kinds = union[2].replace("<class 'NoneType'>", "null")
+        message = f"{union[1]!r}: Expected {kinds}. Got value: {union[3]}"
+    for theirs, ours in (
+        ("Parser key ", ""),
+        ("a typing.Literal", "one of "),
+        ("a <class ", "<class "),
+    ):
         message = message.replace(theirs, ours)
-    return " ".join(re.sub(r"<'(\w+)'>", r"\1", message).split())
+    message = message.replace("the following arguments are required:", "these keys are missing:")
+    return " ".join(re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).split())
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's own would let the last of two equal keys win."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is there twice")
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
+def _sections(cls: Any) -> list[str]:
+    fields: Any = dataclasses.fields(cls)
+    return [one.name for one in fields if dataclasses.is_dataclass(one.default_factory)]
 
 
 def _keys(cls: Any) -> set[str]:

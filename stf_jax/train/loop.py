@@ -2,12 +2,15 @@
 
 import contextlib
 import dataclasses
-import hashlib
+import fcntl
 import itertools
 import json
 import os
+import socket
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -33,7 +36,7 @@ from stf_jax.train.interruption import Interruption
 from stf_jax.train.metrics import MetricsLog, StepRecord
 from stf_jax.train.optimizer import Parameters, schedule
 from stf_jax.train.program import Program, make_program
-from stf_jax.train.run import CHECKPOINTS, CONFIG, FILES, TENSORBOARD, TrainedCheckpoint, open_model
+from stf_jax.train.run import CHECKPOINTS, CONFIG, FILES, LOCK, TENSORBOARD, open_model
 from stf_jax.train.screen import first_screen
 from stf_jax.train.step import Metrics, TrainState, init_state
 
@@ -71,6 +74,7 @@ def train(config: TrainConfig) -> Ending:
     steps = config.steps or data.num_steps(config.epochs)
     mesh = _mesh(config)
     with contextlib.ExitStack() as stack:
+        interruption = stack.enter_context(Interruption())
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
         program = make_program(
@@ -80,6 +84,7 @@ def train(config: TrainConfig) -> Ending:
             mesh=mesh,
             image_processor=processors.image_processor,
         )
+        stack.enter_context(_alone(out))
         checkpoints = stack.enter_context(
             Checkpoints(
                 out / CHECKPOINTS,
@@ -111,7 +116,6 @@ def train(config: TrainConfig) -> Ending:
                 writes=jax.process_index() == 0,
             )
         )
-        interruption = stack.enter_context(Interruption())
         run = _Run(config, data, program, step, frozen, checkpoints, log, interruption)
         return run.go(state, start=start, stop=steps)
 
@@ -136,14 +140,15 @@ class _Run:
         rows = self.program.layout.local_rows
         batches = self.data.batches(start_step=start, stop_step=stop, rows=rows)
         with contextlib.closing(batches), contextlib.ExitStack() as tracing:
-            for number, made in zip(itertools.count(start), batches):
-                placed = self.program.layout.place(made.batch)
+            for number in range(start, stop):
                 if self.interruption.requested(number):
                     report.write()
                     self.checkpoints.save(number, state)
                     self.checkpoints.wait()
                     _say(f"interrupted after step {number}; start it again to go on")
                     return "interrupted"
+                made = next(batches)
+                placed = self.program.layout.place(made.batch)
                 if number == profile[0]:
                     tracing.enter_context(jax.profiler.trace(_trace_directory(self.config)))
                 state, metrics = self.step(state, self.frozen, placed)
@@ -170,7 +175,8 @@ class _Report:
         self._config, self._log = config, log
         rate = config.optimizer.learning_rate
         if config.stage == "pretrain":
-            rate = config.optimizer.projector_learning_rate or rate
+            other = config.optimizer.projector_learning_rate
+            rate = rate if other is None else other
         rates = schedule(rate, steps=steps, warmup_ratio=config.optimizer.warmup_ratio)
         self._rates = np.asarray(jax.jit(rates)(jnp.arange(steps)))
         self._positions = config.data.batch_size * config.data.sequence_length
@@ -213,6 +219,34 @@ class _Report:
                 "examples with 'stf-jax data show', or go on without such steps: --nonfinite=skip"
             )
         _say(f"{what}; skipped")
+
+
+@contextlib.contextmanager
+def _alone(out: epath.Path) -> Iterator[None]:
+    """Refuses a second run in the same directory; the system lets go when a process ends."""
+    if "://" in os.fspath(out) or jax.process_index() > 0:
+        yield
+        return
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        lock = (Path(out) / LOCK).open("a+")
+    except OSError as error:
+        raise TrainingError(
+            f"{out} cannot be written to ({error.strerror}); choose another directory"
+        ) from error
+    with lock as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise TrainingError(
+                f"{out}: another process trains there ({file.read().strip()}); let it end, or "
+                "choose another directory"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
@@ -271,13 +305,8 @@ def _mesh(config: TrainConfig) -> Mesh | None:
 
 
 def _fingerprint(first: NativeCheckpoint, data: TrainingData) -> dict[str, Any]:
-    """What a config only names: the model's own training so far, and the examples."""
-    planner = data.planner
-    digest = hashlib.sha256()
-    for array in (planner.lengths, planner.images, *planner.pools):
-        digest.update(np.ascontiguousarray(array).tobytes())
-    step = first.step if isinstance(first, TrainedCheckpoint) else None
-    return {"model_step": step, "examples": digest.hexdigest()}
+    """What a config only names: the model and the examples."""
+    return {"model": first.id, "examples": data.fingerprint}
 
 
 def _write_config(config: TrainConfig, out: epath.Path) -> None:

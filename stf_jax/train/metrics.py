@@ -117,7 +117,8 @@ class MetricsLog:
             self._file.flush()
         if self._board is not None:
             for name in ("loss", "grad_norm", "learning_rate", "supervised_tokens", "fill"):
-                self._board.add_scalar(f"train/{name}", values[name], record.step)
+                if math.isfinite(values[name]):
+                    self._board.add_scalar(f"train/{name}", values[name], record.step)
         self._show(record)
 
     def flush(self) -> None:

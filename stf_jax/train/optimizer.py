@@ -43,6 +43,14 @@ class OptimizerConfig:
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
+        least = ("learning_rate", "projector_learning_rate", "weight_decay", "epsilon")
+        for name in least:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value}; it must be 0 or more, and finite")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more, below 1")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio is {self.warmup_ratio}; give 0 or more, below 1")
         if self.clip_norm is not None and self.clip_norm <= 0:
@@ -79,7 +87,9 @@ def make_optimizer(config: OptimizerConfig, *, steps: int) -> optax.GradientTran
     """For the trained parameters by path; `steps` is the length of the whole run."""
     peaks = {
         "text": config.learning_rate,
-        "projector": config.projector_learning_rate or config.learning_rate,
+        "projector": config.learning_rate
+        if config.projector_learning_rate is None
+        else config.projector_learning_rate,
     }
     rates = {
         group: optax.scale_by_learning_rate(

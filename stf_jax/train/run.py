@@ -11,6 +11,8 @@ the frozen ones are never written again.
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,13 +32,14 @@ from stf_jax.checkpoint import (
     place,
 )
 from stf_jax.models.lora import merge
-from stf_jax.train.config import TrainConfig
+from stf_jax.train.config import TrainConfig, without_free
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
-FILES = (CONFIG, CHECKPOINTS, METRICS, TENSORBOARD)
+LOCK = ".lock"
+FILES = (CONFIG, CHECKPOINTS, METRICS, TENSORBOARD, LOCK)
 
 
 def is_run(path: epath.PathLike) -> bool:
@@ -71,7 +74,12 @@ def open_model(path: epath.PathLike) -> NativeCheckpoint:
             f"put it there again, or name its place in {path / CONFIG}"
         ) from error
     return TrainedCheckpoint(
-        path=path, config=first.config, first=first, run=config, step=max(steps)
+        id=_identity(first, config, step=max(steps)),
+        path=path,
+        config=first.config,
+        first=first,
+        run=config,
+        step=max(steps),
     )
 
 
@@ -134,6 +142,12 @@ class TrainedCheckpoint(NativeCheckpoint):
     @property
     def _state(self) -> epath.Path:
         return self.path / CHECKPOINTS / str(self.step)
+
+
+def _identity(first: NativeCheckpoint, config: TrainConfig, *, step: int) -> str:
+    """Of what a run has made so far, wherever it lies."""
+    told = json.dumps([first.id, step, without_free(config.to_dict())], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def _adapter(kernel: str, which: str) -> str:

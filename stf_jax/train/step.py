@@ -66,7 +66,7 @@ def make_step(
 
     Every leaf of the batch leads with an axis of micro-batches, [A, B, ...], whose gradients are
     added up one after the other. Where the loss or the gradient is not finite, the step changes
-    nothing but its own number.
+    nothing but its own number and the schedule's.
 
     Args:
         model: abstract; gives the structure.
@@ -125,8 +125,9 @@ def make_step(
         updates, moments = optimizer.update(gradient, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        # The schedule goes on all the same: its counts are the only integers.
         parameters, moments = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
+            lambda new, old: jnp.where(finite | jnp.issubdtype(new.dtype, jnp.integer), new, old),
             (parameters, moments),
             (state.parameters, state.optimizer),
         )

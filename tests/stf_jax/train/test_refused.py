@@ -1,5 +1,7 @@
 """What cannot be trained is refused in words, before a step runs."""
 
+import fcntl
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -49,6 +51,9 @@ def test_before_anything_is_written(config: Config, keys: dict[str, Any], messag
         ("--sequence_length=8", "no key 'sequence_length'; the nearest is 'data.sequence_length'"),
         ("--stage=finetun", "\"stage\": Expected one of ['pretrain', 'finetune', 'lora']"),
         ("--data.batch_size=many", '"data.batch_size": Expected'),
+        ("--optimizer.learning_rate=-1", "learning_rate is -1.0; it must be 0 or more, and finite"),
+        ("--optimizer.beta1=2", "beta1 is 2.0; give 0 or more, below 1"),
+        ("--steps=many", "'steps': Expected int, null. Got value: many"),
         ("--data.batch_size=0", "batch_size is 0; it must be at least 1"),
         ("--micro_batches=3", "data.batch_size 128 does not divide into 3 micro-batches"),
         ("--mesh.fsdp=0", "each size is 1 or more, and one of them may be -1"),
@@ -75,11 +80,21 @@ def test_every_unknown_key_of_a_file_is_named(tmp_path: Path) -> None:
         TrainConfig.load(path)
 
 
-@pytest.mark.parametrize("text", ["", "- a", "a: [", "model: a"])
-def test_no_config(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not a config; see configs/ for some"),
+        ("- a", "not a config"),
+        ("a: [", "cannot be read"),
+        ("model: a", "these keys are missing: out"),
+        ("model: a\nout: b\nmodel: c", "cannot be read .*'model' is there twice"),
+        ("model: a\nout: b\ndata: [1]", r"data is \[1\]; it is a section of keys"),
+    ],
+)
+def test_no_config(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"run\.yaml: (not a config|cannot be read|.*out)"):
+    with pytest.raises(ValueError, match=rf"run\.yaml: {message}"):
         TrainConfig.load(path)
 
 
@@ -92,7 +107,9 @@ def test_a_directory_of_something_else(config: Config, tmp_path: Path) -> None:
         train(config(out=str(tmp_path / "thesis")))
     with pytest.raises(ValueError, match="is a file; choose a directory"):
         train(config(out=str(tmp_path / "thesis/chapter.tex")))
-    with pytest.raises(ValueError, match=r"no checkpoint can be written .*Not a directory"):
+    with pytest.raises(
+        ValueError, match=r"run cannot be written to \(Not a directory\); choose another"
+    ):
         train(config(out=str(tmp_path / "thesis/chapter.tex/run")))
 
 
@@ -102,6 +119,35 @@ def test_another_config_in_the_same_directory(config: Config) -> None:
     other = config(steps=1, out=run.out, optimizer={"learning_rate": 0.5}, log_every=7)
     with pytest.raises(ValueError, match=r"optimizer\.learning_rate: 0\.001 there, 0\.5 here$"):
         train(other)
+
+
+def test_two_runs_in_one_directory(config: Config) -> None:
+    run = config(steps=1)
+    Path(run.out).mkdir()
+    with (Path(run.out) / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write("process 12 on a host")
+        file.flush()
+        with pytest.raises(
+            ValueError, match=r"another process trains there \(process 12 on a host"
+        ):
+            train(run)
+    assert train(run) == "finished"
+
+
+# Orbax drops its other readers when one has failed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_checkpoint(config: Config) -> None:
+    run = config(steps=3, checkpoint={"every": 1, "keep": 3})
+    train(run)
+    last, newest = (Path(run.out, "checkpoints", name) for name in "32")
+    last.rename(last.with_name(".set-aside"))
+    largest = max(newest.rglob("*"), key=lambda one: one.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"checkpoints/2 is damaged; delete it .* from step 1"):
+        train(run)
+    shutil.rmtree(newest)
+    assert train(run) == "finished"
 
 
 def test_a_disk_that_is_full(config: Config, tmp_path: Path) -> None:
