@@ -2,19 +2,20 @@
 # installs, once, and again only when pyproject.toml has changed. PYTHON=/path/to/python chooses another one.
 VENV ?= .venv
 ARGS ?= -n 2 --dist worksteal
+DEMO ?=
 BIN := $(VENV)/bin
 TORCH = $(shell ls -d $(VENV)/lib/python3*/site-packages/torch 2>/dev/null)
 
 .PHONY: help demo test lint format clean
 
 help:
-	@echo "make demo    convert the small test checkpoint, ask it about a picture, convert it back"
+	@echo "make demo    the paper's claim at laptop scale, in about ten minutes; DEMO=--quick or --full"
 	@echo "make test    all tests; choose with ARGS: make test ARGS='-k clip -x'"
 	@echo "make lint    ruff and mypy; 'make format' mends what ruff can"
 	@echo "make clean   remove caches and builds; the environment is $(VENV)"
 
-demo: $(VENV)/.installed
-	@PATH="$(abspath $(BIN)):$$PATH" python scripts/first_run.py
+demo: $(VENV)/.installed-demo
+	@$(BIN)/stf-jax demo $(DEMO)
 
 test: $(VENV)/.installed-test
 	$(if $(TORCH),,@echo "No PyTorch in $(VENV): leaving out the tests that compare with it.")
@@ -36,12 +37,12 @@ clean:
 $(BIN)/python:
 	@python=$${PYTHON:-$$(scripts/find-python)} && "$$python" -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml $(BIN)/python
+$(VENV)/.installed-demo: pyproject.toml $(BIN)/python
 	@echo "Installing into $(VENV): once, and about a minute."
-	@$(BIN)/python -m pip install -qq --editable .
+	@$(BIN)/python -m pip install -qq --editable '.[demo]'
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml $(BIN)/python
 	@echo "Installing into $(VENV), with what the tests need: once, and about two minutes."
 	@$(BIN)/python -m pip install -qq --editable '.[test]'
-	@touch $@ $(VENV)/.installed
+	@touch $@ $(VENV)/.installed-demo

@@ -61,7 +61,7 @@ class Settings:
     arms: tuple[str, ...] = ("average", "stf_mbtf")
     train_scenes: int = 1500
     held_out_scenes: int = 200
-    steps: tuple[int, int] = (200, 100)
+    steps: tuple[int, int] = (200, 200)
     rows: int = 8
     seed: int = 0
 

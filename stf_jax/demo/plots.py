@@ -81,7 +81,7 @@ def _loss(results: Results) -> Figure:
                 label=arm.title if stage == 0 else None,
                 linewidth=1.2,
             )
-        one.set(title=title, xlabel="step", ylabel="loss (nats a token)", yscale="log")
+        one.set(title=title, xlabel="step", ylabel="loss (nats a token)", ylim=(0, None))
     figure.legend(loc="outside lower center", ncols=len(results.arms), frameon=False)
     return figure
 
@@ -93,7 +93,7 @@ def _prefill(results: Results) -> Figure:
     bars = (
         ("Work of the language model", "MFLOP a question",
          [arm.cost.language_flops / 1e6 for arm in results.arms]),
-        ("Time to the first token, pictures included", "milliseconds a question",
+        ("Time to the first token", "milliseconds a question",
          [1000 * arm.cost.seconds for arm in results.arms]),
     )  # fmt: skip
     for one, (title, label, lengths) in zip(axes, bars, strict=True):
@@ -129,7 +129,7 @@ def _scene(results: Results, asked: Sequence[HeldOut], out: Path) -> Figure:
             mark = "right" if answer == question.answer else "WRONG"
             lines.append(f"    {arm.title:<11} {mark}  {answer}")
         lines.append("")
-    right.text(0, 1, "\n".join(lines), va="top", family="monospace", fontsize=8)
+    right.text(0, 1, "\n".join(lines), va="top", family="monospace", fontsize=11)
     return figure
 
 
