@@ -1,0 +1,177 @@
+"""The whole demo in miniature: deterministic, resumable, its report true, its export PyTorch's."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from stf_jax.cli import main
+from stf_jax.demo.corpus import PICTURES, HeldOut, read_held_out
+from stf_jax.demo.evaluation import scores
+from stf_jax.demo.experiment import DemoError, Settings, run
+from stf_jax.demo.report import write_report
+from stf_jax.demo.results import Results
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytestmark = pytest.mark.slow
+
+SETTINGS = Settings(train_scenes=32, held_out_scenes=4, steps=(2, 2), rows=4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Programs of a second run come from a cache on disk."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Path]:
+    out = tmp_path_factory.mktemp("demo") / "out"
+    results = run(SETTINGS, out)
+    write_report(results, read_held_out(out / "scenes"), out)
+    return results, out
+
+
+def losses(results: Results, arm: str) -> list[float]:
+    return [record["loss"] for stage in results.arm(arm).stages for record in stage]
+
+
+def test_one_seed_gives_one_result(demo: tuple[Results, Path], tmp_path: Path) -> None:
+    results, _ = demo
+    again = run(SETTINGS, tmp_path / "again")
+    for arm in SETTINGS.arms:
+        assert losses(again, arm) == losses(results, arm)
+        assert again.arm(arm).answers == results.arm(arm).answers
+
+
+def test_goes_on_where_it_stopped(demo: tuple[Results, Path]) -> None:
+    results, out = demo
+    (out / "stf_mbtf" / "answers.json").unlink()
+    again = run(SETTINGS, out)
+    assert losses(again, "stf_mbtf") == losses(results, "stf_mbtf")
+    assert again.arm("stf_mbtf").answers == results.arm("stf_mbtf").answers
+    with pytest.raises(DemoError, match="other settings"):
+        run(Settings(seed=7), out)
+    with pytest.raises(DemoError, match="something else"):
+        run(SETTINGS, out / "scenes")
+
+
+def test_report_says_what_the_run_found(demo: tuple[Results, Path]) -> None:
+    results, out = demo
+    asked, text = read_held_out(out / "scenes"), (out / "report.md").read_text()
+    found = json.loads((out / "results.json").read_text())
+    for arm in results.arms:
+        answers = json.loads((out / arm.name / "answers.json").read_text())["answers"]
+        metrics = (out / arm.name / "stage2" / "metrics.jsonl").read_text().splitlines()
+        score = scores(asked, answers)["all"]
+        written = found["arms"][arm.name]
+        assert written["scores"]["all"]["right"] == score.right
+        assert written["last_losses"][1] == json.loads(metrics[-1])["loss"]
+        low, high = score.interval
+        cell = f"{100 * score.accuracy:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+        assert any(arm.title in line and cell in line for line in text.splitlines())
+    assert results.verdict in text
+    for name in ("accuracy", "loss", "prefill", "scene"):
+        assert f"]({name}.png)" in text
+        with Image.open(out / f"{name}.png") as image:
+            assert min(image.size) > 300
+
+
+def test_missing_packages_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("stf_jax.cli_demo._installed", lambda module: module != "sklearn")
+    assert main(["demo", "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: the demo needs scikit-learn: pip install")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.torch
+def test_pytorch_gives_the_same_answers(demo: tuple[Results, Path]) -> None:
+    pytest.importorskip("torch")
+    results, out = demo
+    from convert import export_checkpoint
+
+    export_checkpoint(out / "stf_mbtf" / "stage2", out.parent / "torch", layout="llava-stf")
+    asked = read_held_out(out / "scenes")
+    answers = torch_answers(out.parent / "torch", asked, out / "scenes" / PICTURES)
+    assert answers == list(results.arm("stf_mbtf").answers)
+
+
+def torch_answers(folder: Path, asked: list[HeldOut], pictures: Path) -> list[str]:
+    """LLaVA-STF in PyTorch: CLIP and LLaMA of transformers, between them fifteen lines."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+    from stf_jax.data.conversation import get_template, render_prompt
+    from stf_jax.data.tokenizer import IMAGE_TOKEN_ID, encode_prompt, load_tokenizer
+    from stf_jax.demo.evaluation import LONGEST_ANSWER
+
+    tensors = {
+        name: tensor
+        for file in folder.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+    config = json.loads((folder / "config.json").read_text())
+    vision = json.loads((folder / "vision_tower" / "config.json").read_text())
+    tower: Any = CLIPVisionModel(CLIPVisionConfig(**vision)).eval()
+    prefix = "model.vision_tower.vision_tower."
+    known = set(tower.state_dict())
+    inside = {
+        name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)
+    }
+    if not known & set(inside):
+        # transformers 5 has the tower without the name in front.
+        inside = {name.removeprefix("vision_model."): t for name, t in inside.items()}
+    missing, _ = tower.load_state_dict(inside, strict=False)
+    assert not [name for name in missing if "position_ids" not in name]
+    llama: Any = LlamaForCausalLM(LlamaConfig(**{**config, "model_type": "llama"})).eval()
+    missing, _ = llama.load_state_dict(tensors, strict=False)
+    assert not missing
+
+    def mlp(x: Any, name: str) -> Any:
+        for part, activation in ((0, torch.nn.functional.gelu), (2, lambda y: y)):
+            weight, bias = (tensors[f"model.{name}.{part}.{kind}"] for kind in ("weight", "bias"))
+            x = activation(torch.nn.functional.linear(x, weight, bias))
+        return x
+
+    def vision_tokens(picture: str) -> Any:
+        with Image.open(pictures / picture) as image:
+            pixels = torch.tensor(np.asarray(image.convert("RGB")) / 255, dtype=torch.float32)
+        mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
+        deviation = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+        pixels = ((pixels - mean) / deviation).permute(2, 0, 1)[None]
+        states = tower(pixel_values=pixels, output_hidden_states=True).hidden_states
+        taps = [states[tap][:, 1:] for tap in config["mm_fusion"]["taps"]]
+        mixed = mlp(torch.cat(taps, dim=-1), "mm_projector_crosslayer")
+        side = round(mixed.shape[1] ** 0.5) // 2
+        windows = mixed.reshape(side, 2, side, 2, -1).permute(0, 2, 4, 1, 3)
+        return mlp(windows.reshape(1, side * side, -1), "mm_projector")
+
+    tokenizer, template, answers = load_tokenizer(folder), get_template("v1"), []
+    for one in asked:
+        text = render_prompt(f"<image>\n{one.question.text}", template=template)
+        before, after = np.split(ids := encode_prompt(tokenizer, text), np.flatnonzero(ids < 0))
+        assert after[0] == IMAGE_TOKEN_ID
+        with torch.no_grad():
+            table = llama.get_input_embeddings()
+            parts = [table(torch.tensor(part)[None].long()) for part in (before, after[1:])]
+            embedded = torch.cat([parts[0], vision_tokens(one.picture), parts[1]], dim=1)
+            said = llama.generate(
+                inputs_embeds=embedded,
+                attention_mask=torch.ones(embedded.shape[:2], dtype=torch.long),
+                max_new_tokens=LONGEST_ANSWER,
+                do_sample=False,
+            )[0]
+        answers.append(tokenizer.decode(said.tolist()).strip())
+    return answers
