@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import glob
+import importlib.util
 import json
 import os
 import sys
@@ -22,9 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # transformers says at length that it does not find PyTorch, which nobody needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    if not glob.glob("/dev/accel*") and not glob.glob("/dev/vfio/[0-9]*"):
-        # Without a TPU, libtpu (which `plan` needs) would ask the network for one, at length.
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    tpus = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+    if not tpus and importlib.util.find_spec("libtpu"):
+        # Installed for `plan`, libtpu would look for a TPU at length and complain that there is none.
+        os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if glob.glob("/dev/nvidia*") else "cpu")
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if "overrides" in options:
