@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     tpus = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
     if not tpus and importlib.util.find_spec("libtpu"):
-        # Installed for `plan`, libtpu would look for a TPU at length and complain that there is none.
+        # Installed for `plan`, libtpu would look for a TPU at length, and complain.
         os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if glob.glob("/dev/nvidia*") else "cpu")
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
