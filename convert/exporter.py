@@ -123,8 +123,6 @@ def export_checkpoint(
         _write_native(native.checkpoint, out, None if dtype is None else FLOATS[dtype])
         return
     _check_layout(native.config.fusion, layout)
-    if layout == "adapter":
-        import_torch("to write mm_projector.bin")
     known = _known_tokens(native)
     tokens = _image_tokens(native, layout, known)
     rows = _rows(native, tokens) if vocabulary is None else vocabulary
@@ -134,6 +132,8 @@ def export_checkpoint(
         )
     plan = _plan(native, layout, rows, None if dtype is None else FLOATS[dtype])
     sidecars = _sidecars(native, layout, rows, tokens, dtype)
+    if layout == "adapter":
+        import_torch("to write mm_projector.bin")
     with new_directory(out) as unfinished:
         if layout == "adapter":
             _write_adapter(native, plan, unfinished)

@@ -20,9 +20,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 is success; 1 a user's mistake, in one line on stderr (argparse's own are 2); a verb may have
     others, which its help names.
     """
-    # transformers says at length that it does not find PyTorch, which nobody needs.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     tpus = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
     if not tpus and importlib.util.find_spec("libtpu"):
         # Installed for `plan`, libtpu would look for a TPU at length, and complain.

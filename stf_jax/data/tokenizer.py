@@ -7,6 +7,7 @@ pre-tokenizer leaves out the mark where a text starts with a space), so the mark
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +99,9 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
       ValueError: the directory holds neither file, or one that cannot be read.
     """
     # Importing transformers takes a second, which encoding need not wait for.
+    # It says at length that it does not find PyTorch, which nobody needs.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
     path = Path(directory)
