@@ -17,7 +17,6 @@ from convert.dtypes import FLOATS, Array, DType, FloatName, cast
 from convert.layouts import ExportLayout, PublishedLayout, published
 from convert.mapping import Entry, carried, fusion_entries, is_buffer, table
 from convert.processor import IMAGE_TOKEN, PAD_TOKEN, ImageTokens
-from convert.progress import progress
 from convert.readers import read_json
 from convert.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorInfo
 from convert.sidecars import hf_sidecars, language_keys, llava_sidecars
@@ -32,6 +31,7 @@ from stf_jax.checkpoint import (
 )
 from stf_jax.config import FusionConfig, LlavaConfig
 from stf_jax.processors import extra_files, read_tokenizer
+from stf_jax.progress import byte_progress
 from stf_jax.train.run import open_model
 
 # What transformers calls 5GB.
@@ -277,7 +277,7 @@ def _sidecars(
 def _write_native(source: NativeCheckpoint, out: epath.PathLike, dtype: DType | None) -> None:
     def leaves() -> Iterator[checkpoint.Leaf]:
         total = sum(math.prod(leaf.shape) for leaf in source.shapes.values())
-        with progress("Exporting", total=total) as advance:
+        with byte_progress("Exporting", total=total) as advance:
             for path, leaf in source.shapes.items():
                 kind = dtype or leaf.dtype
                 yield checkpoint.Leaf(
@@ -347,7 +347,7 @@ def _each_tensor(
         put(theirs, cast(tensor, plan.infos[theirs].dtype, name=theirs))
 
     total = sum(info.nbytes for info in plan.infos.values())
-    with progress("Exporting", total=total) as advance, ThreadPoolExecutor(THREADS) as pool:
+    with byte_progress("Exporting", total=total) as advance, ThreadPoolExecutor(THREADS) as pool:
         for entry in plan.entries:
             array = native.checkpoint.read(entry.native)
             layers = [array] if entry.layers is None else list(array)

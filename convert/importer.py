@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from etils import epath
 
 from convert.dtypes import FloatName
-from convert.progress import progress
 from convert.safetensors_file import SafetensorsWriter, TensorInfo, local_file
 from convert.source import NewFusion, Source, open_source
 from stf_jax import checkpoint
 from stf_jax.checkpoint import CheckpointError
 from stf_jax.config import FusionConfig
 from stf_jax.processors import check_tokenizer, read_tokenizer
+from stf_jax.progress import byte_progress
 
 
 def import_checkpoint(
@@ -68,7 +68,7 @@ def _check_tokenizer(source: Source, path: epath.Path) -> None:
 def _with_progress(source: Source) -> Iterator[checkpoint.Leaf]:
     leaves = list(source.leaves())
     sizes = [TensorInfo(leaf.shape, leaf.dtype).nbytes for leaf in leaves]
-    with progress("Importing", total=sum(sizes)) as advance:
+    with byte_progress("Importing", total=sum(sizes)) as advance:
         for leaf, size in zip(leaves, sizes, strict=True):
             yield leaf
             advance(size)

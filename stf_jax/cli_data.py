@@ -1,13 +1,9 @@
 """The verbs `stf-jax data check`, `build` and `show`."""
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import Any
 
 from stf_jax.cli import Verbs, add_verb
@@ -78,8 +74,9 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
 
 def _check(options: argparse.Namespace) -> int:
     from stf_jax.data.checking import check
+    from stf_jax.progress import count_progress, unwound_by_sigterm
 
-    with _progress("Checking") as progress:
+    with unwound_by_sigterm(), count_progress("Checking") as progress:
         report = check(
             options.files,
             images=options.images,
@@ -93,8 +90,9 @@ def _check(options: argparse.Namespace) -> int:
 
 def _build(options: argparse.Namespace) -> None:
     from stf_jax.data.building import build
+    from stf_jax.progress import count_progress, unwound_by_sigterm
 
-    with _progress("Building") as progress:
+    with unwound_by_sigterm(), count_progress("Building") as progress:
         report = build(
             options.files,
             options.out,
@@ -140,28 +138,3 @@ def _write(text: str, content: dict[str, Any], options: argparse.Namespace) -> N
     if options.json:
         text = json.dumps(content, ensure_ascii=False)
     sys.stdout.write(f"{text}\n")
-
-
-@contextlib.contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar of examples on a terminal's stderr, nothing in a pipe; yields f(done, of how many).
-
-    Within it SIGTERM unwinds like Ctrl-C, so that workers end and nothing is left to clean up.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (title, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    before = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-            task = bar.add_task(title, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    # As a shell tells of a signal.
-    sys.exit(128 + number)

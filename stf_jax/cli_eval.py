@@ -109,10 +109,10 @@ def _score(options: argparse.Namespace) -> "list[Result]":
 
 
 def _ask(options: argparse.Namespace) -> "list[Result]":
-    from stf_jax.cli_data import _progress
     from stf_jax.eval.hosts import JaxHosts
     from stf_jax.eval.registry import BENCHMARKS, get_benchmark
     from stf_jax.eval.running import ask_together, prepare
+    from stf_jax.progress import count_progress, unwound_by_sigterm
     from stf_jax.train import distributed
 
     if options.model is None or options.out is None:
@@ -136,7 +136,7 @@ def _ask(options: argparse.Namespace) -> "list[Result]":
     answerer, hosts = _answerer(options), JaxHosts()
     results = []
     for ready in prepared:
-        with _progress(ready.benchmark.title) as progress:
+        with unwound_by_sigterm(), count_progress(ready.benchmark.title) as progress:
             out = options.out / ready.benchmark.name
             results.append(ask_together(ready, answerer, out=out, progress=progress, hosts=hosts))
     return [result for result in results if result is not None]

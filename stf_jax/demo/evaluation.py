@@ -62,7 +62,11 @@ class Cost:
 
 
 def answer_all(
-    model: Path, asked: Sequence[HeldOut], corpus: Path, out: Path, progress: Callable[[int], None]
+    model: Path,
+    asked: Sequence[HeldOut],
+    corpus: Path,
+    out: Path,
+    progress: Callable[[int, int], None],
 ) -> list[str]:
     """The greedy answer to each question; `out` keeps them, so that they are generated once."""
     if not out.is_file():
@@ -75,7 +79,7 @@ def answer_all(
                     requests(asked[start : start + BATCH], corpus), max_new_tokens=LONGEST_ANSWER
                 )
             ]
-            progress(len(answers))
+            progress(len(answers), len(asked))
         content = {"answers": answers, "cost": dataclasses.asdict(_cost(loaded, asked, corpus))}
         unfinished = out.with_name(f".{out.name}.unfinished")
         unfinished.parent.mkdir(parents=True, exist_ok=True)

@@ -12,19 +12,15 @@
 What is there already is not done again, so that a run that was stopped goes on.
 """
 
-import contextlib
 import dataclasses
 import json
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from convert import export_checkpoint, import_checkpoint
 from stf_jax.config import LlavaConfig
@@ -38,6 +34,7 @@ from stf_jax.demo.language import TEXT
 from stf_jax.demo.results import ArmResult, Results
 from stf_jax.demo.tower import VISION
 from stf_jax.processors import load_processors
+from stf_jax.progress import count_progress
 from stf_jax.train.config import TrainConfig
 from stf_jax.train.loop import train
 
@@ -110,7 +107,7 @@ def run(settings: Settings, out: Path) -> Results:
     results = []
     for name in settings.arms:
         answers_file = out / name / "answers.json"
-        with _progress(f"Asking {arms[name].title}", total=len(asked)) as progress:
+        with count_progress(f"Asking {arms[name].title}") as progress:
             answers = answer_all(out / name / "stage2", asked, corpus, answers_file, progress)
         results.append(
             ArmResult(
@@ -169,12 +166,12 @@ def _build(out: Path, model: Path) -> None:
             "workers": 1,
         }
         common = ("--images", images, "--model", model, "--template", template)
-        with _progress(f"Checking {name}") as progress:
+        with count_progress(f"Checking {name}") as progress:
             _show("data", "check", *files, *common)
             report = check(files, progress=progress, **shared)
         if not report.clean:
             raise DemoError(report.render())
-        with _progress(f"Building {name}") as progress:
+        with count_progress(f"Building {name}") as progress:
             _show("data", "build", *files, dataset, *common)
             build(files, dataset, progress=progress, **shared)
 
@@ -236,16 +233,6 @@ def _dataset(out: Path, name: str) -> Path:
 def _records(run_folder: Path) -> tuple[dict[str, Any], ...]:
     lines = (run_folder / "metrics.jsonl").read_text().splitlines()
     return tuple(json.loads(line) for line in lines)
-
-
-@contextlib.contextmanager
-def _progress(title: str, total: int | None = None) -> Iterator[Callable[..., None]]:
-    """A bar on a terminal, nothing in a pipe; to be called with how many are done, of how many."""
-    console = Console(stderr=True)
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda done, of=total: bar.update(task, completed=done, total=of)
 
 
 def command(*arguments: object) -> str:
