@@ -29,7 +29,7 @@ from stf_jax.models.layers import Init
 from stf_jax.models.llava import Llava
 from stf_jax.models.lora import is_adapter
 from stf_jax.parallel.sharding import ShardingRules, make_mesh
-from stf_jax.processors import load_processors
+from stf_jax.processors import extra_files, read_processors
 from stf_jax.train.checkpoint import Checkpoints
 from stf_jax.train.config import FREE, TrainConfig
 from stf_jax.train.interruption import Interruption
@@ -64,7 +64,8 @@ def train(config: TrainConfig) -> Ending:
     _check_out(out)
     first = open_model(config.model)
     _check_architecture(config, first)
-    processors = load_processors(config.model)
+    carried = extra_files(first.extras)
+    processors = read_processors(first.extras / "hf", carried, config=first.config)
     data = TrainingData(
         config.data,
         tokenizer=processors.tokenizer,
@@ -107,13 +108,15 @@ def train(config: TrainConfig) -> Ending:
         checkpoints.wait()
         _say(first_screen(config, first, data, program, step, steps=steps, start=start))
         log = stack.enter_context(
-            MetricsLog(
-                out,
-                start=start,
-                stop=steps,
-                every=config.log_every,
-                flops=_flops(config, first.config) / jax.device_count(),
-                writes=jax.process_index() == 0,
+            contextlib.closing(
+                MetricsLog(
+                    out,
+                    start=start,
+                    stop=steps,
+                    every=config.log_every,
+                    flops=_flops(config, first.config) / jax.device_count(),
+                    writes=jax.process_index() == 0,
+                )
             )
         )
         run = _Run(config, data, program, step, frozen, checkpoints, log, interruption)

@@ -7,8 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from etils import epath
 from rich.console import Console
@@ -91,17 +90,6 @@ class MetricsLog:
             )
             self._task = self._progress.add_task("", total=stop, completed=start)
             self._progress.start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def write(self, record: StepRecord) -> None:
         """Records a step; a kill right after it loses nothing of it on a local disk."""

@@ -39,7 +39,7 @@ CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 LOCK = ".lock"
-FILES = (CONFIG, CHECKPOINTS, METRICS, TENSORBOARD, LOCK)
+FILES = (CONFIG, CHECKPOINTS, METRICS, TENSORBOARD)
 
 
 def is_run(path: epath.PathLike) -> bool:

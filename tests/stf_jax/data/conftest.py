@@ -1,74 +1,15 @@
 """A small training set with every kind of example, and the dataset built from it."""
 
-import dataclasses
-import io
-import json
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from stf_jax.data.building import build
 from stf_jax.data.images import ImageProcessor
 from stf_jax.data.tokenizer import Tokenizer, load_tokenizer
+from tests.corpus import Corpus, write_corpus
 
-TOKENS_PER_IMAGE = 4
 EXAMPLES = 60
-
-
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-    """LLaVA's JSON and a folder of pictures."""
-
-    json: Path
-    images: Path
-    entries: list[dict[str, Any]]
-
-
-def jpeg(width: int, height: int, seed: int = 0) -> bytes:
-    """Smooth colours with some noise."""
-    rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
-    smooth = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), np.int16)
-    noisy = smooth + rng.integers(-6, 7, smooth.shape)
-    file = io.BytesIO()
-    Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
-    return file.getvalue()
-
-
-def entry(number: int, images: list[str], rng: np.random.Generator) -> dict[str, Any]:
-    words = ["What", "color", "is", "the", "bus", "near", "a", "table", "on", "this", "street"]
-
-    def text() -> str:
-        return " ".join(rng.choice(words, size=int(rng.integers(1, 20))))
-
-    turns = []
-    for turn in range(int(rng.integers(1, 4))):
-        marks = "<image>\n" * len(images) if turn == 0 else ""
-        turns += [{"from": "human", "value": marks + text()}, {"from": "gpt", "value": text()}]
-    found: dict[str, Any] = {"id": f"example-{number}", "conversations": turns}
-    if images:
-        found["image"] = images[0] if len(images) == 1 else images
-    return found
-
-
-def write_corpus(folder: Path, count: int) -> Corpus:
-    rng = np.random.default_rng(7)
-    images = folder / "images"
-    images.mkdir()
-    names = [f"{number}.jpg" for number in range(9)]
-    for number, name in enumerate(names):
-        width, height = (int(side) for side in rng.integers(40, 130, 2))
-        (images / name).write_bytes(jpeg(width, height, number))
-    entries = [
-        entry(number, list(rng.choice(names, size=[1, 1, 1, 0, 2][number % 5])), rng)
-        for number in range(count)
-    ]
-    path = folder / "train.json"
-    path.write_text(json.dumps(entries), encoding="utf-8")
-    return Corpus(path, images, entries)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from convert import import_checkpoint
 from stf_jax.data.building import build
 from stf_jax.processors import load_processors
 from stf_jax.train.config import TrainConfig
-from tests.stf_jax.data.conftest import write_corpus
+from tests.corpus import write_corpus
 
 
 @pytest.fixture(scope="session")
