@@ -35,7 +35,7 @@ from stf_jax.train.config import FREE, TrainConfig
 from stf_jax.train.interruption import Interruption
 from stf_jax.train.metrics import MetricsLog, StepRecord
 from stf_jax.train.optimizer import Parameters, schedule
-from stf_jax.train.program import Program, make_program
+from stf_jax.train.program import TrainProgram, make_program
 from stf_jax.train.run import CHECKPOINTS, CONFIG, FILES, LOCK, TENSORBOARD, open_model
 from stf_jax.train.screen import first_screen
 from stf_jax.train.step import Metrics, TrainState, init_state
@@ -129,7 +129,7 @@ class _Run:
 
     config: TrainConfig
     data: TrainingData
-    program: Program
+    program: TrainProgram
     step: Any
     frozen: Parameters
     checkpoints: Checkpoints
@@ -321,7 +321,7 @@ def _write_config(config: TrainConfig, out: epath.Path) -> None:
 
 
 def _parameters(
-    config: TrainConfig, first: NativeCheckpoint, checkpoints: Checkpoints, program: Program
+    config: TrainConfig, first: NativeCheckpoint, checkpoints: Checkpoints, program: TrainProgram
 ) -> tuple[TrainState, Parameters]:
     """The state to go on from, and the parameters that stay; each host reads its own parts."""
 
@@ -341,7 +341,7 @@ def _parameters(
     return jax.device_put(state, like), frozen
 
 
-def _new_adapters(config: TrainConfig, model: LlavaConfig, program: Program) -> Parameters:
+def _new_adapters(config: TrainConfig, model: LlavaConfig, program: TrainProgram) -> Parameters:
     rules = ShardingRules.none() if program.layout.mesh is None else ShardingRules.default()
 
     def make() -> Parameters:
@@ -353,7 +353,7 @@ def _new_adapters(config: TrainConfig, model: LlavaConfig, program: Program) -> 
     return jax.jit(make)()
 
 
-def _compiled(program: Program) -> Any:
+def _compiled(program: TrainProgram) -> Any:
     try:
         return program.compile()
     except jax.errors.JaxRuntimeError as error:

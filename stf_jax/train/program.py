@@ -31,7 +31,7 @@ V5E_OPTIONS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Program:
+class TrainProgram:
     """A training step and what goes into it; shapes, dtypes and shardings in place of arrays.
 
     Attributes:
@@ -65,7 +65,7 @@ def make_program(
     steps: int,
     mesh: Mesh | None,
     image_processor: ImageProcessor | None = None,
-) -> Program:
+) -> TrainProgram:
     """The step of a config for a model, on a mesh that has been entered, or on one device.
 
     Args:
@@ -104,7 +104,7 @@ def make_program(
         normalise=(image_processor or ImageProcessor()).normalise,
     )
     state = jax.eval_shape(lambda parameters: init_state(parameters, optimizer), trained)
-    return Program(
+    return TrainProgram(
         step=step,
         optimizer=optimizer,
         state=jax.tree.map(lambda leaf: _on(leaf, leaf.dtype, mesh), state),

@@ -11,7 +11,7 @@ from stf_jax.data.pipeline import DataPlan, TrainingData
 from stf_jax.models.lora import is_adapter
 from stf_jax.train.config import TrainConfig
 from stf_jax.train.optimizer import Parameters
-from stf_jax.train.program import Program
+from stf_jax.train.program import TrainProgram
 from stf_jax.train.run import CHECKPOINTS, TrainedCheckpoint
 
 _GIB = 2**30
@@ -21,7 +21,7 @@ def first_screen(
     config: TrainConfig,
     first: NativeCheckpoint,
     data: TrainingData,
-    program: Program,
+    program: TrainProgram,
     compiled: Any,
     *,
     steps: int,
@@ -94,7 +94,7 @@ def _batch(config: TrainConfig, plan: DataPlan) -> str:
     )
 
 
-def _mesh(program: Program) -> str:
+def _mesh(program: TrainProgram) -> str:
     mesh = program.layout.mesh
     kind = jax.devices()[0].device_kind
     if mesh is None:
