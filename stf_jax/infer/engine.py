@@ -97,7 +97,7 @@ class Engine:
         free, taken, seen = deque(range(slots)), dict[int, int](), np.zeros(slots, int)
         with ThreadPoolExecutor(_READERS) as readers:
             groups = _groups(prompts, share=share)
-            feed = _Feed(self.program, prompts, groups, rows, context=context, readers=readers)
+            feed = _Feed(self.program, prompts, groups, rows, readers=readers)
             while taken or feed.more:
                 while free and feed.more:
                     feed.refill()
@@ -160,11 +160,10 @@ class _Feed:
         groups: Sequence[_Group],
         rows: int,
         *,
-        context: int,
         readers: ThreadPoolExecutor,
     ):
         self._program, self._prompts, self._rows = program, prompts, rows
-        self._context, self._readers = context, readers
+        self._readers = readers
         self._chunks = deque(groups[at : at + rows] for at in range(0, len(groups), rows))
         self._coming = self._read()
         # (prompt, row of its prefix)
@@ -184,7 +183,7 @@ class _Feed:
         self._coming = self._read()
         size = self._program.config.vision.image_size
         batch = pad_prompts(loaded, rows=self._rows, image_size=size)
-        self.prefixes = self._program.prefixes(batch, context=self._context)
+        self.prefixes = self._program.prefixes(batch)
         self.waiting.extend(
             (prompt, row) for row, group in enumerate(chunk) for prompt in group.prompts
         )

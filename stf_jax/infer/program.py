@@ -99,7 +99,7 @@ class Program:
             model.text.layers = unstack(model.text.layers)
             model.vision.layers = unstack(model.vision.layers)
         self._graph, self._parameters = nnx.split(model)
-        self._prefixes = jax.jit(self._prefix_caches, static_argnames="context")
+        self._prefixes = jax.jit(self._prefix_caches)
         self._start = jax.jit(self._empty_slots, static_argnames=("slots", "context", "new"))
         # Slots are written in place.
         self._admit = jax.jit(self._admitted, static_argnames="greedy", donate_argnums=1)
@@ -111,10 +111,10 @@ class Program:
         """What the mesh splits rows by; their number must divide by it."""
         return 1 if self.mesh is None else math.prod(self.mesh.shape[a] for a in BATCH_AXES)
 
-    def prefixes(self, batch: Batch, *, context: int) -> KVCache:
-        """Encodes a batch's images and computes the cache of its rows, with `context` slots."""
+    def prefixes(self, batch: Batch) -> KVCache:
+        """Encodes a batch's images and computes the cache of its rows."""
         with self._on_mesh():
-            return self._prefixes(self._parameters, self._placed(batch), context=context)
+            return self._prefixes(self._parameters, self._placed(batch))
 
     def start(self, *, slots: int, context: int, new: int) -> Slots:
         """Empty slots with room for `context` positions and `new` tokens an answer."""
@@ -163,9 +163,8 @@ class Program:
                 greedy=limits.greedy,
             )
 
-    def _prefix_caches(self, parameters: nnx.State, batch: Batch, *, context: int) -> KVCache:
-        _, cache = self._model(parameters).prefill(batch, cache_dtype=self.cache_dtype)
-        return cache.widened(context)
+    def _prefix_caches(self, parameters: nnx.State, batch: Batch) -> KVCache:
+        return self._model(parameters).prefill(batch, cache_dtype=self.cache_dtype)[1]
 
     def _empty_slots(self, parameters: nnx.State, *, slots: int, context: int, new: int) -> Slots:
         text, rows = self.config.text, self._rules.tokens
@@ -195,7 +194,9 @@ class Program:
         greedy: bool,
     ) -> Slots:
         spec = self._rules.tokens
-        cache = prefixes.rows(questions.prefixes, spec=self._rules.hidden)
+        # No more than is there travels from the prefixes to the slots.
+        room = min(prefixes.slots + questions.ids.shape[1], slots.cache.slots)
+        cache = prefixes.rows(questions.prefixes, spec=self._rules.cache).widened(room)
         begun = self._begun(parameters, questions, cache, limits, slots.tokens.shape[1], greedy)
 
         def put(old: Array, new: Array) -> Array:
@@ -207,7 +208,7 @@ class Program:
             last=put(slots.last, begun.last),
             positions=put(slots.positions, begun.positions),
             finished=put(slots.finished, begun.finished),
-            cache=slots.cache.replaced(questions.slots, begun.cache, spec=self._rules.hidden),
+            cache=slots.cache.replaced(questions.slots, begun.cache, spec=self._rules.cache),
         )
 
     def _resumed(

@@ -88,7 +88,7 @@ class Session:
     def _begin(self, prompt: Prompt, limits: Limits, *, context: int, new: int) -> Slots:
         rows, size = self._program.row_multiple, self._program.config.vision.image_size
         batch = pad_prompts([prompt.until(prompt.prefix)], rows=rows, image_size=size)
-        prefixes = self._program.prefixes(batch, context=context)
+        prefixes = self._program.prefixes(batch)
         empty = self._program.start(slots=rows, context=context, new=new)
         question = _question(prompt, prompt.prefix, rows)
         return self._program.admit(empty, prefixes, question, limits)

@@ -19,14 +19,15 @@ CacheDType = Literal["bfloat16", "int8"]
 class Quantised:
     """Vectors as int8, each with its own scale: value = integer * scale."""
 
-    integers: Int[Array, "B S K D"]
-    scales: Float[Array, "B S K 1"]
+    integers: Int[Array, "B K S D"]
+    scales: Float[Array, "B K S 1"]
 
 
 Stored: TypeAlias = Array | Quantised
 
 
 def _store(x: Float[Array, "B T K D"], dtype: CacheDType | None) -> Stored:
+    x = x.swapaxes(1, 2)
     if dtype != "int8":
         return x if dtype is None else x.astype(dtype)
     wide = x.astype(jnp.float32)
@@ -36,7 +37,7 @@ def _store(x: Float[Array, "B T K D"], dtype: CacheDType | None) -> Stored:
     return Quantised(integers=integers, scales=scales)
 
 
-def _read(stored: Stored, dtype: DTypeLike) -> Float[Array, "B S K D"]:
+def _read(stored: Stored, dtype: DTypeLike) -> Float[Array, "B K S D"]:
     if isinstance(stored, Quantised):
         return (stored.integers * stored.scales).astype(dtype)
     return stored.astype(dtype)
@@ -49,7 +50,8 @@ class KVCache:
 
     The token at position p of a row lies in slot p, and attention looks at no slot beyond a query's
     position: what padding left in later slots is overwritten before anything sees it. Layers are
-    separate arrays, since a slice of a stacked one would be copied at every step.
+    separate arrays, since a slice of a stacked one would be copied at every step; and heads come
+    before slots, since attention multiplies by each head's [S, D], which must lie in one piece.
     """
 
     keys: tuple[Stored, ...]
@@ -74,7 +76,7 @@ class KVCache:
     @property
     def slots(self) -> int:
         """S, how many positions there is room for."""
-        return int(jax.tree.leaves(self.keys[0])[0].shape[1])
+        return int(jax.tree.leaves(self.keys[0])[0].shape[2])
 
     def written(
         self,
@@ -87,7 +89,7 @@ class KVCache:
         """With one layer's keys and values at these positions; those beyond S are dropped."""
 
         def put(stored: Array, new: Array) -> Array:
-            return jax.vmap(lambda row, at, one: row.at[at].set(one, mode="drop"))(
+            return jax.vmap(lambda row, at, one: row.at[:, at].set(one, mode="drop"))(
                 stored, positions, new
             )
 
@@ -98,13 +100,13 @@ class KVCache:
 
     def read(
         self, layer: int, dtype: DTypeLike
-    ) -> tuple[Float[Array, "B S K D"], Float[Array, "B S K D"]]:
-        """One layer's keys and values as attention takes them."""
+    ) -> tuple[Float[Array, "B K S D"], Float[Array, "B K S D"]]:
+        """One layer's keys and values as `cache_attention` takes them."""
         return _read(self.keys[layer], dtype), _read(self.values[layer], dtype)
 
     def widened(self, slots: int) -> "KVCache":
         """With room for `slots` positions, S or more."""
-        room = ((0, 0), (0, slots - self.slots), (0, 0), (0, 0))
+        room = ((0, 0), (0, 0), (0, slots - self.slots), (0, 0))
         widened: KVCache = jax.tree.map(lambda one: jnp.pad(one, room), self)
         return widened
 
@@ -118,8 +120,13 @@ class KVCache:
     def replaced(
         self, at: Int[Array, "R"], rows: "KVCache", *, spec: PartitionSpec | None
     ) -> "KVCache":
-        """With `rows`, of as many slots, in place of the rows `at`; those beyond B are dropped."""
+        """With `rows` where the rows `at` begin; rows beyond B are dropped.
+
+        `rows` may have fewer slots: what stood in the later ones is left there.
+        """
         replaced: KVCache = jax.tree.map(
-            lambda one, new: one.at[at].set(new, mode="drop", out_sharding=spec), self, rows
+            lambda one, new: one.at[at, :, : rows.slots].set(new, mode="drop", out_sharding=spec),
+            self,
+            rows,
         )
         return replaced

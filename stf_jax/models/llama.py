@@ -24,7 +24,7 @@ from stf_jax.models.layers import (
     written_gradient,
 )
 from stf_jax.models.lora import LoRAConfig
-from stf_jax.parallel.attention import CacheMask, Mask, attention
+from stf_jax.parallel.attention import Mask, attention, cache_attention
 from stf_jax.parallel.sharding import gathered
 
 # Hidden states, cache, layers done.
@@ -207,13 +207,12 @@ class Llama(nnx.Module):
         """T further tokens a row against the cache, which takes them in; decoding has T = 1."""
         with jax.named_scope("extend"):
             angles = self._angles(positions)
-            mask = CacheMask(positions=positions, slots=cache.slots)
 
             def step(carry: Extending, layer: DecoderLayer) -> tuple[Extending, None]:
                 x, cache, index = carry
                 query, key, value = layer.project(x, angles)
                 cache = cache.written(index, key, value, positions=positions)
-                attended = attention(query, *cache.read(index, x.dtype), mask=mask)
+                attended = cache_attention(query, *cache.read(index, x.dtype), positions=positions)
                 return (layer.finish(x, attended), cache, index + 1), None
 
             (x, cache, _), _ = apply_layers(step, (x, cache, 0), unstack(self.layers))

@@ -4,6 +4,7 @@ Splash on a TPU, cuDNN on a GPU for 16-bit numbers, XLA elsewhere and against a 
 """
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -34,32 +35,18 @@ class Mask:
         return seen[:, None]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CacheMask:
-    """A query sees the cache slots up to its own position: slot p holds the key of position p."""
-
-    positions: Int[Array, "B T"]
-    slots: int
-
-    def array(self) -> Bool[Array, "B 1 T S"]:
-        """The rule as an array, True where a query sees a key."""
-        return (jnp.arange(self.slots) <= self.positions[:, :, None])[:, None]
-
-
 def attention(
     query: Float[Array, "B T N D"],
     key: Float[Array, "B S K D"],
     value: Float[Array, "B S K D"],
     *,
-    mask: Mask | CacheMask | None = None,
+    mask: Mask | None = None,
 ) -> Float[Array, "B T N D"]:
     """softmax(q k^T / sqrt(D)) v, with the softmax in float32; N is a multiple of K.
 
     A query that sees no key (padding) gets a finite value that means nothing.
     """
     with jax.named_scope("attention"):
-        if isinstance(mask, CacheMask):
-            return jax.nn.dot_product_attention(query, key, value, mask=mask.array())
         platform = _platform()
         if platform == "tpu":
             return _per_device(query, key, value, mask)
@@ -68,6 +55,28 @@ def attention(
         return jax.nn.dot_product_attention(
             query, key, value, mask=seen, implementation="cudnn" if cudnn else None
         )
+
+
+def cache_attention(
+    query: Float[Array, "B T N D"],
+    key: Float[Array, "B K S D"],
+    value: Float[Array, "B K S D"],
+    *,
+    positions: Int[Array, "B T"],
+) -> Float[Array, "B T N D"]:
+    """The same against a cache, whose slot p holds position p; a query sees up to its own position.
+
+    With few queries a row this waits for memory: keys and values are read as they lie.
+    """
+    with jax.named_scope("attention"):
+        rows, length, heads, dim = query.shape
+        kv_heads, slots = key.shape[1:3]
+        grouped = query.reshape(rows, length, kv_heads, heads // kv_heads, dim)
+        scores = jnp.einsum("btkgd,bksd->bktgs", grouped, key, preferred_element_type=jnp.float32)
+        seen = (jnp.arange(slots) <= positions[:, :, None])[:, None, :, None]
+        weights = jax.nn.softmax(jnp.where(seen, scores / math.sqrt(dim), -jnp.inf), axis=-1)
+        found = jnp.einsum("bktgs,bksd->btkgd", weights.astype(value.dtype), value)
+        return found.reshape(query.shape)
 
 
 def _platform() -> str:

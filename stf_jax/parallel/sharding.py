@@ -39,6 +39,7 @@ class ShardingRules:
     # Activations.
     tokens: P | None = None  # anything that leads with the batch and is not split further
     hidden: P | None = None  # [B, T, F], [B, T, N, D], [B, T, V]
+    cache: P | None = None  # [B, K, S, D]
 
     @classmethod
     def none(cls) -> Self:
@@ -57,6 +58,7 @@ class ShardingRules:
             vector=P(),
             tokens=P(BATCH_AXES),
             hidden=P(BATCH_AXES, None, "tensor"),
+            cache=P(BATCH_AXES, "tensor"),
         )
 
 

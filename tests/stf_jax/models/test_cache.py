@@ -23,7 +23,7 @@ def test_written_row_by_row(dtype: CacheDType | None, error: float) -> None:
     expected[:, :4] = first
     expected[0, 1:4], expected[1, 4:6] = second[0], second[1, :2]
     largest = np.abs(expected).max(axis=-1, keepdims=True)
-    keys, values = cache.read(0, jnp.float32)
+    keys, values = (one.swapaxes(1, 2) for one in cache.read(0, jnp.float32))
     assert (np.abs(keys - expected) <= error * largest).all()
     assert (np.abs(values - 2 * expected) <= 2 * error * largest).all()
 
@@ -36,6 +36,13 @@ def test_rows_move(dtype: CacheDType | None) -> None:
     rows = np.asarray(moved.read(0, jnp.float32)[0])
     was, now = (np.asarray(one.read(0, jnp.float32)[0]) for one in (old, new))
     np.testing.assert_array_equal(rows, np.stack([now[3], was[1], now[1], was[3]]))
+
+
+def test_fewer_slots_leave_the_later_ones() -> None:
+    old, new = random(2, 5, 3, 8), random(1, 3, 3, 8, seed=1)
+    long, short = (KVCache.of([one], [one], dtype=None) for one in (old, new))
+    rows = long.replaced(jnp.array([1]), short, spec=None).read(0, jnp.float32)[0].swapaxes(1, 2)
+    np.testing.assert_array_equal(rows, old.at[1, :3].set(new[0]))
 
 
 def test_zeros_stay_zeros() -> None:

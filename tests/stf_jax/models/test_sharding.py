@@ -305,11 +305,11 @@ def test_cache(on_mesh: OnMesh) -> None:
 
     logits, cache = prefill(on_mesh.model, on_mesh.batch)
     assert len(specs) == 2 * text.layers
-    assert {spec[:3] for spec in specs} == {(BATCH_AXES, None, "tensor")}
+    assert {spec[:2] for spec in specs} == {(BATCH_AXES, "tensor")}
     for _ in range(2):
         assert_shards(logits, (on_mesh.rows, 600 // tensor))
         for array in (*cache.keys, *cache.values):
-            part = (on_mesh.rows, LENGTH + 4, text.kv_heads // tensor, text.head_dim)
+            part = (on_mesh.rows, text.kv_heads // tensor, LENGTH + 4, text.head_dim)
             assert_shards(array, part)
         at = jax.device_put(jnp.full(16, 60), on_mesh.model.rules.tokens)
         logits, cache = jax.jit(Llava.extend)(
