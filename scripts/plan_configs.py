@@ -1,12 +1,15 @@
 """Plans the shipped configs and writes what the compiler said into them and into docs/tpu.md.
 
-    python scripts/plan_configs.py [configs/stf-7b-finetune.yaml ...]
+    python scripts/plan_configs.py [configs/stf-7b-lora.yaml ...] [--topology v5e:2x4] [--forget]
 
-A config names its slices in a line "# topologies: v5e:4x4 ..."; each gets a line "# plan: ...".
-Minutes for each config and slice of 7B, without a TPU; pip install libtpu.
+A config names its slices in a line "# topologies: v5e:4x4 ..."; each gets a line "# plan: ...". One
+that has its line is left alone, so that a run that was stopped goes on where it was; after a change
+to the step, --forget takes the lines out first. Minutes for each config and slice of 7B, without a
+TPU; pip install libtpu.
 """
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -16,16 +19,28 @@ from stf_jax.plan.report import headline
 
 ROOT = Path(__file__).parent.parent
 _SLICES, _PLAN = "# topologies: ", "# plan: "
-_TABLE = re.compile(r"(<!-- plans -->\n).*?(<!-- end of plans -->)", re.DOTALL)
-_HEADLINE = re.compile(
-    r"(?P<slice>\S+): peak (?P<peak>\S+) GiB of (?P<limit>\S+) GiB a chip; estimated step "
-    r"(?P<step>\S+) s, estimated MFU (?P<mfu>\d+) %"
-)
+_PEAK = r"peak (?P<peak>\S+) GiB of (?P<limit>\S+) GiB a chip; estimated "
+# Each table by its marks, its columns and what its headlines look like.
+_TABLES = {
+    "plans": (
+        "config | slice | peak, GiB | of | step, s | MFU, %",
+        re.compile(rf"(\S+): {_PEAK}step (\S+) s, estimated MFU (\d+) %"),
+    ),
+    "inference plans": (
+        "config | slice | slots | peak, GiB | of | prefill, ms | of prompts | decode step, ms | "
+        "of HBM's rate, % | tokens/s",
+        re.compile(
+            rf"(\S+): (\d+) slots, {_PEAK}prefill (\S+) ms for (\d+) prompts, decode (\S+) ms a "
+            r"step at (\d+) % of HBM's rate, (\d+) tokens/s"
+        ),
+    ),
+}
 
 
-def planned(text: str) -> list[str]:
-    """The headlines in a config."""
-    return [line.removeprefix(_PLAN) for line in text.splitlines() if line.startswith(_PLAN)]
+def planned(text: str) -> dict[str, str]:
+    """The headlines in a config, by slice."""
+    lines = [line.removeprefix(_PLAN) for line in text.splitlines() if line.startswith(_PLAN)]
+    return {line.partition(": ")[0]: line for line in lines}
 
 
 def slices(text: str) -> list[str]:
@@ -34,47 +49,77 @@ def slices(text: str) -> list[str]:
     return lines[0].removeprefix(_SLICES).split() if lines else []
 
 
-def with_plan(text: str, line: str) -> str:
-    """A config with this headline in place of an older one of the same slice."""
-    slice_ = line.partition(": ")[0]
-    kept = [one for one in planned(text) if one.partition(": ")[0] != slice_]
-    order = slices(text)
-    lines = sorted([*kept, line], key=lambda one: order.index(one.partition(": ")[0]))
-    rest = [one for one in text.splitlines() if not one.startswith(_PLAN)]
-    at = next(i for i, one in enumerate(rest) if one.startswith(_SLICES)) + 1
-    return "\n".join([*rest[:at], *(f"{_PLAN}{one}" for one in lines), *rest[at:]]) + "\n"
+def with_plans(text: str, plans: dict[str, str]) -> str:
+    """A config with just these headlines, in the order of its slices."""
+    rest = [line for line in text.splitlines() if not line.startswith(_PLAN)]
+    at = next(i for i, line in enumerate(rest) if line.startswith(_SLICES)) + 1
+    lines = [f"{_PLAN}{plans[one]}" for one in slices(text) if one in plans]
+    return "\n".join([*rest[:at], *lines, *rest[at:]]) + "\n"
 
 
-def table() -> str:
-    """All headlines of all configs."""
-    rows = ["| config | slice | peak, GiB | of | step, s | MFU, % |", "|---|---|---|---|---|---|"]
+def table(name: str) -> str:
+    """All headlines of one kind."""
+    columns, form = _TABLES[name]
+    rows = [f"| {columns} |", f"|{'---|' * (columns.count('|') + 1)}"]
     for path in sorted((ROOT / "configs").glob("*.yaml")):
-        for line in planned(path.read_text()):
-            found = _HEADLINE.match(line)
-            cells = found.groups() if found else (line.partition(": ")[0], *["does not fit"] * 4)
+        inference = path.stem.endswith("-inference")
+        for slice_, line in planned(path.read_text()).items():
+            if inference != (name == "inference plans"):
+                continue
+            found = form.match(line)
+            cells = found.groups() if found else (slice_, line.partition(": ")[2])
             rows.append(f"| {' | '.join([path.stem, *cells])} |")
     return "\n".join(rows) + "\n"
 
 
-def write_table() -> None:
+def write_tables() -> None:
     """Brings docs/tpu.md up to the configs."""
     docs = ROOT / "docs" / "tpu.md"
-    docs.write_text(_TABLE.sub(lambda found: f"{found[1]}{table()}{found[2]}", docs.read_text()))
+    text = docs.read_text()
+    for name in _TABLES:
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}{table(name)}{end}{rest.partition(end)[2]}"
+    _replace(docs, text)
+
+
+def _replace(path: Path, text: str) -> None:
+    """All of it or nothing."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text)
+    os.replace(new, path)
 
 
 def main() -> None:
-    """Plans what is asked for, or everything."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("configs", nargs="*", type=Path)
-    parser.add_argument("--topology", action="append", help="only this one")
+    """Plans what is asked for, or everything that is not planned yet."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("configs", nargs="*", type=Path, help="all of configs/, if none is named")
+    parser.add_argument("--topology", action="append", help="only this slice, of those it names")
+    parser.add_argument("--forget", action="store_true", help="plan again what has been planned")
     options = parser.parse_args()
-    for path in options.configs or sorted((ROOT / "configs").glob("*.yaml")):
-        for topology in options.topology or slices(path.read_text()):
-            line = headline(plan(str(path), topology=topology))
-            sys.stderr.write(f"{path.name}: {line}\n")
-            path.write_text(with_plan(path.read_text(), line))
-            write_table()
-    write_table()
+    todo = [
+        (path, topology)
+        for path in options.configs or sorted((ROOT / "configs").glob("*.yaml"))
+        for topology in slices(path.read_text())
+        if options.topology is None or topology in options.topology
+    ]
+    if options.forget:
+        for path, topology in todo:
+            text = path.read_text()
+            plans = planned(text)
+            plans.pop(topology, None)
+            _replace(path, with_plans(text, plans))
+    for path, topology in todo:
+        if topology in planned(path.read_text()):
+            continue
+        line = headline(plan(str(path), topology=topology))
+        sys.stderr.write(f"{path.name}: {line}\n")
+        text = path.read_text()
+        _replace(path, with_plans(text, planned(text) | {topology: line}))
+        write_tables()
+    write_tables()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,10 @@ from stf_jax.cli import FLOATS, Verbs, add_verb
 from stf_jax.cli_train import add_hosts
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
     from stf_jax.eval.questions import Answerer
     from stf_jax.eval.running import Result
+    from stf_jax.infer.config import InferenceConfig
+    from stf_jax.parallel.mesh import MeshConfig
 
 # Other than those of a mistake, so that a script can tell.
 INCOMPLETE = 3
@@ -57,7 +58,13 @@ def add_eval(verbs: Verbs) -> None:
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions (all)")
     parser.add_argument(
-        "--slots", type=int, default=16, metavar="N", help="answers in the making at a time (16)"
+        "--config",
+        metavar="FILE",
+        type=Path,
+        help="slots, mesh and dtypes, as configs/stf-7b-inference.yaml; the options below go first",
+    )
+    parser.add_argument(
+        "--slots", type=int, metavar="N", help="answers in the making at a time (16)"
     )
     parser.add_argument(
         "--mesh",
@@ -132,8 +139,9 @@ def _ask(options: argparse.Namespace) -> "list[Result]":
             problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
+    config = _config(options)
     distributed.start(options.coordinator, options.processes, options.process)
-    answerer, hosts = _answerer(options), JaxHosts()
+    answerer, hosts = _answerer(options, config), JaxHosts()
     results = []
     for ready in prepared:
         with unwound_by_sigterm(), count_progress(ready.benchmark.title) as progress:
@@ -142,42 +150,59 @@ def _ask(options: argparse.Namespace) -> "list[Result]":
     return [result for result in results if result is not None]
 
 
-def _answerer(options: argparse.Namespace) -> "Answerer":
+def _answerer(options: argparse.Namespace, config: "InferenceConfig") -> "Answerer":
     import jax
 
     import stf_jax
     from stf_jax.eval.generation import ModelAnswerer
+    from stf_jax.parallel.sharding import make_mesh
 
-    dtype: Any = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype: Any = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    mesh = None
+    if config.mesh is not None:
+        # Each host has its own.
+        devices = jax.local_devices()
+        mesh = make_mesh(devices=devices, **config.mesh.sizes(len(devices)))
     model = stf_jax.load(
         options.model,
         dtype=dtype,
-        mesh=_mesh(options.mesh),
+        mesh=mesh,
         vision_tower=options.vision_tower,
-        cache_dtype=options.cache_dtype,
+        cache_dtype=config.cache_dtype,
     )
     return ModelAnswerer(
         model,
         model_id=Path(options.model).name,
-        slots=options.slots,
+        slots=config.slots,
         dtype=dtype,
     )
 
 
-def _mesh(text: str | None) -> "Mesh | None":
-    """The mesh that `--mesh` describes; each host has its own."""
+def _config(options: argparse.Namespace) -> "InferenceConfig":
+    """The config's settings, or those of the options where there are any."""
+    from stf_jax.infer.config import InferenceConfig
+
+    config = InferenceConfig.load(options.config) if options.config else InferenceConfig()
+    given = {
+        "slots": options.slots,
+        "dtype": options.dtype,
+        "cache_dtype": options.cache_dtype,
+        "mesh": _mesh(options.mesh),
+    }
+    return replace(config, **{name: value for name, value in given.items() if value is not None})
+
+
+def _mesh(text: str | None) -> "MeshConfig | None":
+    """The mesh that `--mesh` describes."""
     if text is None:
         return None
-    import jax
-
-    from stf_jax.parallel.sharding import AXES, make_mesh
+    from stf_jax.parallel.mesh import MeshConfig
+    from stf_jax.parallel.sharding import AXES
 
     axes = dict(part.partition("=")[::2] for part in text.split(","))
     if not set(axes) <= set(AXES) or not all(size.isdecimal() for size in axes.values()):
         raise ValueError(f"--mesh is {text!r}; write it as {AXES[0]}=2,{AXES[-1]}=4")
-    return make_mesh(
-        devices=jax.local_devices(), **{name: int(size) for name, size in axes.items()}
-    )
+    return MeshConfig(**{"fsdp": 1} | {name: int(size) for name, size in axes.items()})
 
 
 def _paths(options: argparse.Namespace) -> dict[str, Path]:

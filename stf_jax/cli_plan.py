@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from stf_jax.cli import Verbs, add_verb
 
 if TYPE_CHECKING:
+    from stf_jax.plan.phases import InferencePlan
     from stf_jax.plan.request import Plan
     from stf_jax.plan.sweep import Ask
 
@@ -21,12 +22,15 @@ def add_plan(verbs: Verbs) -> None:
     parser.usage = "stf-jax plan CONFIG --topology v5e:4x4 [--section.key=value ...] [options]"
     parser.epilog = (
         "Asks the TPU compiler, which needs no TPU (pip install libtpu); minutes at 7B. "
-        f"Exit status: 0 if the step fits, {DOES_NOT_FIT} if not."
+        f"Exit status: 0 if it fits, {DOES_NOT_FIT} if not."
     )
     parser.allow_abbrev = False
     parser.add_argument("config", metavar="CONFIG", help="YAML, as in configs/")
     parser.add_argument(
-        "--topology", required=True, metavar="T", help="generation and chips along each axis"
+        "--topology",
+        required=True,
+        metavar="T",
+        help="generation and chips along each axis; 2xv5e:4x4 is two slices",
     )
     parser.add_argument(
         "--sweep",
@@ -40,49 +44,57 @@ def add_plan(verbs: Verbs) -> None:
 
 def _plan(options: argparse.Namespace) -> int:
     from stf_jax.plan.asking import plan
-    from stf_jax.plan.report import render, render_sweep
+    from stf_jax.plan.report import render, render_changes
 
-    def ask(more: tuple[str, ...] = ()) -> "Plan":
-        overrides = [*options.overrides, *more]
+    def ask(changes: tuple[str, ...] = ()) -> "Plan | InferencePlan":
+        overrides = [*options.overrides, *changes]
         return plan(options.config, topology=options.topology, overrides=overrides)
 
     if options.sweep:
-        chosen = _swept(options, ask)
-        text = (
-            "\n".join(json.dumps({"overrides": changes} | one.to_json()) for changes, one in chosen)
-            if options.json
-            else render_sweep(chosen)
-        )
-        sys.stdout.write(f"{text}\n")
-        return 0 if chosen else DOES_NOT_FIT
+        return _sweep(options, ask)
     made = ask()
     if options.json:
         sys.stdout.write(f"{json.dumps(made.to_json())}\n")
     else:
         sys.stdout.write(f"{render(made)}\n")
         if not made.fits:
-            sys.stdout.write(f"{_change(options, made.chips, ask)}\n")
+            sys.stdout.write(f"{render_changes(made, _changes(options, made, ask))}\n")
     return 0 if made.fits else DOES_NOT_FIT
 
 
-def _swept(options: argparse.Namespace, ask: "Ask") -> "list[tuple[tuple[str, ...], Plan]]":
+def _sweep(options: argparse.Namespace, ask: "Ask") -> int:
+    from stf_jax.infer.config import is_inference
     from stf_jax.plan.chips import Topology
-    from stf_jax.plan.report import progress
+    from stf_jax.plan.report import progress, render_sweep
     from stf_jax.plan.sweep import best, sweep
     from stf_jax.train.config import TrainConfig
 
+    if is_inference(options.config):
+        raise ValueError("--sweep is for training; vary --slots=N and --mesh.tensor=N by hand")
     config = TrainConfig.load(options.config, options.overrides)
     tried = []
     for one in sweep(config, chips=Topology.parse(options.topology).chips, ask=ask):
         sys.stderr.write(f"{progress(one)}\n")
         tried.append(one)
-    return best(tried)
+    chosen = best(tried)
+    text = (
+        "\n".join(json.dumps({"overrides": changes} | one.to_json()) for changes, one in chosen)
+        if options.json
+        else render_sweep(chosen)
+    )
+    sys.stdout.write(f"{text}\n")
+    return 0 if chosen else DOES_NOT_FIT
 
 
-def _change(options: argparse.Namespace, chips: int, ask: "Ask") -> str:
-    from stf_jax.plan.report import render_change
-    from stf_jax.plan.sweep import change_that_fits
+def _changes(
+    options: argparse.Namespace, made: "Plan | InferencePlan", ask: "Ask"
+) -> list[tuple[str, ...]]:
+    """What would make it fit."""
+    from stf_jax.plan.request import Plan
+    from stf_jax.plan.sweep import inference_changes, training_changes
     from stf_jax.train.config import TrainConfig
 
+    if not isinstance(made, Plan):
+        return inference_changes(made, ask=ask)
     config = TrainConfig.load(options.config, options.overrides)
-    return render_change(change_that_fits(config, chips=chips, ask=ask))
+    return training_changes(config, chips=made.chips, ask=ask)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import os
+import re
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -10,15 +11,19 @@ from typing import Any
 import pytest
 
 from stf_jax.config import LlavaConfig
+from stf_jax.infer.config import InferenceConfig, is_inference
+from stf_jax.parallel.mesh import MeshConfig
 from stf_jax.parallel.sharding import check_divisible
 from stf_jax.plan.asking import plan
 from stf_jax.plan.chips import Topology
-from stf_jax.plan.report import headline
-from stf_jax.train.config import MeshConfig, TrainConfig
+from stf_jax.plan.request import Plan
+from stf_jax.train.config import TrainConfig
 from stf_jax.train.distributed import BatchLayout
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+TRAINING = [path for path in CONFIGS if not is_inference(path)]
+INFERENCE = [path for path in CONFIGS if is_inference(path)]
 
 
 def script() -> ModuleType:
@@ -30,7 +35,30 @@ def script() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_run_that_is_promised() -> None:
+    """Slices of 16, 8, 4 and 8 chips for 7B, of 32 and 16 for 13B, and what answers."""
+    found = {path.stem: set(script().slices(path.read_text())) for path in CONFIGS}
+    for stage in ("pretrain", "finetune"):
+        assert found[f"stf-7b-{stage}"] >= {"v5e:4x4", "v4:2x2x2", "v5p:2x2x1", "v6e:2x4"}
+        assert found[f"stf-13b-{stage}"] >= {"v5e:4x8", "v4:2x2x4"}
+    assert "v5e:2x4" in found["stf-7b-lora"]
+    assert {"v6e:1x1", "v5e:2x2"} <= found["stf-7b-inference"]
+
+
+@pytest.mark.parametrize("path", INFERENCE, ids=lambda path: path.stem)
+def test_it_divides_its_chips(path: Path) -> None:
+    config, topologies = InferenceConfig.load(path), script().slices(path.read_text())
+    assert topologies
+    assert path.stem.endswith("-inference")
+    assert config.architecture is not None
+    model = LlavaConfig.named(config.architecture)
+    for topology in topologies:
+        sizes = (config.mesh or MeshConfig(fsdp=1)).sizes(Topology.parse(topology).chips)
+        mesh: Any = SimpleNamespace(shape=sizes)
+        check_divisible(model, mesh)
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.stem)
 def test_it_divides_its_slices(path: Path) -> None:
     config, topologies = TrainConfig.load(path), script().slices(path.read_text())
     if not topologies:
@@ -45,7 +73,7 @@ def test_it_divides_its_slices(path: Path) -> None:
         BatchLayout(mesh=mesh, rows=config.data.batch_size, micro_batches=config.micro_batches)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.stem)
 def test_the_recipe(path: Path) -> None:
     """FACTS of the paper's table: rates, templates and pictures of each stage."""
     config = TrainConfig.load(path)
@@ -61,36 +89,96 @@ def test_the_recipe(path: Path) -> None:
     assert dataclasses.asdict(config.lora) == {"rank": 128, "alpha": 256.0, "dropout": 0.05}
 
 
-def test_the_table_is_what_the_configs_say() -> None:
+@pytest.mark.parametrize("name", ["plans", "inference plans"])
+def test_the_tables_are_what_the_configs_say(name: str) -> None:
     text = (ROOT / "docs" / "tpu.md").read_text()
-    assert script().table() in text
+    assert f"<!-- {name} -->\n{script().table(name)}<!-- end of {name} -->" in text
+
+
+HEAD = "# For a test.\n# topologies: v5e:4x4 v4:2x2x2\n"
 
 
 def test_a_headline_replaces_the_older_one_of_its_slice() -> None:
-    module = script()
-    text = "# For a test.\n# topologies: v5e:4x4 v4:2x2x2\n\nmodel: x\n"
+    module, text = script(), f"{HEAD}\nmodel: x\n"
     for line in ("v4:2x2x2: b", "v5e:4x4: a", "v4:2x2x2: c"):
-        text = module.with_plan(text, line)
-    assert text == (
-        "# For a test.\n# topologies: v5e:4x4 v4:2x2x2\n# plan: v5e:4x4: a\n# plan: v4:2x2x2: c\n"
-        "\nmodel: x\n"
-    )
+        more = {line.partition(": ")[0]: line}
+        text = module.with_plans(text, module.planned(text) | more)
+    assert text == f"{HEAD}# plan: v5e:4x4: a\n# plan: v4:2x2x2: c\n\nmodel: x\n"
 
 
-# Minutes of two cores: run by hand after a change to the step or to `plan`, and not by CI.
+def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row is written when it is known, and not asked for again."""
+    module = script()
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "docs").mkdir()
+    marks = [f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in module._TABLES]
+    docs = tmp_path / "docs" / "tpu.md"
+    docs.write_text("".join(marks))
+    for name in ("a", "b-inference"):
+        (tmp_path / "configs" / f"{name}.yaml").write_text(HEAD)
+    asked: list[tuple[str, str]] = []
+
+    def plan(config: str, *, topology: str) -> str:
+        asked.append((Path(config).stem, topology))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return topology
+
+    def headline(topology: str) -> str:
+        peak = "peak 9.84 GiB of 15.75 GiB a chip; estimated "
+        if asked[-1][0] == "a":
+            return f"{topology}: {peak}step 1.84 s, estimated MFU 51 %"
+        rest = (
+            "prefill 90 ms for 12 prompts, decode 30.5 ms a step at 40 % of HBM's rate, 9 tokens/s"
+        )
+        return f"{topology}: 48 slots, {peak}{rest}"
+
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module, "plan", plan)
+    monkeypatch.setattr(module, "headline", headline)
+    monkeypatch.setattr("sys.argv", ["plan_configs.py"])
+    with pytest.raises(KeyboardInterrupt):
+        module.main()
+    assert "| a | v5e:4x4 | 9.84 | 15.75 | 1.84 | 51 |\n" in docs.read_text()
+    module.main()
+    everything = [(n, t) for n in ("a", "b-inference") for t in ("v5e:4x4", "v4:2x2x2")]
+    assert asked == [everything[0], everything[1], *everything[1:]]
+    row = "| v4:2x2x2 | 48 | 9.84 | 15.75 | 90 | 12 | 30.5 | 40 | 9 |\n"
+    assert f"| b-inference {row}" in docs.read_text()
+    module.main()
+    assert len(asked) == 5
+    monkeypatch.setattr("sys.argv", ["plan_configs.py", "--forget", "--topology", "v4:2x2x2"])
+    module.main()
+    assert asked[5:] == [everything[1], everything[3]]
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == [
+        "a.yaml",
+        "b-inference.yaml",
+        "tpu.md",
+    ]
+
+
+# Minutes of two cores; .ci/run asks for it on one of its Pythons.
 @pytest.mark.slow
 @pytest.mark.tpu_compiler
 @pytest.mark.skipif("STF_JAX_PLAN_7B" not in os.environ, reason="takes minutes: STF_JAX_PLAN_7B=1")
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler, libtpu, is not installed"
 )
-def test_stage_2_of_7b_as_it_is_shipped() -> None:
+def test_stage_2_of_7b_as_it_is_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fits as it says, and no stacked parameter is ever whole on a chip."""
+    # The tests' own, for float32; the attention kernel takes bfloat16 at its own precision only.
+    monkeypatch.delenv("JAX_DEFAULT_MATMUL_PRECISION")
     path = ROOT / "configs" / "stf-7b-finetune.yaml"
     made = plan(str(path), topology="v5e:4x4")
+    assert isinstance(made, Plan)
     assert made.fits
-    assert made.peak < 0.98 * made.limit
-    # One layer's matrix or the head at a time, never the stack of a kind.
+    # AdamW in float32 holds twelve bytes a parameter; the tower has none.
     text = LlavaConfig.llava_stf_7b().text
-    assert made.largest_gather == text.padded_vocab_size * text.width
-    assert headline(made) in script().planned(path.read_text())
+    layers = text.layers * (4 * text.width**2 + 3 * text.width * text.mlp_width)
+    assert made.arguments > 12 * (layers + 2 * text.padded_vocab_size * text.width) / 16
+    said = re.search(r"peak (\S+) GiB", script().planned(path.read_text())["v5e:4x4"])
+    assert said is not None
+    # Another release of the compiler may differ a little.
+    assert made.peak / 2**30 == pytest.approx(float(said[1]), rel=0.05)
+    # One layer's matrix or the head at a time, never the stack of a kind.
+    assert made.largest_gather <= text.padded_vocab_size * text.width

@@ -29,7 +29,7 @@ Take = Callable[[int, Int[np.ndarray, "new"]], bool]
 # Slots are refilled when this part of them is free: a question alone costs as much as several.
 _REFILL = 4
 # Questions are short; to pad them to the buckets of whole prompts would double their cost.
-_LEAST_QUESTION = 16
+LEAST_QUESTION = 16
 _READERS = 4
 
 
@@ -87,10 +87,7 @@ class Engine:
             raise ValueError(f"slots is {slots}; give 1 or more")
         if not prompts:
             return
-        multiple = self.program.row_multiple
-        slots = -(-slots // multiple) * multiple
-        # A number for both prefixes and questions of one call.
-        rows = max(slots // _REFILL // multiple, 1) * multiple
+        slots, rows = batch_sizes(slots, multiple=self.program.row_multiple)
         longest = max(len(prompt.ids) for prompt in prompts) + limits.max_new_tokens
         context = bucket(min(longest, self.config.text.max_positions))
         state = self.program.start(slots=slots, context=context, new=bucket(limits.max_new_tokens))
@@ -145,6 +142,12 @@ class Engine:
         if any(prompt.ids[-1] == IMAGE_TOKEN_ID for prompt in prompts):
             raise ValueError("a prompt ends in a picture; put text behind it")
         return min(max_new_tokens, room)
+
+
+def batch_sizes(slots: int, *, multiple: int) -> tuple[int, int]:
+    """Slots rounded up to what divides, and how many prefixes or questions go into one call."""
+    slots = -(-slots // multiple) * multiple
+    return slots, max(slots // _REFILL // multiple, 1) * multiple
 
 
 class _Feed:
@@ -218,7 +221,7 @@ def _questions(
     """(prompt, row of its prefix, slot) as arrays, padded to a bucket and to `rows`."""
     ends = [prompts[prompt].prefix for prompt, _, _ in chosen]
     rest = [prompts[prompt].ids[end:] for (prompt, _, _), end in zip(chosen, ends, strict=True)]
-    length = bucket(max(map(len, rest)), least=_LEAST_QUESTION)
+    length = bucket(max(map(len, rest)), least=LEAST_QUESTION)
     questions = Questions.empty(rows, length, slots=slots)
     for row, (ids, end, (_, prefix, slot)) in enumerate(zip(rest, ends, chosen, strict=True)):
         questions.ids[row, : len(ids)] = ids

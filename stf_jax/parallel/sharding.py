@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import jax
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -94,10 +95,12 @@ def make_mesh(
         data: size of the axis.
         fsdp: size of the axis.
         tensor: size of the axis.
-        devices: all that there are, if None.
+        devices: all that there are, if None. TPU slices, which have only the slower network
+            between them, lie along `data`.
 
     Raises:
-        ValueError: the product is not the number of devices there are.
+        ValueError: the product is not the number of devices there are, or `data` is no multiple of
+            the slices.
     """
     devices = jax.devices() if devices is None else devices
     wanted, found = data * fsdp * tensor, len(devices)
@@ -105,9 +108,18 @@ def make_mesh(
         raise ValueError(
             f"data {data} x fsdp {fsdp} x tensor {tensor} makes {wanted} devices; there are {found}"
         )
-    return jax.make_mesh(
-        (data, fsdp, tensor), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices
-    )
+    types = (AxisType.Explicit,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=types, devices=devices)
+    if data % slices:
+        raise ValueError(
+            f"data {data} is not a multiple of the {slices} slices: only replicas may lie on "
+            f"several; set mesh.data to {slices}"
+        )
+    inside = (data // slices, fsdp, tensor)
+    grid = create_hybrid_device_mesh(inside, (slices, 1, 1), devices=devices)
+    return Mesh(grid, AXES, axis_types=types)
 
 
 def check_divisible(config: LlavaConfig, mesh: Mesh) -> None:

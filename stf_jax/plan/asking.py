@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from stf_jax.plan.chips import Topology
+from stf_jax.plan.phases import InferencePlan
 from stf_jax.plan.request import Plan, Request
 
 # What libtpu must be told on a machine without a TPU.
@@ -26,12 +27,14 @@ class PlanError(ValueError):
     """The compiler cannot be asked, or the question is wrong; one line."""
 
 
-def plan(config: str, *, topology: str, overrides: Sequence[str] = ()) -> Plan:
-    """What a training step of a config is on a slice; takes minutes at 7B.
+def plan(config: str, *, topology: str, overrides: Sequence[str] = ()) -> Plan | InferencePlan:
+    """What a config costs on a slice: a training step, or the programs that answer questions.
+
+    Takes minutes at 7B.
 
     Args:
-        config: path of a training config.
-        topology: such as "v5e:4x4".
+        config: path of a config for training or for inference.
+        topology: such as "v5e:4x4"; "2xv5e:4x4" is two slices.
         overrides: `--section.key=value`.
 
     Raises:
@@ -56,4 +59,6 @@ def plan(config: str, *, topology: str, overrides: Sequence[str] = ()) -> Plan:
     answer = json.loads(done.stdout)
     if "error" in answer:
         raise PlanError(answer["error"])
+    if "inference" in answer:
+        return InferencePlan.from_json(answer["inference"])
     return Plan.from_json(answer["plan"])

@@ -8,16 +8,21 @@ import json
 import sys
 from typing import Any
 
+from stf_jax.infer.config import is_inference
 from stf_jax.plan.compiling import make_plan
+from stf_jax.plan.inference import make_inference_plan
 from stf_jax.plan.request import Request
 
 
 def main() -> None:
-    """A `Request` on stdin, {"plan": ...} or {"error": ...} on stdout."""
-    tree = json.load(sys.stdin)
+    """A `Request` on stdin, {"plan": ...}, {"inference": ...} or {"error": ...} on stdout."""
+    request = Request(**json.load(sys.stdin))
     answer: dict[str, Any]
     try:
-        answer = {"plan": make_plan(Request(**tree)).to_json()}
+        if is_inference(request.config):
+            answer = {"inference": make_inference_plan(request).to_json()}
+        else:
+            answer = {"plan": make_plan(request).to_json()}
     except ValueError as error:
         answer = {"error": str(error)}
     sys.stdout.write(json.dumps(answer))

@@ -12,6 +12,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
+# What goes between slices is no collective to a chip: its host sends and receives.
+_BETWEEN_SLICES = {
+    "ALL_GATHER": "all-gather",
+    "ALL_REDUCE": "all-reduce",
+    "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all",
+    "ONE_TO_ONE": "collective-permute",
+}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "token": 0}
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
@@ -60,11 +68,12 @@ class Instruction:
     def source(self) -> str:
         """Where in the program it comes from, loops and transforms left out."""
         name = self.attribute("op_name", r'"([^"]*)"') or self.opcode
-        parts = [part for part in name.split("/") if part not in _NOISE]
+        whole = re.sub(r"^jit\(\w+\)/", "", name)
+        parts = [part for part in whole.split("/") if part not in _NOISE]
         return "/".join(parts) or self.opcode
 
 
-_NOISE = ("jit(step)", "while", "body", "closed_call", "checkpoint", "rematted_computation")
+_NOISE = ("while", "body", "closed_call", "checkpoint", "rematted_computation")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +87,7 @@ class Collective:
         overlapped: whether the compiler lets other work run at the same time.
         source: where in the program it comes from.
         shape: of the result.
+        dcn: whether it goes from slice to slice over the data centre's network.
     """
 
     kind: str
@@ -86,10 +96,11 @@ class Collective:
     overlapped: bool
     source: str
     shape: str
+    dcn: bool = False
 
     @property
     def traffic(self) -> float:
-        """Bytes that a chip receives."""
+        """Bytes that a chip receives, or its host for it."""
         if self.kind == "collective-permute":
             return self.bytes
         rounds = 2 if self.kind == "all-reduce" else 1
@@ -137,17 +148,21 @@ def parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:
     return entry, computations
 
 
-def analyse(text: str, *, devices: int) -> Work:
+def analyse(text: str, *, devices: int, slices: int = 1, one_turn: bool = False) -> Work:
     """Sums over the call graph of an optimised module.
 
     Args:
         text: `as_text()` of a compiled program.
-        devices: that it runs on.
+        devices: that it runs on, in each slice.
+        slices: of them.
+        one_turn: sums over one turn of the program's only loop instead.
 
     Raises:
-        UnreadableProgram: a loop whose trip count cannot be seen.
+        UnreadableProgram: a loop whose trip count cannot be seen, or not just one.
     """
     entry, computations = parse(text)
+    if one_turn:
+        entry = _only_loop(computations[entry])
     cycles: Counter[tuple[str, str]] = Counter()
     kernels: Counter[tuple[Instruction, tuple[str, ...]]] = Counter()
     collectives: Counter[Collective] = Counter()
@@ -170,6 +185,8 @@ def analyse(text: str, *, devices: int) -> Work:
             elif one.opcode.removesuffix("-start") in COLLECTIVES and (counted or starts):
                 scattered = "all-reduce-scatter" in computation
                 collectives[_collective(one, shapes, devices, starts, scattered)] += times
+            elif one.opcode == "recv" and "xla_megascale_transfer_type" in one.rest:
+                collectives[_between_slices(one, slices)] += times
     return Work(cycles=cycles, flops=flops, kernels=kernels, collectives=collectives)
 
 
@@ -206,6 +223,15 @@ def _calls(
                 yield from _calls(called, computations, times)
 
 
+def _only_loop(instructions: list[Instruction]) -> str:
+    """The body of the only loop of a computation."""
+    loops = [one for one in instructions if one.opcode == "while"]
+    body = loops[0].attribute("body") if len(loops) == 1 else None
+    if body is None:
+        raise UnreadableProgram(f"one loop is expected; the program has {len(loops)}")
+    return body
+
+
 def _trips(loop: Instruction, condition: str, computations: dict[str, list[Instruction]]) -> int:
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
     if known:
@@ -239,6 +265,23 @@ def _collective(
         overlapped=starts or one.opcode.endswith("-start"),
         source=one.source,
         shape=_short(one.shape),
+    )
+
+
+def _between_slices(one: Instruction, slices: int) -> Collective:
+    found = one.attribute("_xla_megascale_transfer_type", r'"(\w+)"')
+    if found not in _BETWEEN_SLICES:
+        raise UnreadableProgram(f"{one.name} goes between slices in an unknown way, {found}")
+    kind, shape = _BETWEEN_SLICES[found], _short(one.shape)
+    scattered = slices if kind == "reduce-scatter" else 1
+    return Collective(
+        kind=kind,
+        bytes=_bytes(shape) * scattered,
+        group=slices,
+        overlapped=False,
+        source=one.source,
+        shape=shape,
+        dcn=True,
     )
 
 

@@ -2,60 +2,46 @@
 
 from collections.abc import Sequence
 
-from stf_jax.plan.request import Plan
+from stf_jax.plan.phases import InferencePlan, Phase
+from stf_jax.plan.request import Cost, Plan, Traffic
 from stf_jax.plan.sweep import Tried
 
 _GIB = 2**30
 
 
-def render(plan: Plan) -> str:
+def render(plan: Plan | InferencePlan) -> str:
     """Lines of a name and what it is."""
-    lines = {"slice": _slice(plan), "batch": f"{plan.rows} rows of {plan.length} tokens"}
-    total = sum(plan.model_flops.values())
-    parts = ", ".join(f"{name} {_count(value)}" for name, value in plan.model_flops.items())
-    lines["model FLOPs"] = f"{_count(total)} a step ({parts})"
-    if not plan.fits:
-        lines["memory"] = _too_large(plan)
-        return _table(lines)
-    lines |= {
-        "memory": f"peak {_gib(plan.peak)} a chip of {_gib(plan.limit)}: arguments "
-        f"{_gib(plan.arguments)}, temporaries {_gib(plan.temporaries)}",
-        "hardware FLOPs": f"{_count(plan.hardware_flops * plan.chips)} a step as compiled, "
-        "what is computed again included",
-        "padding": ", ".join(f"{name} {100 * part:.0f} %" for name, part in plan.padding.items())
-        or "none",
-        "step (estimate)": f"{plan.step_seconds:.3f} s: compiler's cycles "
-        f"{plan.cycles_seconds:.3f}, kernels {plan.kernel_seconds:.3f}, collectives that nothing "
-        f"overlaps {plan.exposed_seconds:.3f}",
-        "MFU (estimate)": f"{100 * plan.mfu:.1f} %: model FLOPs take {plan.ideal_seconds:.3f} s at "
-        "the published bf16 rate",
-        "roofline": f"matmuls {plan.matmul_seconds:.3f} s, HBM {plan.memory_seconds:.3f} s, "
-        f"collectives {plan.collective_seconds:.3f} s",
-    }
-    for one in plan.traffic:
-        lines[one.kind] = (
-            f"{one.count:,} a step, {_count(one.bytes)}B to a chip, {_count(one.exposed)}B "
-            f"not overlapped; the largest {_count(one.largest)}B, {one.what}"
-        )
-    dearest = [f"  {1e3 * time:8.2f} ms  {shape}  {source}" for time, source, shape in plan.top]
-    return "\n".join([_table(lines), "the compiler's dearest instructions (estimate):", *dearest])
+    return _inference(plan) if isinstance(plan, InferencePlan) else _training(plan)
 
 
-def headline(plan: Plan) -> str:
-    """Peak, time and MFU, as the first lines of the shipped configs have them."""
+def headline(plan: Plan | InferencePlan) -> str:
+    """Peak and times, as the first lines of the shipped configs have them."""
     if not plan.fits:
         return f"{plan.topology}: {_too_large(plan)}"
+    if isinstance(plan, InferencePlan):
+        prefill, decode = plan.phases[0], plan.phases[-1]
+        return (
+            f"{plan.topology}: {plan.slots} slots, peak {_gib(plan.needed)} of "
+            f"{_gib(plan.limit)} a chip; estimated prefill {1e3 * prefill.seconds:.0f} ms for "
+            f"{prefill.rows} prompts, decode {1e3 * decode.seconds:.1f} ms a step at "
+            f"{100 * decode.bandwidth:.0f} % of HBM's rate, {plan.tokens_per_second:.0f} tokens/s"
+        )
     return (
         f"{plan.topology}: peak {_gib(plan.peak)} of {_gib(plan.limit)} a chip; estimated step "
         f"{plan.step_seconds:.2f} s, estimated MFU {100 * plan.mfu:.0f} %"
     )
 
 
-def render_change(change: Sequence[str] | None) -> str:
-    """What to do about a step that does not fit."""
-    if change is None:
-        return "no fewer rows at a time would fit it: use a larger slice, or stage lora"
-    return f"it fits with {' '.join(change)}"
+def render_changes(plan: Plan | InferencePlan, changes: Sequence[Sequence[str]]) -> str:
+    """What to do about a plan that does not fit."""
+    if changes:
+        return f"it fits with {', or with '.join(' '.join(change) for change in changes)}"
+    if isinstance(plan, InferencePlan):
+        return (
+            f"no fewer slots would fit it: the weights take {_gib(plan.weights)} a chip; split "
+            "them over more chips, with --mesh.tensor"
+        )
+    return "no fewer rows at a time would fit it: use a larger slice, or stage lora"
 
 
 def render_sweep(chosen: Sequence[tuple[Sequence[str], Plan]]) -> str:
@@ -72,14 +58,101 @@ def progress(tried: Tried) -> str:
     return f"{what}  {' '.join(changes)}"
 
 
-def _slice(plan: Plan) -> str:
+def _training(plan: Plan) -> str:
+    lines = {"slice": _slice(plan), "batch": f"{plan.rows} rows of {plan.length} tokens"}
+    total = sum(plan.model_flops.values())
+    parts = ", ".join(f"{name} {_count(value)}" for name, value in plan.model_flops.items())
+    lines["model FLOPs"] = f"{_count(total)} a step ({parts})"
+    if not plan.fits:
+        lines["memory"] = _too_large(plan)
+        return _table(lines)
+    lines |= {
+        "memory": f"peak {_gib(plan.peak)} a chip of {_gib(plan.limit)}: arguments "
+        f"{_gib(plan.arguments)}, temporaries {_gib(plan.temporaries)}",
+        "hardware FLOPs": f"{_count(plan.hardware_flops * plan.chips)} a step as compiled, "
+        "what is computed again included",
+        "padding": ", ".join(f"{name} {100 * part:.0f} %" for name, part in plan.padding.items())
+        or "none",
+        "step (estimate)": f"{plan.step_seconds:.3f} s: compiler's cycles "
+        f"{plan.cycles_seconds:.3f}, kernels {plan.kernel_seconds:.3f}, collectives that nothing "
+        f"overlaps {plan.exposed_seconds:.3f}"
+        + (f", between slices {plan.dcn_seconds:.3f}" if plan.dcn_seconds else ""),
+        "MFU (estimate)": f"{100 * plan.mfu:.1f} %: model FLOPs take {plan.ideal_seconds:.3f} s at "
+        "the published bf16 rate",
+        "roofline": f"matmuls {plan.matmul_seconds:.3f} s, HBM {plan.memory_seconds:.3f} s, "
+        f"collectives {plan.collective_seconds:.3f} s",
+    }
+    lines |= {one.kind: f"{one.count:,} a step, {_traffic(one)}" for one in plan.traffic}
+    return "\n".join([_table(lines), *_dearest(plan)])
+
+
+def _inference(plan: InferencePlan) -> str:
+    images = {0: "no image", 1: "1 image"}.get(plan.images, f"{plan.images} images")
+    lines = {
+        "slice": _slice(plan),
+        "slots": f"{plan.slots} of {plan.context} positions, prompts with {images}; weights in "
+        f"{plan.dtype}, keys and values in {plan.cache_dtype}",
+        "memory": f"peak {_gib(plan.needed)} a chip of {_gib(plan.limit)}: weights "
+        f"{_gib(plan.weights)}, cache of the slots {_gib(plan.cache)}, of new prefixes "
+        f"{_gib(plan.prefixes)}, the rest temporaries"
+        if plan.fits
+        else f"{_too_large(plan)}: weights {_gib(plan.weights)}, cache of the slots "
+        f"{_gib(plan.cache)}, of new prefixes {_gib(plan.prefixes)}",
+    }
+    parts = [lines, *(_phase(phase) for phase in plan.phases if phase.needed <= plan.limit)]
+    if not plan.fits:
+        return _table(*parts)
+    once, long = (plan.questions_per_second(n) for n in (1, plan.new_tokens))
+    rate = (
+        f"{plan.tokens_per_second:,.0f} tokens a second with all slots full; {once:,.1f} questions "
+        f"a second with answers of 1 token, {long:,.1f} with {plan.new_tokens}, one a picture"
+    )
+    table = _table(*parts, {"rate (estimate)": rate})
+    return "\n".join([table, *_dearest(plan.phases[-1])])
+
+
+def _phase(phase: Phase) -> dict[str, str]:
+    what = {
+        "prefill": f"{phase.rows} prompts of {phase.length} positions",
+        "insert": f"{phase.rows} questions of {phase.length} tokens",
+        "decode": f"the next token of {phase.rows} slots",
+    }[phase.name]
+    name = f"{phase.name} {phase.length}" if phase.name == "insert" else phase.name
+    lines = {
+        f"{name} (estimate)": f"{what} in {1e3 * phase.seconds:.1f} ms: compiler's cycles "
+        f"{1e3 * phase.cycles_seconds:.1f}, kernels {1e3 * phase.kernel_seconds:.1f}, collectives "
+        f"that nothing overlaps {1e3 * phase.exposed_seconds:.1f}",
+        "  roofline": f"matmuls {1e3 * phase.matmul_seconds:.1f} ms, HBM "
+        f"{1e3 * phase.memory_seconds:.1f} ms ({100 * phase.bandwidth:.0f} % of its rate is "
+        f"reached), collectives {1e3 * phase.collective_seconds:.1f} ms",
+        "  memory": f"{_gib(phase.needed)} a chip, {_gib(phase.temporaries)} of it temporaries",
+    }
+    return lines | {f"  {one.kind}": f"{one.count:,}, {_traffic(one)}" for one in phase.traffic}
+
+
+def _slice(plan: Plan | InferencePlan) -> str:
     axes = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
-    return f"{plan.topology}, {plan.chips} chips as {axes}"
+    return f"{plan.topology}, {plan.chips} {'chip' if plan.chips == 1 else 'chips'} as {axes}"
 
 
-def _too_large(plan: Plan) -> str:
+def _too_large(plan: Plan | InferencePlan) -> str:
     over = plan.needed - plan.limit
     return f"does not fit: needs {_gib(plan.needed)} a chip, {_gib(over)} more than there are"
+
+
+def _traffic(one: Traffic) -> str:
+    return (
+        f"{_count(one.bytes)}B to a chip, {_count(one.exposed)}B not overlapped; the largest "
+        f"{_count(one.largest)}B, {one.what}"
+    )
+
+
+def _dearest(cost: Cost) -> list[str]:
+    title = "the compiler's dearest instructions (estimate):"
+    return [
+        title,
+        *(f"  {1e3 * time:8.2f} ms  {shape}  {where}" for time, where, shape in cost.top),
+    ]
 
 
 def _count(number: float) -> str:
@@ -93,6 +166,7 @@ def _gib(size: int) -> str:
     return f"{size / _GIB:.2f} GiB"
 
 
-def _table(lines: dict[str, str]) -> str:
-    width = max(len(name) for name in lines)
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+def _table(*parts: dict[str, str]) -> str:
+    lines = [line for part in parts for line in part.items()]
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)

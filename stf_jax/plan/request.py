@@ -1,15 +1,16 @@
 """What is asked of the compiler's process, and what it answers: plain values, as JSON."""
 
 import dataclasses
-from typing import Any
+import math
+from typing import Any, Self
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """One program.
+    """One config on one slice.
 
     Attributes:
-        config: path of a training config.
+        config: path of a config for training or for inference.
         overrides: `--section.key=value`.
         topology: such as "v5e:4x4".
     """
@@ -21,13 +22,13 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """Collectives of one kind in a step, in one chip's view.
+    """Collectives of one kind in a program, in one chip's view.
 
     Attributes:
-        kind: such as "all-gather".
+        kind: such as "all-gather"; those between slices begin with "DCN".
         count: how many run.
         bytes: that the chip receives in all.
-        exposed: of these bytes, those that no computation runs beside.
+        exposed: of these bytes, those that no computation runs beside; between slices all.
         largest: bytes of the largest array, and what it is.
         what: its shape and source.
     """
@@ -41,11 +42,69 @@ class Traffic:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a training step is to the compiler; sizes in bytes a chip, times in seconds.
+class Cost:
+    """What one program is to the compiler; sizes in bytes a chip, times in seconds.
 
-    Every time is an estimate. `fits` is false where memory ran out; then `needed` is all that is
-    known besides FLOPs.
+    Every time is an estimate.
+
+    Attributes:
+        arguments: what goes in.
+        temporaries: what it needs besides.
+        peak: the most that is in use at a time.
+        hardware_flops: of a chip: matmuls as compiled, what is computed again included, and
+            kernels.
+        cycles_seconds: the compiler's cycles over the call graph, at the chip's clock.
+        kernel_seconds: Pallas kernels, for which the compiler has no cycles: their matmuls at half
+            the published rate.
+        matmul_seconds: the roofline: `hardware_flops` at the published rate.
+        collective_seconds: all collectives' bytes within a slice at the links' rate.
+        exposed_seconds: of those, the ones that nothing overlaps.
+        dcn_seconds: what goes between slices, at the rate of the network.
+        traffic: by kind.
+        largest_gather: elements of the largest array gathered from several chips.
+        top: the dearest instructions: seconds, source and shape.
+        compile_seconds: that the compiler took.
+    """
+
+    arguments: int = 0
+    temporaries: int = 0
+    peak: int = 0
+    hardware_flops: float = 0.0
+    cycles_seconds: float = 0.0
+    kernel_seconds: float = 0.0
+    matmul_seconds: float = 0.0
+    collective_seconds: float = 0.0
+    exposed_seconds: float = 0.0
+    dcn_seconds: float = 0.0
+    traffic: tuple[Traffic, ...] = ()
+    largest_gather: int = 0
+    top: tuple[tuple[float, str, str], ...] = ()
+    compile_seconds: float = 0.0
+
+    @property
+    def computed_seconds(self) -> float:
+        """Computation, then the collectives that it cannot hide.
+
+        No less than those within a slice take by themselves; what goes between slices is added
+        whole, since nothing shows how much of it is hidden.
+        """
+        computed = self.cycles_seconds + self.kernel_seconds
+        return max(computed + self.exposed_seconds, self.collective_seconds) + self.dcn_seconds
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> Self:
+        """Reads what `dataclasses.asdict` made, or more."""
+        known = {field.name: tree[field.name] for field in dataclasses.fields(cls)}
+        known["traffic"] = tuple(Traffic(**one) for one in tree["traffic"])
+        known["top"] = tuple(tuple(one) for one in tree["top"])
+        return cls(**known)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan(Cost):
+    """A training step.
+
+    `fits` is false where memory ran out; then `needed` is all that is known besides FLOPs.
 
     Attributes:
         topology: as asked.
@@ -56,24 +115,9 @@ class Plan:
         peak_flops: of a chip, bf16 FLOPs a second as published.
         fits: whether the compiler found room.
         needed: where it did not, the bytes that it wanted.
-        arguments: parameters, optimiser and batch.
-        temporaries: what the step needs besides.
-        peak: the most that is in use at a time.
         limit: that a program may use.
-        hardware_flops: of a chip: matmuls as compiled, what is computed again included, and
-            kernels.
-        cycles_seconds: the compiler's cycles over the call graph, at the chip's clock.
-        kernel_seconds: Pallas kernels, for which the compiler has no cycles: their matmuls at half
-            the published rate.
-        matmul_seconds: the roofline: `hardware_flops` at the published rate.
         memory_seconds: the roofline: arguments read and written once, temporaries written and read.
-        collective_seconds: all collectives' bytes at the links' rate.
-        exposed_seconds: of those, the ones that nothing overlaps.
-        traffic: by kind.
-        largest_gather: elements of the largest array gathered from several chips.
-        top: the dearest instructions: seconds, source and shape.
         padding: the part of a size that is padding to whole tiles, where there is any.
-        compile_seconds: that the compiler took.
     """
 
     topology: str
@@ -85,38 +129,18 @@ class Plan:
     limit: int
     fits: bool
     needed: int = 0
-    arguments: int = 0
-    temporaries: int = 0
-    peak: int = 0
-    hardware_flops: float = 0.0
-    cycles_seconds: float = 0.0
-    kernel_seconds: float = 0.0
-    matmul_seconds: float = 0.0
     memory_seconds: float = 0.0
-    collective_seconds: float = 0.0
-    exposed_seconds: float = 0.0
-    traffic: tuple[Traffic, ...] = ()
-    largest_gather: int = 0
-    top: tuple[tuple[float, str, str], ...] = ()
     padding: dict[str, float] = dataclasses.field(default_factory=dict)
-    compile_seconds: float = 0.0
 
     @property
     def chips(self) -> int:
         """In the mesh."""
-        chips = 1
-        for size in self.mesh.values():
-            chips *= size
-        return chips
+        return math.prod(self.mesh.values())
 
     @property
     def step_seconds(self) -> float:
-        """The estimate of a step: computation, then the collectives that it cannot hide.
-
-        No less than the collectives take by themselves.
-        """
-        computed = self.cycles_seconds + self.kernel_seconds
-        return max(computed + self.exposed_seconds, self.collective_seconds)
+        """The estimate of a step."""
+        return self.computed_seconds
 
     @property
     def ideal_seconds(self) -> float:
@@ -132,11 +156,3 @@ class Plan:
         """With what follows from the rest."""
         derived = ("chips", "step_seconds", "ideal_seconds", "mfu")
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
-
-    @classmethod
-    def from_json(cls, tree: dict[str, Any]) -> "Plan":
-        """Reads what `to_json` wrote."""
-        known = {field.name: tree[field.name] for field in dataclasses.fields(cls)}
-        known["traffic"] = tuple(Traffic(**one) for one in tree["traffic"])
-        known["top"] = tuple(tuple(one) for one in tree["top"])
-        return cls(**known)

@@ -1,17 +1,20 @@
-"""Plans of a config's neighbours: meshes, micro-batches and remat policies."""
+"""Plans of a config's neighbours: meshes, micro-batches, remat policies; slots, cache dtypes."""
 
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
-from typing import get_args
+from typing import Any, get_args
 
 from stf_jax.models.layers import Remat
+from stf_jax.parallel.mesh import MeshConfig
+from stf_jax.plan.phases import InferencePlan
 from stf_jax.plan.request import Plan
-from stf_jax.train.config import MeshConfig, TrainConfig
+from stf_jax.train.config import TrainConfig
 
 # Overrides to the config, and what the compiler says of it; None where they do not go together.
 Tried = tuple[tuple[str, ...], Plan | None]
-Ask = Callable[[tuple[str, ...]], Plan]
+# A config's plan with these overrides: a `Plan`, or an `InferencePlan` for inference.
+Ask = Callable[[tuple[str, ...]], Any]
 
 
 def sweep(config: TrainConfig, *, chips: int, ask: Ask) -> Iterator[Tried]:
@@ -48,10 +51,10 @@ def best(tried: list[Tried], *, count: int = 5) -> list[tuple[tuple[str, ...], P
     return sorted(fit, key=lambda one: one[1].step_seconds)[:count]
 
 
-def change_that_fits(config: TrainConfig, *, chips: int, ask: Ask) -> tuple[str, ...] | None:
-    """The first of the usual changes with which the step fits; asks the compiler about each.
+def training_changes(config: TrainConfig, *, chips: int, ask: Ask) -> list[tuple[str, ...]]:
+    """The first of the usual changes with which a step fits; asks the compiler about each.
 
-    None if none of them does: then parameters and optimiser are too large for the slice.
+    Empty if none of them does: then parameters and optimiser are too large for the slice.
     """
     changes: list[tuple[str, ...]] = []
     if config.remat != "full":
@@ -60,4 +63,26 @@ def change_that_fits(config: TrainConfig, *, chips: int, ask: Ask) -> tuple[str,
     while config.data.batch_size % (parts * chips) == 0:
         changes.append(("--remat=full", f"--micro_batches={parts}"))
         parts *= 2
-    return next((change for change in changes if ask(change).fits), None)
+    return next(([change] for change in changes if ask(change).fits), [])
+
+
+def inference_changes(plan: InferencePlan, *, ask: Ask) -> list[tuple[str, ...]]:
+    """Of the usual changes to an engine that does not fit, those with which it does.
+
+    The most slots, halved and halved again, and all of them with an int8 cache. The compiler is
+    asked about those only that would fit if all but the cache stayed as it is.
+    """
+    fit: list[tuple[str, ...]] = []
+    part = plan.cache + plan.prefixes
+    slots = plan.slots // 2
+    while slots:
+        if plan.needed - part * (1 - slots / plan.slots) <= plan.limit:
+            change = (f"--slots={slots}",)
+            if ask(change).fits:
+                fit.append(change)
+                break
+        slots //= 2
+    small = ("--cache_dtype=int8",)
+    if plan.cache_dtype != "int8" and plan.needed - part / 2 <= plan.limit and ask(small).fits:
+        fit.append(small)
+    return fit

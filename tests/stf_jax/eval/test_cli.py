@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,33 @@ def test_all_nine_end_to_end(
         "mmbench_dev_20230712.xlsx",
         "mmbench_dev_cn_20231003.xlsx",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("slots: 0", (), "slots is 0; give 1 or more"),
+        ("slots: 4", ("--slots", 0), "slots is 0; give 1 or more"),
+        ("slot: 4", (), "there is no key 'slot'; the nearest is 'slots'"),
+        ("cache_dtype: int4", (), "'cache_dtype'"),
+        ("mesh: {tensor: 3, fsdp: 1}", (), "mesh data 1 x fsdp 1 x tensor 3 does not fit 8 dev"),
+        ("mesh: {tensor: 3}", ("--mesh", "data=3"), "data 3 x fsdp 1 x tensor 1 does not fit 8"),
+    ],
+)
+def test_the_engine_s_config(
+    reference: Path,
+    data: Path,
+    tmp_path: Path,
+    text: str,
+    options: tuple[str | int, ...],
+    message: str,
+) -> None:
+    """It is read, and the options go before it."""
+    path = tmp_path / "config.yaml"
+    path.write_text(f"stage: inference\n{text}\n")
+    arguments = ("--data", data, "--out", tmp_path, "--config", path, *options)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run("pope", reference / "llava-stf", *arguments)
 
 
 def test_the_reference_s_answers(reference: Path, model: stf_jax.Model) -> None:

@@ -97,3 +97,47 @@ def test_matmuls_of_a_compiled_program(layers: int) -> None:
     one = 2 * 3 * 8 * 16 * 16
     # The gradient of the input alone: forward and one matmul back.
     assert analyse(text, devices=1).flops == pytest.approx(2 * layers * one)
+
+
+BETWEEN_SLICES = """HloModule jit_step, is_scheduled=true
+
+%cond (c: (s32[], f32[16,8])) -> pred[] {
+  %c = (s32[], f32[16,8]) parameter(0)
+  ROOT %less = pred[] compare(%c, %c), direction=LT
+}
+
+%body (c: (s32[], f32[16,8])) -> (s32[], f32[16,8]) {
+  %c = (s32[], f32[16,8]) parameter(0)
+  %after-all = token[] after-all(), frontend_attributes={MegascaleRendezvousKeyName="all-reduce_0"}
+  %send.1 = (f32[16,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%c, %after-all), channel_id=4, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv.1 = (f32[16,8,128]{2,1,0:T(8,128)}, u32[], token[]) recv(%after-all), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv.2 = (bf16[256]{0}, u32[], token[]) recv(%after-all), channel_id=5, frontend_attributes={_xla_megascale_transfer_type="ALL_GATHER"}
+  %all-reduce.1 = f32[256,512]{1,0:T(8,128)} all-reduce(%c), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%sum
+  ROOT %t = (s32[], f32[16,8]) tuple(%c, %c)
+}
+
+ENTRY %main (p: f32[16,8]) -> f32[16,8] {
+  %p = f32[16,8] parameter(0)
+  ROOT %while.1 = (s32[], f32[16,8]) while(%p), condition=%cond, body=%body
+}
+"""  # noqa: E501
+
+
+def test_what_goes_between_slices_is_told_from_the_rest() -> None:
+    """As the compiler writes it for two slices of v5e:2x2."""
+    work = analyse(BETWEEN_SLICES, devices=4, slices=2, one_turn=True)
+    found = {(one.dcn, one.kind): one for one in work.collectives}
+    assert found.keys() == {(True, "all-reduce"), (True, "all-gather"), (False, "all-reduce")}
+    total = found[True, "all-reduce"]
+    assert (total.bytes, total.group, total.traffic) == (2**16, 2, 2**16)
+    # Of what is gathered a half comes from the other slice.
+    assert found[True, "all-gather"].traffic == 256 * 2 / 2
+    with pytest.raises(UnreadableProgram, match=r"recv\.1 goes between slices"):
+        analyse(BETWEEN_SLICES.replace("ALL_REDUCE", "PIGEON"), devices=4, slices=2, one_turn=True)
+
+
+def test_one_turn_of_the_only_loop() -> None:
+    work = analyse(MODULE, devices=4, one_turn=True)
+    assert work.cycles == {("decoder/dot_general", "f32[16,32]"): 100}
+    with pytest.raises(UnreadableProgram, match="has 0"):
+        analyse("ENTRY %main (p: f32[]) -> f32[] {\n}\n", devices=1, one_turn=True)

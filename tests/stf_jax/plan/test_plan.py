@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from stf_jax.cli import main
+from stf_jax.config import LlavaConfig
+from stf_jax.models.layers import parameter_count
+from stf_jax.models.llava import Llava
 from stf_jax.plan import asking
 from stf_jax.plan.chips import Topology
 from stf_jax.plan.kernels import kernel_flops
@@ -24,6 +27,14 @@ model: nowhere
 out: nowhere
 data: {batch_size: 8, images_per_row: 1, sequence_length: 256}
 mesh: {fsdp: -1}
+"""
+
+INFERENCE = """
+stage: inference
+architecture: tiny
+slots: 16
+mesh: {data: 1, fsdp: 1, tensor: -1}
+workload: {question_tokens: [20, 40], max_new_tokens: 30}
 """
 
 
@@ -46,6 +57,13 @@ def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.fixture
+def inference(tmp_path: Path) -> str:
+    path = tmp_path / "inference.yaml"
+    path.write_text(INFERENCE)
+    return str(path)
+
+
 @needs_compiler
 @pytest.mark.tpu_compiler
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v4:2x2x1", "v5p:2x2x1", "v6e:2x2"])
@@ -64,9 +82,88 @@ def test_a_small_model_on_each_generation(config: str, topology: str) -> None:
 
 @needs_compiler
 @pytest.mark.tpu_compiler
+def test_two_slices(config: str) -> None:
+    """Replicas, one a slice, add their gradients up over the slower network, and only those."""
+    done = ask(config, "--topology", "2xv5e:2x2", "--mesh.data=2", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    plan = json.loads(done.stdout)
+    assert (plan["topology"], plan["chips"]) == ("2xv5e:2x2", 8)
+    assert plan["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
+    between = {one["kind"]: one for one in plan["traffic"] if one["kind"].startswith("DCN")}
+    assert between.keys() == {"DCN all-reduce"}
+    # A quarter of each gradient in bfloat16; those of norms and biases are whole, and in float32.
+    parameters = parameter_count(Llava.abstract(LlavaConfig.tiny()))
+    trained = parameters - parameter_count(Llava.abstract(LlavaConfig.tiny()).vision)
+    assert trained * 2 / 4 < between["DCN all-reduce"]["bytes"] < trained * 4
+    assert plan["dcn_seconds"] == pytest.approx(between["DCN all-reduce"]["bytes"] / 3.125e9)
+    assert plan["step_seconds"] > plan["dcn_seconds"]
+    assert any(one["kind"] == "all-gather" for one in plan["traffic"])
+
+
+@needs_compiler
+@pytest.mark.tpu_compiler
+@pytest.mark.parametrize("topology", ["v6e:1x1", "v5e:2x2"])
+def test_the_programs_that_answer(inference: str, topology: str) -> None:
+    done = ask(inference, "--topology", topology, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    plan = json.loads(done.stdout)
+    chips = plan["chips"]
+    assert plan["mesh"] == {"data": 1, "fsdp": 1, "tensor": chips}
+    # 4 tokens an image, 36 before it and 20 or 40 behind it, 30 new ones: 110 positions at most.
+    assert (plan["slots"], plan["context"]) == (16, 128)
+    phases = [(one["name"], one["rows"], one["length"]) for one in plan["phases"]]
+    assert phases == [("prefill", 4, 64), ("insert", 4, 24), ("insert", 4, 48), ("decode", 16, 1)]
+    text = LlavaConfig.tiny().text
+    vectors = 2 * text.layers * text.kv_heads * text.head_dim
+    # Besides keys and values in bfloat16 a slot has 64 tokens and a few numbers.
+    cache = 16 * 128 * vectors * 2
+    assert cache / chips < plan["cache"] < cache / chips + 16 * 4 * 70
+    for one in plan["phases"]:
+        assert plan["weights"] + plan["cache"] < one["needed"] < 2**28 < plan["limit"]
+        assert one["seconds"] >= one["memory_seconds"] > 0
+        assert one["hardware_flops"] > 0
+        assert one["kernel_seconds"] > 0 if one["name"] == "prefill" else True
+        assert any(part["kind"] == "all-reduce" for part in one["traffic"]) == (chips > 1)
+    # Decoding does a matmul with every weight of the language model for each slot.
+    parameters = parameter_count(Llava.abstract(LlavaConfig.tiny()).text)
+    matmuls = 2 * 16 * (parameters - text.padded_vocab_size * text.width) / chips
+    assert matmuls * 0.9 < plan["phases"][-1]["hardware_flops"] < matmuls * 2
+
+
+@needs_compiler
+@pytest.mark.tpu_compiler
+def test_beside_a_process_that_has_the_compiler(config: str) -> None:
+    """That the other one runs, on the TPU maybe, is no reason to refuse."""
+    holds = "from jax.experimental import topologies as t; t.get_topology_desc('v5e:2x2', 'tpu'); "
+    environment = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{holds} print('here', flush=True); input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        text=True,
+    ) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        assert other.stdout.readline() == "here\n"
+        done = ask(config, "--topology", "v5e:3x5")
+        other.stdin.close()
+    assert done.stderr.startswith("error: there is no slice v5e:3x5")
+
+
+@needs_compiler
+@pytest.mark.tpu_compiler
 @pytest.mark.parametrize(
     ("topology", "more", "message"),
     [
+        (
+            "v5e:2x4",
+            ["--mesh.fsdp=1", "--mesh.tensor=8"],
+            "the mesh does not divide the model: text.kv_heads 4 by tensor 8, vision.heads 4 by "
+            "tensor 8",
+        ),
+        ("2xv5e:2x2", [], "mesh.data is 1, and 2xv5e:2x2 has 2 slices: only replicas may lie on"),
         ("v5e:2x2", ["--mesh.fsdp=8"], "the mesh data 1 x fsdp 8 x tensor 1 does not fit 4 dev"),
         ("v5e:2x2", ["--mesh.tensor=3"], "the mesh data 1 x fsdp -1 x tensor 3 does not fit 4"),
         ("v5e:4x4", [], "data.batch_size 8 does not divide into 1 micro-batches over 16 dev"),
@@ -90,6 +187,8 @@ def test_one_line_for_each_mistake(
         ("v5e:4x", "topology 'v5e:4x': write a generation"),
         ("v5e:4x4x4", "topology 'v5e:4x4x4': a slice of v5e has 2 axes, such as v5e:2x2"),
         ("v4:2x2", "topology 'v4:2x2': a slice of v4 has 3 axes, such as v4:2x2x2"),
+        ("0xv5e:2x2", "topology '0xv5e:2x2': write a generation"),
+        ("v5e:0x2", "topology 'v5e:0x2': write a generation"),
     ],
 )
 def test_a_topology_that_cannot_be(
@@ -109,12 +208,42 @@ def test_without_the_compiler(
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stage: inference\n", "{path} has no architecture; add --architecture=llava_stf_7b"),
+        ("stage: inference\nslot: 4\n", "{path}: there is no key 'slot'; the nearest is 'slots'"),
+        ("stage: inference\nslots: 0\n", "{path}: slots is 0; give 1 or more"),
+        (
+            "stage: inference\narchitecture: tiny\nworkload: {max_new_tokens: 5000}\n",
+            "the workload makes 5104 positions; tiny has",
+        ),
+    ],
+)
+@needs_compiler
+@pytest.mark.tpu_compiler
+def test_a_mistake_in_a_config_for_inference(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    done = ask(str(path), "--topology", "v6e:1x1")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: {message.format(path=path)}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_no_sweep_of_inference(inference: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", inference, "--topology", "v6e:1x1", "--sweep"]) == 1
+    assert capsys.readouterr().err.startswith("error: --sweep is for training")
+
+
 def test_rates_of_a_slice() -> None:
     """A chip in the corner of an open grid has two links, one in a closed torus all six."""
     assert Topology.parse("v5e:4x4").rate == 2 * 4.5e10
     assert Topology.parse("v5e:16x16").rate == 4 * 4.5e10
     assert Topology.parse("v4:4x4x4").rate == 6 * 4.5e10
     assert Topology.parse("v5p:2x2x1").rate == 2 * 9e10
+    two = Topology.parse("2xv5e:16x16")
+    assert (two.rate, two.chips, str(two)) == (4 * 4.5e10, 512, "2xv5e:16x16")
 
 
 def test_arithmetic_of_the_attention_kernel() -> None:

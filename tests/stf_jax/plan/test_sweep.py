@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 
 from stf_jax.data.config import DataConfig
-from stf_jax.plan.report import headline, render, render_change, render_sweep
+from stf_jax.plan.phases import InferencePlan, Phase
+from stf_jax.plan.report import headline, render, render_changes, render_sweep
 from stf_jax.plan.request import Plan, Traffic
-from stf_jax.plan.sweep import best, change_that_fits, sweep
+from stf_jax.plan.sweep import best, inference_changes, sweep, training_changes
 from stf_jax.train.config import TrainConfig
 
 CONFIG = TrainConfig(model="m", out="o", remat="dots", data=DataConfig(batch_size=32))
@@ -72,23 +73,108 @@ def test_only_what_divides_is_tried() -> None:
 
 
 @pytest.mark.parametrize(
-    ("enough", "change", "advice"),
+    ("enough", "changes", "advice"),
     [
-        ("--remat=full", ("--remat=full",), "it fits with --remat=full"),
+        ("--remat=full", [("--remat=full",)], "it fits with --remat=full"),
         (
             "--micro_batches=2",
-            ("--remat=full", "--micro_batches=2"),
+            [("--remat=full", "--micro_batches=2")],
             "it fits with --remat=full --micro_batches=2",
         ),
-        ("never", None, "no fewer rows at a time would fit it: use a larger slice, or stage lora"),
+        ("never", [], "no fewer rows at a time would fit it: use a larger slice, or stage lora"),
     ],
 )
-def test_what_would_make_it_fit(enough: str, change: tuple[str, ...] | None, advice: str) -> None:
-    found = change_that_fits(
+def test_what_would_make_it_fit(enough: str, changes: list[tuple[str, ...]], advice: str) -> None:
+    found = training_changes(
         CONFIG, chips=16, ask=lambda overrides: FITS if enough in overrides else DOES_NOT
     )
-    assert found == change
-    assert render_change(found) == advice
+    assert found == changes
+    assert render_changes(DOES_NOT, found) == advice
+
+
+PREFILL = Phase(
+    name="prefill",
+    rows=16,
+    length=192,
+    needed=18 * 2**30,
+    memory_seconds=0.01,
+    cycles_seconds=0.15,
+    kernel_seconds=0.05,
+)
+DECODE = Phase(
+    name="decode",
+    rows=64,
+    length=1,
+    needed=14 * 2**30,
+    memory_seconds=0.016,
+    cycles_seconds=0.04,
+)
+INSERT = dataclasses.replace(PREFILL, name="insert", length=64, needed=13 * 2**30)
+ANSWERS = InferencePlan(
+    topology="v6e:1x1",
+    mesh={"data": 1, "fsdp": 1, "tensor": 1},
+    slots=64,
+    context=384,
+    new_tokens=128,
+    images=1,
+    dtype="bfloat16",
+    cache_dtype="bfloat16",
+    limit=20 * 2**30,
+    weights=10 * 2**30,
+    cache=4 * 2**30,
+    prefixes=2**30,
+    phases=(PREFILL, INSERT, DECODE),
+)
+
+
+def test_the_estimate_of_answers() -> None:
+    """A call takes as long as its arithmetic or its reading, whichever is more."""
+    assert ANSWERS.fits
+    assert ANSWERS.needed == 18 * 2**30
+    assert DECODE.seconds == 0.04
+    assert DECODE.bandwidth == pytest.approx(0.4)
+    assert dataclasses.replace(DECODE, cycles_seconds=0.01).seconds == 0.016
+    assert ANSWERS.tokens_per_second == pytest.approx(64 / 0.04)
+    # Two sixteenths of 0.2 s, and the second token on.
+    assert ANSWERS.questions_per_second(1) == pytest.approx(1 / 0.025)
+    assert ANSWERS.questions_per_second(3) == pytest.approx(1 / (0.025 + 2 * 0.04 / 64))
+    assert InferencePlan.from_json(ANSWERS.to_json()) == ANSWERS
+    text = render(ANSWERS)
+    assert "peak 18.00 GiB a chip of 20.00 GiB" in text
+    assert "the next token of 64 slots in 40.0 ms" in text
+    assert "40 % of its rate is reached" in text
+    assert "1,600 tokens a second" in text
+    assert headline(ANSWERS) == (
+        "v6e:1x1: 64 slots, peak 18.00 GiB of 20.00 GiB a chip; estimated prefill 200 ms for 16 "
+        "prompts, decode 40.0 ms a step at 40 % of HBM's rate, 1600 tokens/s"
+    )
+
+
+@pytest.mark.parametrize(
+    ("limit", "changes", "asked"),
+    [
+        # 18 GiB with 5 of cache: half of it leaves 15.5.
+        (16, [("--slots=32",), ("--cache_dtype=int8",)], ["--slots=32", "--cache_dtype=int8"]),
+        (15, [("--slots=16",)], ["--slots=16"]),
+        (12, [], []),
+    ],
+)
+def test_what_would_make_an_engine_fit(
+    limit: int, changes: list[tuple[str, ...]], asked: list[str]
+) -> None:
+    too_large, seen = dataclasses.replace(ANSWERS, limit=limit * 2**30), list[str]()
+
+    def ask(overrides: tuple[str, ...]) -> InferencePlan:
+        seen.extend(overrides)
+        return ANSWERS
+
+    assert not too_large.fits
+    assert inference_changes(too_large, ask=ask) == changes
+    assert seen == asked
+    if not changes:
+        advice = render_changes(too_large, changes)
+        assert "the weights take 10.00 GiB a chip" in advice
+        assert "--mesh.tensor" in advice
 
 
 def test_what_a_person_reads() -> None:

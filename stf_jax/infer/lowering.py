@@ -1,0 +1,119 @@
+"""An engine's programs for the compiler alone: shapes in place of arrays, nothing runs."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
+
+from stf_jax.batch import Batch
+from stf_jax.config import LlavaConfig
+from stf_jax.infer.program import Limits, Program, Questions
+from stf_jax.models.cache import CacheDType
+from stf_jax.models.layers import unstack
+from stf_jax.models.llava import Llava
+from stf_jax.parallel.sharding import BATCH_AXES, P, ShardingRules, check_divisible, on_mesh
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoweredEngine:
+    """What the devices run, and what they hold while they do; shapes that know where they lie.
+
+    Attributes:
+        prefill: computes prefixes.
+        inserts: put questions into slots; one for each length.
+        decode: turns until enough slots are finished.
+        parameters: of the model.
+        slots: all of them, with their cache.
+        prefixes: one call's.
+    """
+
+    prefill: Any
+    inserts: list[Any]
+    decode: Any
+    parameters: PyTree
+    slots: PyTree
+    prefixes: PyTree
+
+
+def abstract_program(
+    config: LlavaConfig, *, mesh: Mesh, dtype: DTypeLike, cache_dtype: CacheDType | None
+) -> Program:
+    """A program whose model has no weights.
+
+    Raises:
+        ValueError: the mesh does not divide the model.
+    """
+    check_divisible(config, mesh)
+    with jax.set_mesh(mesh):
+        model = Llava.abstract(config, rules=ShardingRules.default(), dtype=dtype)
+        for part in (model.text, model.vision):
+            layers = nnx.eval_shape(unstack, part.layers)
+            nnx.update(layers, _placed(nnx.state(layers), mesh))
+            part.layers = layers
+    return Program(model, mesh=mesh, cache_dtype=cache_dtype)
+
+
+def lower(
+    program: Program,
+    *,
+    batch: Batch,
+    questions: Sequence[Questions],
+    limits: Limits,
+    slots: int,
+    context: int,
+    new: int,
+) -> LoweredEngine:
+    """The programs that an engine compiles for arrays of these shapes.
+
+    Args:
+        program: from `abstract_program`.
+        batch: of prefixes, host arrays.
+        questions: host arrays, of one length or of several.
+        limits: of the answers.
+        slots: B.
+        context: positions of a slot.
+        new: room for the tokens of an answer.
+    """
+    mesh = program.mesh
+    assert mesh is not None
+
+    def rows(tree: PyTree) -> PyTree:
+        sharding = NamedSharding(mesh, P(BATCH_AXES))
+        return jax.tree.map(
+            lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=sharding), tree
+        )
+
+    parameters, here = program._parameters, rows(batch)
+    greedy, numbers = limits.greedy, limits.arrays
+    with jax.set_mesh(mesh):
+        empty = program._start.eval_shape(parameters, slots=slots, context=context, new=new)
+        state = _placed(empty, mesh)
+        found = program._prefixes.eval_shape(parameters, here)
+        prefixes = _placed(found, mesh)
+        one = np.int32(1)
+        return LoweredEngine(
+            prefill=program._prefixes.lower(parameters, here),
+            inserts=[
+                program._admit.lower(
+                    parameters, state, prefixes, rows(asked), numbers, greedy=greedy
+                )
+                for asked in questions
+            ],
+            decode=program._decode.lower(
+                parameters, state, rows(np.zeros(slots, bool)), one, one, numbers, greedy=greedy
+            ),
+            parameters=parameters,
+            slots=state,
+            prefixes=prefixes,
+        )
+
+
+def _placed(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Shapes that went through a trace know the abstract mesh only."""
+    return jax.tree.map(lambda leaf: on_mesh(leaf, mesh), tree)

@@ -1,0 +1,164 @@
+"""Compiles an engine's programs for chips that are not there, and measures what came out.
+
+Runs in a process of its own, see `stf_jax.plan.asking`.
+"""
+
+import dataclasses
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from stf_jax.config import LlavaConfig
+from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
+from stf_jax.infer.config import InferenceConfig
+from stf_jax.infer.engine import LEAST_QUESTION, batch_sizes
+from stf_jax.infer.lowering import LoweredEngine, abstract_program, lower
+from stf_jax.infer.program import Limits, Questions
+from stf_jax.infer.prompts import Prompt, bucket, pad_prompts
+from stf_jax.infer.sampling import GREEDY
+from stf_jax.plan.chips import Topology
+from stf_jax.plan.compiling import mesh_of, room_for
+from stf_jax.plan.measuring import measure
+from stf_jax.plan.phases import InferencePlan, Phase
+from stf_jax.plan.request import Request
+
+
+def make_inference_plan(request: Request) -> InferencePlan:
+    """Compiles prefill, insert and decode, one after the other, until one finds no room.
+
+    Raises:
+        ValueError: the topology, the mesh or the config is wrong, in one line.
+    """
+    config = InferenceConfig.load(request.config, request.overrides)
+    topology = Topology.parse(request.topology)
+    if config.architecture is None:
+        raise ValueError(
+            f"{request.config} has no architecture; add --architecture=llava_stf_7b, for instance"
+        )
+    model = LlavaConfig.named(config.architecture)
+    mesh, work, dtype = mesh_of(config.mesh, topology), config.workload, config.dtype or "bfloat16"
+    program = abstract_program(
+        model, mesh=mesh, dtype=jnp.dtype(dtype), cache_dtype=config.cache_dtype
+    )
+    slots, rows = batch_sizes(config.slots, multiple=program.row_multiple)
+    prefix = work.prompt_tokens + work.images * model.tokens_per_image
+    longest = prefix + max(work.question_tokens) + work.max_new_tokens
+    if longest > model.text.max_positions:
+        raise ValueError(
+            f"the workload makes {longest} positions; {config.architecture} has "
+            f"{model.text.max_positions}; make it smaller"
+        )
+    lengths = sorted({bucket(one, least=LEAST_QUESTION) for one in work.question_tokens})
+    lowered = lower(
+        program,
+        batch=pad_prompts(
+            [_prompt(model, prefix, work.images)], rows=rows, image_size=model.vision.image_size
+        ),
+        questions=[Questions.empty(rows, length, slots=slots) for length in lengths],
+        limits=Limits(sampling=GREEDY, max_new_tokens=work.max_new_tokens),
+        slots=slots,
+        context=bucket(longest),
+        new=bucket(work.max_new_tokens),
+    )
+    known = InferencePlan(
+        topology=str(topology),
+        mesh=dict(mesh.shape),
+        slots=slots,
+        context=bucket(longest),
+        new_tokens=work.max_new_tokens,
+        images=work.images,
+        dtype=dtype,
+        cache_dtype=config.cache_dtype or dtype,
+        limit=topology.chip.memory,
+        weights=_bytes(lowered.parameters),
+        cache=_bytes(lowered.slots),
+        prefixes=_bytes(lowered.prefixes),
+        phases=(),
+    )
+    phases: list[Phase] = []
+    for name, length, one in (
+        ("prefill", bucket(prefix), lowered.prefill),
+        *(("insert", *pair) for pair in zip(lengths, lowered.inserts, strict=True)),
+        ("decode", 1, lowered.decode),
+    ):
+        reads = _reads(name, lowered, mesh) / topology.chip.bandwidth
+        phase = Phase(
+            name=name,
+            rows=slots if name == "decode" else rows,
+            length=length,
+            needed=0,
+            memory_seconds=reads,
+        )
+        phases.append(_compiled(phase, one, known, topology))
+        if phases[-1].needed > known.limit:
+            break
+    return dataclasses.replace(known, phases=tuple(phases))
+
+
+def _compiled(phase: Phase, lowered: Any, known: InferencePlan, topology: Topology) -> Phase:
+    """With what the compiler says; only `needed` where the program alone finds no room."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        # The text is the compiler's own: JAX cannot read back all that it makes of a long program.
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = room_for(lambda: lowered.compile(options))
+        if isinstance(compiled, int):
+            return dataclasses.replace(phase, needed=compiled)
+        (text,) = (path.read_text() for path in Path(folder).glob("*.after_codegen.txt"))
+    cost = measure(text, compiled.memory_analysis(), topology, one_turn=phase.name == "decode")
+    # The engine holds weights, slots and prefixes all the time, arguments or not; old prefixes
+    # until there are new ones.
+    elsewhere = known.weights + known.cache + known.prefixes - cost["arguments"]
+    return dataclasses.replace(
+        phase,
+        needed=cost["peak"] + max(elsewhere, 0),
+        compile_seconds=time.perf_counter() - start,
+        **cost,
+    )
+
+
+def _prompt(model: LlavaConfig, length: int, images: int) -> Prompt:
+    """Text, then images, of so many positions."""
+    size = model.vision.image_size
+    ids = np.zeros(length, np.int32)
+    ids[length - images * model.tokens_per_image :] = IMAGE_TOKEN_ID
+    return Prompt(ids=ids, pixels=np.zeros((images, size, size, 3), np.float32))
+
+
+def _reads(name: str, lowered: LoweredEngine, mesh: Mesh) -> float:
+    """Bytes a chip that a program must at least move through HBM."""
+    parameters = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(lowered.parameters)
+    }
+    # Of the embedding a few rows; what is split over `fsdp` is gathered first.
+    weights = sum(
+        leaf.size
+        * leaf.dtype.itemsize
+        / (mesh.shape["tensor"] if "tensor" in leaf.sharding.spec else 1)
+        for path, leaf in parameters.items()
+        if "text/embedding" not in path and (name == "prefill" or path.startswith("text/"))
+    )
+    caches = {
+        "prefill": _bytes(lowered.prefixes),
+        # Out of the prefixes and into the slots.
+        "insert": 2 * _bytes(lowered.prefixes),
+        "decode": _bytes(lowered.slots),
+    }
+    return weights + caches[name]
+
+
+def _bytes(tree: PyTree) -> int:
+    """That a chip holds of it."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
