@@ -109,8 +109,8 @@ def make_mesh(
             f"data {data} x fsdp {fsdp} x tensor {tensor} makes {wanted} devices; there are {found}"
         )
     types = (AxisType.Explicit,) * len(AXES)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
+    slices = len({getattr(one, "slice_index", 0) for one in devices if one.platform == "tpu"})
+    if slices < 2:
         return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=types, devices=devices)
     if data % slices:
         raise ValueError(

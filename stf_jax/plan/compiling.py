@@ -96,11 +96,6 @@ def mesh_of(config: MeshConfig | None, topology: Topology) -> Mesh:
         ValueError: they do not go together, or `describe`'s.
     """
     sizes = (config or MeshConfig(data=1, fsdp=1, tensor=1)).sizes(topology.chips)
-    if sizes["data"] % topology.slices:
-        raise ValueError(
-            f"mesh.data is {sizes['data']}, and {topology} has {topology.slices} slices: only "
-            f"replicas may lie on several; set --mesh.data={topology.slices}"
-        )
     return make_mesh(**sizes, devices=describe(topology))
 
 

@@ -163,7 +163,7 @@ def test_beside_a_process_that_has_the_compiler(config: str) -> None:
             "the mesh does not divide the model: text.kv_heads 4 by tensor 8, vision.heads 4 by "
             "tensor 8",
         ),
-        ("2xv5e:2x2", [], "mesh.data is 1, and 2xv5e:2x2 has 2 slices: only replicas may lie on"),
+        ("2xv5e:2x2", [], "data 1 is not a multiple of the 2 slices: only replicas may lie on"),
         ("v5e:2x2", ["--mesh.fsdp=8"], "the mesh data 1 x fsdp 8 x tensor 1 does not fit 4 dev"),
         ("v5e:2x2", ["--mesh.tensor=3"], "the mesh data 1 x fsdp -1 x tensor 3 does not fit 4"),
         ("v5e:4x4", [], "data.batch_size 8 does not divide into 1 micro-batches over 16 dev"),
