@@ -24,7 +24,7 @@ test: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check --output-format concise
 	$(BIN)/ruff format --check
-	$(BIN)/mypy $(wildcard stf_jax convert benchmarks scripts)
+	$(BIN)/mypy $(wildcard stf_jax convert launch benchmarks scripts)
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix

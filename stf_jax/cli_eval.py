@@ -140,7 +140,9 @@ def _ask(options: argparse.Namespace) -> "list[Result]":
     if problems:
         raise ValueError("\n".join(problems))
     config = _config(options)
-    distributed.start(options.coordinator, options.processes, options.process)
+    distributed.start(
+        options.coordinator, options.processes, options.process, timeout=options.host_timeout
+    )
     answerer, hosts = _answerer(options, config), JaxHosts()
     results = []
     for ready in prepared:

@@ -7,6 +7,9 @@ from stf_jax.cli import Verbs, add_verb
 # "Try again later" of sysexits.h: a launcher starts such a run again, and no other.
 INTERRUPTED = 75
 
+# Seconds: who starts a run on one host of a pod is told within a minute.
+HOST_TIMEOUT = 50
+
 
 def add_train(verbs: Verbs) -> None:
     """Adds `train`."""
@@ -31,6 +34,13 @@ def add_hosts(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--processes", type=int, metavar="N", help="how many hosts there are")
     parser.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
+    parser.add_argument(
+        "--host-timeout",
+        type=float,
+        default=HOST_TIMEOUT,
+        metavar="SECONDS",
+        help="how long to wait for the other hosts to join (%(default)s)",
+    )
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -39,7 +49,9 @@ def _train(options: argparse.Namespace) -> int:
     config = TrainConfig.load(options.config, options.overrides)
     from stf_jax.train import distributed
 
-    distributed.start(options.coordinator, options.processes, options.process)
+    distributed.start(
+        options.coordinator, options.processes, options.process, timeout=options.host_timeout
+    )
     from stf_jax.train.loop import train
 
     return 0 if train(config) == "finished" else INTERRUPTED

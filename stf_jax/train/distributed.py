@@ -1,8 +1,12 @@
 """Several hosts as one: starting `jax.distributed`, and which rows of a batch a host makes."""
 
+import contextlib
 import dataclasses
 import glob
 import os
+import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,16 +18,23 @@ from stf_jax.parallel.sharding import BATCH_AXES, P
 
 
 def start(
-    coordinator: str | None = None, processes: int | None = None, process: int | None = None
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    *,
+    timeout: float,
 ) -> None:
     """Joins the other hosts; on a TPU pod without arguments, elsewhere with all three.
 
-    Must run before anything asks JAX for devices. Alone, without arguments, it does nothing.
+    Must run before anything asks JAX for devices. Alone, without arguments, it does nothing. If the
+    others do not come, the process ends with status 1 and a line on stderr: JAX cannot be stopped
+    from waiting in another way.
 
     Args:
         coordinator: "host:port" of process 0.
         processes: how many there are.
         process: the number of this one, from 0.
+        timeout: seconds to wait for the others.
 
     Raises:
         ValueError: one or two of the three, or a number that does not fit.
@@ -32,7 +43,8 @@ def start(
     if all(one is None for one in given):
         if _on_tpu():
             # A single TPU VM is a pod of one.
-            jax.distributed.initialize()
+            with _no_longer_than(timeout, "this host"):
+                jax.distributed.initialize(initialization_timeout=_longer(timeout))
         return
     if coordinator is None or processes is None or process is None:
         raise ValueError("give --coordinator, --processes and --process together, or none of them")
@@ -40,7 +52,34 @@ def start(
         raise ValueError(
             f"--process is {process}; with --processes {processes} it is 0 to {processes - 1}"
         )
-    jax.distributed.initialize(coordinator, processes, process)
+    with _no_longer_than(timeout, f"process {process} of {processes}"):
+        jax.distributed.initialize(
+            coordinator, processes, process, initialization_timeout=_longer(timeout)
+        )
+
+
+@contextlib.contextmanager
+def _no_longer_than(seconds: float, who: str) -> Iterator[None]:
+    def give_up() -> None:
+        sys.stderr.write(
+            f"error: {who} has waited {seconds:g} s for the other hosts in vain; start the same "
+            "command on all of them at once, as 'python -m launch' does (docs/launching.md)\n"
+        )
+        sys.stderr.flush()
+        os._exit(1)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _longer(timeout: float) -> int:
+    """For JAX's own timeout, which ends the process with a stack trace."""
+    return int(timeout) + 60
 
 
 def _on_tpu() -> bool:

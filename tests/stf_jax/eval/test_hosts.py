@@ -1,16 +1,15 @@
 """`stf-jax eval` in two processes over jax.distributed gives the files of one."""
 
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from launch.local import LocalRun
 from stf_jax.cli import main
 
-COMMAND = "import sys; from stf_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+# Each host has a folder of its own, named by the last flag, which the launcher adds.
+HOST = 'number=${!#}; exec "$@" --out "$0/host${number#--process=}"'
 
 
 @pytest.mark.slow
@@ -18,32 +17,23 @@ def test_two_processes_are_one_evaluation(
     reference: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["eval", "mme", str(reference / "llava-stf"), "--data", str(data), "--limit", "6"]
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    processes = [
-        subprocess.Popen(
-            [
-                *(sys.executable, "-W", "ignore", "-c", COMMAND, *arguments),
-                *("--out", str(tmp_path / f"host{number}"), "--slots", "2"),
-                *("--coordinator", f"127.0.0.1:{port}"),
-                *("--processes", "2", "--process", str(number)),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
-        )
-        for number in range(2)
-    ]
-    assert main([*arguments, "--out", str(tmp_path / "alone")]) == 0
-    said = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    stf_jax = [sys.executable, "-W", "ignore", "-m", "stf_jax", *arguments, "--slots", "2"]
+    said: list[tuple[int, str, str]] = []
+
+    def hear(process: int, stream: str, line: str) -> None:
+        said.append((process, stream, line.removesuffix("\n")))
+
+    command = ["bash", "-c", HOST, str(tmp_path), *stf_jax]
+    with LocalRun(command, processes=2, devices=2, say=hear) as processes:
+        assert main([*arguments, "--out", str(tmp_path / "alone")]) == 0
+        assert processes.wait(seconds=300) == 0, said
     # Only the first host has a score to show.
     lines = [
-        [line for line in out.splitlines() if not line.startswith("[Gloo]")] for out, _ in said
+        (process, line)
+        for process, stream, line in said
+        if stream == "stdout" and not line.startswith("[Gloo]")
     ]
-    assert lines == [capsys.readouterr().out.splitlines(), []]
+    assert lines == [(0, line) for line in capsys.readouterr().out.splitlines()]
     alone, host = tmp_path / "alone" / "mme", tmp_path / "host0" / "mme"
     assert (host / "answers.jsonl").read_bytes() == (alone / "answers.jsonl").read_bytes()
     assert (host / "scores.json").exists()

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,18 +14,12 @@ import numpy as np
 import pytest
 import yaml
 
+from launch.local import LocalRun, free_port
 from stf_jax.train.config import TrainConfig
 from stf_jax.train.distributed import start
 from stf_jax.train.loop import train
 
-COMMAND = "import sys; from stf_jax.cli import main; sys.exit(main(sys.argv[1:]))"
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+STF_JAX = [sys.executable, "-W", "ignore", "-m", "stf_jax"]
 
 
 def until(condition: Callable[[], bool], *, seconds: float = 240) -> None:
@@ -39,25 +32,6 @@ def until(condition: Callable[[], bool], *, seconds: float = 240) -> None:
 def written(config: TrainConfig, path: Path) -> Path:
     path.write_text(yaml.safe_dump(json.loads(json.dumps(config.to_dict()))))
     return path
-
-
-def begin(path: Path, *, processes: int, devices: int) -> list[subprocess.Popen[str]]:
-    """`stf-jax train` in several processes with so many devices each."""
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    port = free_port()
-    return [
-        subprocess.Popen(
-            [
-                *(sys.executable, "-W", "ignore", "-c", COMMAND, "train", str(path)),
-                *("--coordinator", f"127.0.0.1:{port}"),
-                *("--processes", str(processes), "--process", str(number)),
-            ],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for number in range(processes)
-    ]
 
 
 def losses(run: TrainConfig) -> list[float]:
@@ -77,7 +51,7 @@ def test_all_processes_of_a_run_are_told_to_end(
     run = config(steps=300, data={"batch_size": 4, "workers": 2})
     path = written(run, tmp_path / "run.yaml")
     with subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", COMMAND, "train", str(path)],
+        [*STF_JAX, "train", str(path)],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -107,12 +81,18 @@ def test_two_processes_are_one_run(config: Callable[..., TrainConfig], tmp_path:
     expected = config(**keys, mesh={"fsdp": 8})
     assert train(expected) == "finished"
     run = config(**keys, mesh={"data": 2, "fsdp": 2, "tensor": 2}, log_every=1)
-    first, second = begin(written(run, tmp_path / "run.yaml"), processes=2, devices=4)
-    # Only one host of a pod may be told that it is preempted.
-    until(lambda: first.poll() is not None or steps(run) >= 2)
-    second.send_signal(signal.SIGTERM)
-    said = [process.communicate(timeout=240)[1] for process in (first, second)]
-    assert [first.returncode, second.returncode] == [75, 75], said
+    command = [*STF_JAX, "train", str(written(run, tmp_path / "run.yaml"))]
+    said = ["", ""]
+
+    def hear(process: int, stream: str, line: str) -> None:
+        said[process] += line
+
+    with LocalRun(command, processes=2, devices=4, say=hear) as processes:
+        # Only one host of a pod may be told that it is preempted.
+        until(lambda: processes.statuses[0] is not None or steps(run) >= 2)
+        processes.processes[1].send_signal(signal.SIGTERM)
+        processes.wait(seconds=240)
+    assert processes.statuses == [75, 75], said
     (step,) = re.findall(r"interrupted after step (\d+)", said[0])
     assert "8 cpu devices on 2 hosts" in said[0]
     # The second host has nothing to say.
@@ -124,7 +104,25 @@ def test_two_processes_are_one_run(config: Callable[..., TrainConfig], tmp_path:
 
 def test_three_flags_or_none() -> None:
     with pytest.raises(ValueError, match="--coordinator, --processes and --process together"):
-        start(processes=2)
+        start(processes=2, timeout=1)
     with pytest.raises(ValueError, match=r"--process is 2; with --processes 2 it is 0 to 1"):
-        start("127.0.0.1:1", 2, 2)
-    start()
+        start("127.0.0.1:1", 2, 2, timeout=1)
+    start(timeout=1)
+
+
+def test_a_run_on_one_host_of_two(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """It says so instead of waiting, and nothing of a run is left."""
+    run = config()
+    path = written(run, tmp_path / "run.yaml")
+    flags = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process", "0"]
+    alone = subprocess.run(
+        [*STF_JAX, "train", str(path), *flags, "--host-timeout", "2"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert alone.returncode == 1
+    (line,) = alone.stderr.splitlines()
+    assert line.startswith("error: process 0 of 2 has waited 2 s for the other hosts in vain")
+    assert not Path(run.out).exists()

@@ -1,0 +1,155 @@
+"""The one way in which commands are run, shown instead with --dry-run, and complained about."""
+
+import dataclasses
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import IO
+
+Command = Sequence[str]
+
+_INSTALL = {
+    "gcloud": "see https://cloud.google.com/sdk/docs/install",
+    "kubectl": "gcloud components install kubectl",
+    "xpk": "pip install xpk",
+}
+
+
+class LaunchError(Exception):
+    """What went wrong, in a line for the user."""
+
+
+class CommandFailed(LaunchError):
+    """A command ended with another status than 0.
+
+    Attributes:
+        command: the command.
+        status: its status.
+        said: what it wrote to stderr, if that was kept.
+    """
+
+    def __init__(self, command: Command, status: int, said: str = "", *, where: str = ""):
+        self.command, self.status, self.said = command, status, said
+        # gcloud gives its reason after "ERROR:", and counts workers after "#####".
+        lines = [line for line in said.splitlines() if line.strip() and line[0] != "#"]
+        reasons = [line for line in lines if line.startswith("ERROR:")] or lines[-1:]
+        what = f"{where}{command[0]} failed with status {status}"
+        super().__init__(f"{what}: {reasons[-1] if reasons else shlex.join(command)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Runner:
+    """Runs commands, or prints them as one would type them.
+
+    Attributes:
+        dry_run: print only.
+    """
+
+    dry_run: bool = False
+
+    def call(self, command: Command) -> int:
+        """Runs it on this terminal; its status."""
+        if self._shown(command):
+            return 0
+        with _start(command) as process:
+            return process.wait()
+
+    def run(self, command: Command) -> None:
+        """Runs it on this terminal.
+
+        Raises:
+            CommandFailed: its status is not 0.
+        """
+        if status := self.call(command):
+            raise CommandFailed(command, status)
+
+    def ask(self, command: Command, *, pretend: str) -> str:
+        """Its stdout; with --dry-run `pretend`, an answer with which all is well.
+
+        Raises:
+            CommandFailed: its status is not 0.
+        """
+        if self._shown(command):
+            return pretend
+        with _start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            answer, said = process.communicate()
+        if process.returncode:
+            raise CommandFailed(command, process.returncode, said)
+        return answer.strip()
+
+    def together(self, commands: Mapping[str, Command]) -> dict[str, CommandFailed]:
+        """Runs all at the same time, each line of output behind the name of its command.
+
+        Returns:
+            Those that failed.
+        """
+        if self.dry_run:
+            for command in commands.values():
+                self._shown(command)
+            return {}
+        processes = {
+            name: _start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            for name, command in commands.items()
+        }
+        kept: dict[str, list[str]] = {name: [] for name in commands}
+        threads = []
+        for name, process in processes.items():
+            prefix = f"[{name}] " if name else ""
+            assert process.stdout is not None
+            assert process.stderr is not None
+
+            def say_error(line: str, prefix: str = prefix, said: list[str] = kept[name]) -> None:
+                said.append(line)
+                sys.stderr.write(prefix + line)
+
+            def say(line: str, prefix: str = prefix) -> None:
+                sys.stdout.write(prefix + line)
+                sys.stdout.flush()
+
+            threads += [forward(process.stdout, say), forward(process.stderr, say_error)]
+        for thread in threads:
+            thread.join()
+        statuses = {name: process.wait() for name, process in processes.items()}
+        return {
+            name: CommandFailed(commands[name], status, "".join(kept[name]))
+            for name, status in statuses.items()
+            if status
+        }
+
+    def say(self, text: str) -> None:
+        """Tells the user what happens; with --dry-run nothing does."""
+        if not self.dry_run:
+            sys.stderr.write(f"launch: {text}\n")
+            sys.stderr.flush()
+
+    def _shown(self, command: Command) -> bool:
+        if self.dry_run:
+            sys.stdout.write(f"{shlex.join(command)}\n")
+        return self.dry_run
+
+
+def forward(stream: IO[str], say: Callable[[str], None]) -> threading.Thread:
+    """Hands each line to `say` until the stream ends; join the thread to wait for that."""
+
+    def read() -> None:
+        with stream:
+            for line in stream:
+                say(line if line.endswith("\n") else f"{line}\n")
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    return thread
+
+
+def _start(
+    command: Command, *, stdout: int | None = None, stderr: int | None = None
+) -> subprocess.Popen[str]:
+    try:
+        return subprocess.Popen(command, stdout=stdout, stderr=stderr, text=True, errors="replace")
+    except FileNotFoundError as error:
+        name = command[0]
+        raise LaunchError(
+            f"{name} is not installed, or not on the PATH; {_INSTALL.get(name, 'install it')}"
+        ) from error

@@ -1,0 +1,135 @@
+"""A pod on this machine: several processes with virtual CPU devices, over loopback."""
+
+import functools
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Literal, Self
+
+from launch import remote
+from launch.commands import Command, forward
+from launch.ssh import process_flags
+
+Say = Callable[[int, Literal["stdout", "stderr"], str], None]
+
+# What is left of a run that has failed gets this long to end, in seconds.
+_GRACE = 10
+
+
+class LocalRun:
+    """A command in several processes, started when it is made, ended when it is left.
+
+    Args:
+        command: a verb of `stf-jax` that runs on several hosts; it is told of the others by the
+            flags that `launch ssh` adds, too.
+        processes: how many.
+        devices: virtual devices of each.
+        say: told of every line: the process, its stream and the text.
+
+    Attributes:
+        processes: in the order of their numbers.
+    """
+
+    def __init__(self, command: Command, *, processes: int, devices: int, say: Say):
+        flags = (
+            f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        )
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
+        self.processes = [
+            subprocess.Popen(
+                [*command, *more],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                env=environment,
+                # So that Ctrl-C reaches them through us only, and their children can be found.
+                start_new_session=True,
+            )
+            for more in process_flags(f"127.0.0.1:{free_port()}", processes)
+        ]
+        self._threads = []
+        for number, process in enumerate(self.processes):
+            assert process.stdout is not None
+            assert process.stderr is not None
+            self._threads += [
+                forward(process.stdout, functools.partial(say, number, "stdout")),
+                forward(process.stderr, functools.partial(say, number, "stderr")),
+            ]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._kill()
+
+    def interrupt(self) -> None:
+        """Asks all to save and leave."""
+        self._signal(signal.SIGTERM)
+
+    def wait(self, *, seconds: float = float("inf")) -> int:
+        """Waits until all have ended; ends the others when one fails.
+
+        Returns:
+            0 if all are finished, 75 if they were interrupted; otherwise what the first to fail
+            returned, 128 and more being a signal.
+
+        Raises:
+            TimeoutError: they take longer; they are killed.
+        """
+        deadline, failed = time.monotonic() + seconds, 0
+        while None in self.statuses:
+            if not failed and (failed := _failure(self.statuses)):
+                self._signal(signal.SIGTERM)
+                deadline = min(deadline, time.monotonic() + _GRACE)
+            if time.monotonic() > deadline:
+                self._kill()
+                if not failed:
+                    raise TimeoutError(f"the run takes longer than {seconds:g} s")
+            time.sleep(0.05)
+        for thread in self._threads:
+            thread.join()
+        failed = failed or _failure(self.statuses)
+        return failed or (remote.INTERRUPTED if remote.INTERRUPTED in self.statuses else 0)
+
+    @property
+    def statuses(self) -> list[int | None]:
+        """Of each process; None while it runs."""
+        return [process.poll() for process in self.processes]
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self.processes:
+            # Popen itself sees to it that one that has ended is left alone.
+            process.send_signal(number)
+
+    def _kill(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _failure(statuses: Sequence[int | None]) -> int:
+    """The first status of a process that has failed, or 0."""
+    for status in statuses:
+        if status not in (None, 0, remote.INTERRUPTED):
+            # Of a process that a signal has ended Popen says the signal, negated.
+            return status if status > 0 else 128 - status
+    return 0
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens to now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port

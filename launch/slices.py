@@ -1,0 +1,57 @@
+"""What a slice of `stf-jax plan` is called where TPUs are rented."""
+
+import dataclasses
+
+from launch.commands import LaunchError
+from stf_jax.plan.chips import Topology
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Generation:
+    """Names of a generation, from cloud.google.com/tpu/docs ("TPU software versions" and its page).
+
+    Attributes:
+        prefix: of accelerator types.
+        cores: TensorCores a chip where the type counts those, 1 where it counts chips.
+        runtime: the TPU software version for JAX.
+    """
+
+    prefix: str
+    cores: int
+    runtime: str
+
+
+_GENERATIONS = {
+    "v4": _Generation(prefix="v4", cores=2, runtime="tpu-ubuntu2204-base"),
+    "v5e": _Generation(prefix="v5litepod", cores=1, runtime="v2-alpha-tpuv5-lite"),
+    "v5p": _Generation(prefix="v5p", cores=2, runtime="v2-alpha-tpuv5"),
+    "v6e": _Generation(prefix="v6e", cores=1, runtime="v2-alpha-tpuv6e"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Slice:
+    """A slice to rent; of several layouts with as many chips, the service gives the most compact.
+
+    Attributes:
+        accelerator: "v5litepod-16", also XPK's TPU type.
+        runtime: "v2-alpha-tpuv5-lite", of TPU VMs.
+    """
+
+    accelerator: str
+    runtime: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Slice":
+        """From a topology as `plan` takes it, such as v5e:4x4.
+
+        Raises:
+            LaunchError: there is no such topology.
+        """
+        try:
+            topology = Topology.parse(text)
+        except ValueError as error:
+            raise LaunchError(str(error)) from error
+        generation = _GENERATIONS[topology.chip.name]
+        count = topology.chips * generation.cores
+        return cls(accelerator=f"{generation.prefix}-{count}", runtime=generation.runtime)

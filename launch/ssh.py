@@ -1,0 +1,59 @@
+"""Hosts that one reaches by plain ssh; the first is process 0."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from launch.commands import Command, Runner
+from launch.workers import Workers
+
+# No question that nobody sees, and an end when the host does not answer any more.
+_OPTIONS = ("-o", "BatchMode=yes", "-o", "ServerAliveInterval=30")
+
+
+def process_flags(coordinator: str, processes: int) -> list[list[str]]:
+    """What is added to the command of each process, where JAX cannot find the others by itself."""
+    return [
+        [f"--coordinator={coordinator}", f"--processes={processes}", f"--process={number}"]
+        for number in range(processes)
+    ]
+
+
+class Hosts(Workers):
+    """A list of hosts.
+
+    Attributes:
+        hosts: as ssh takes them; with USER@ or not.
+        port: on the first host, for the others.
+    """
+
+    def __init__(self, runner: Runner, hosts: Sequence[str], *, port: int):
+        super().__init__(runner)
+        self.hosts, self.port = list(hosts), port
+
+    def shells(self, scripts: Sequence[str]) -> Mapping[str, Command]:
+        """One for each host."""
+        all_scripts = scripts if len(scripts) > 1 else [*scripts] * len(self.hosts)
+        return {
+            host: self._ssh(host, script)
+            for host, script in zip(self.hosts, all_scripts, strict=True)
+        }
+
+    def first(self, script: str) -> Command:
+        """The first host's."""
+        return self._ssh(self.hosts[0], script)
+
+    def variants(self, command: Command) -> list[Command]:
+        """With the flags that tell a process of the others."""
+        coordinator = f"{self.hosts[0].rpartition('@')[2]}:{self.port}"
+        return [[*command, *flags] for flags in process_flags(coordinator, len(self.hosts))]
+
+    def send(self, file: Path) -> Mapping[str, Command]:
+        """One for each host."""
+        return {host: ["scp", "-q", *_OPTIONS, str(file), f"{host}:"] for host in self.hosts}
+
+    def fetch(self, path: str, out: Path) -> Command:
+        """Directories, too."""
+        return ["scp", "-q", "-r", *_OPTIONS, f"{self.hosts[0]}:{path}", str(out)]
+
+    def _ssh(self, host: str, script: str) -> Command:
+        return ["ssh", *_OPTIONS, host, script]

@@ -1,0 +1,192 @@
+"""TPU VMs, through `gcloud compute tpus`."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from launch.commands import Command, CommandFailed, LaunchError, Runner
+from launch.slices import Slice
+from launch.workers import Workers
+
+# States in which a request waits, and those from which it does not come back.
+_WAITING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")
+_READY = "READY"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Renting:
+    """How a slice is rented.
+
+    Attributes:
+        slice: its names.
+        spot: cheaper, and taken away when somebody else pays more.
+        queue: wait until there is one; otherwise now or not at all.
+    """
+
+    slice: Slice
+    spot: bool
+    queue: bool
+
+
+class TpuVm(Workers):
+    """A slice of TPU VMs and, of the same name, the request for it in the queue.
+
+    Attributes:
+        name: in the project and zone.
+        place: flags that name the zone and the project where gcloud's configuration does not.
+        renting: how it is rented; None where it only is used.
+        poll: seconds until one looks again.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        name: str,
+        *,
+        place: Sequence[str],
+        renting: Renting | None = None,
+        poll: float = 30,
+    ):
+        super().__init__(runner)
+        self.name, self.place, self.renting, self.poll = name, place, renting, poll
+
+    def create(self) -> None:
+        """Asks for the slice and waits until it is ready.
+
+        Raises:
+            LaunchError: it is not given.
+        """
+        assert self.renting is not None
+        wanted = self.renting
+        kind = f"--accelerator-type={wanted.slice.accelerator}"
+        spot = ["--spot"] if wanted.spot else []
+        self.runner.say(f"asking for {wanted.slice.accelerator} as {self.name}")
+        if wanted.queue:
+            version = f"--runtime-version={wanted.slice.runtime}"
+            more = [f"--node-id={self.name}", kind, version, *spot]
+            self._ask_for(self._gcloud("queued-resources", "create", *more))
+            self._wait_in_queue()
+        else:
+            version = f"--version={wanted.slice.runtime}"
+            self._ask_for(self._gcloud("tpu-vm", "create", kind, version, *spot))
+        while (state := self._state("tpu-vm", "state", pretend=_READY)) != _READY:
+            if state not in ("CREATING", "STARTING", "RESTARTING", "REPAIRING"):
+                raise LaunchError(
+                    f"{self.name} is {state or 'gone'} instead of ready; delete it, and try again"
+                )
+            time.sleep(self.poll)
+        self.runner.say(f"{self.name} is ready")
+
+    def delete(self) -> None:
+        """Gives the slice and the request for it back; says so if there is neither."""
+        gone = [
+            self._deleted("queued-resources", "--force"),
+            # Not from the queue, or left over from it.
+            self._deleted("tpu-vm"),
+        ]
+        self.runner.say(f"{self.name} is deleted" if any(gone) else f"there is no {self.name}")
+
+    def ready(self) -> bool:
+        """Whether the slice is there; with --dry-run it is not."""
+        return self._state("tpu-vm", "state", pretend="") == _READY
+
+    def renew(self) -> None:
+        """Deletes what is left, and rents another one."""
+        self.delete()
+        self.create()
+
+    def shells(self, scripts: Sequence[str]) -> Mapping[str, Command]:
+        """One command: gcloud itself goes to all workers."""
+        (script,) = scripts
+        return {"": self._ssh(script, worker="all")}
+
+    def first(self, script: str) -> Command:
+        """By gcloud's number."""
+        return self._ssh(script, worker="0")
+
+    def variants(self, command: Command) -> list[Command]:
+        """The same for all: on TPU VMs JAX finds the others by itself."""
+        return [command]
+
+    def send(self, file: Path) -> Mapping[str, Command]:
+        """One command for all."""
+        return {
+            "": self._gcloud("tpu-vm", "scp", "--worker=all", files=[str(file), f"{self.name}:"])
+        }
+
+    def fetch(self, path: str, out: Path) -> Command:
+        """Directories, too."""
+        files = [f"{self.name}:{path}", str(out)]
+        return self._gcloud("tpu-vm", "scp", "--worker=0", "--recurse", files=files)
+
+    def failed_workers(self, failures: Mapping[str, CommandFailed]) -> list[str]:
+        """As gcloud counts them on stderr."""
+        said = "".join(failure.said for failure in failures.values())
+        numbers = re.findall(r"on worker (\d+) failed", said)
+        return [f"worker {number}" for number in sorted(set(numbers), key=int)] or [self.name]
+
+    def _ssh(self, script: str, *, worker: str) -> Command:
+        # A slice that is taken away does not hang up.
+        alive = "--ssh-flag=-o ServerAliveInterval=30"
+        return self._gcloud("tpu-vm", "ssh", f"--worker={worker}", alive, f"--command={script}")
+
+    def _gcloud(
+        self, group: str, verb: str, *flags: str, files: Sequence[str] | None = None
+    ) -> list[str]:
+        what = [self.name] if files is None else files
+        return ["gcloud", "compute", "tpus", group, verb, *what, *self.place, *flags]
+
+    def _ask_for(self, command: Command) -> None:
+        try:
+            self.runner.ask(command, pretend="")
+        except CommandFailed as error:
+            reason = error.said.lower()
+            if "already exists" in reason or "already_exists" in reason:
+                hint = f"delete {self.name} first, or choose another name"
+            elif "quota" in reason:
+                hint = "ask for more under IAM & Admin > Quotas, or try another zone or --spot"
+            elif "no more capacity" in reason or "stockout" in reason:
+                hint = "wait in the queue (without --now), or try another zone"
+            else:
+                raise
+            raise LaunchError(f"{error}; {hint}") from error
+
+    def _wait_in_queue(self) -> None:
+        last = ""
+        while (
+            state := self._state("queued-resources", "state.state", pretend="ACTIVE")
+        ) != "ACTIVE":
+            if state not in _WAITING:
+                raise LaunchError(
+                    f"the request for {self.name} is {state or 'gone'}; see why with 'gcloud "
+                    f"compute tpus queued-resources describe {self.name}', then delete it"
+                )
+            if state != last:
+                self.runner.say(f"{self.name}: {state}")
+            last = state
+            time.sleep(self.poll)
+
+    def _state(self, group: str, field: str, *, pretend: str) -> str:
+        """Of the slice or the request; empty if there is none."""
+        command = self._gcloud(group, "describe", f"--format=value({field})")
+        try:
+            return self.runner.ask(command, pretend=pretend)
+        except CommandFailed as error:
+            if _not_there(error):
+                return ""
+            raise
+
+    def _deleted(self, group: str, *flags: str) -> bool:
+        try:
+            self.runner.ask(self._gcloud(group, "delete", *flags, "--quiet"), pretend="")
+        except CommandFailed as error:
+            if _not_there(error):
+                return False
+            raise
+        return True
+
+
+def _not_there(error: CommandFailed) -> bool:
+    return "NOT_FOUND" in error.said or "was not found" in error.said

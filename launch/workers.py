@@ -1,0 +1,205 @@
+"""What one does with the workers of a slice, whether they are TPU VMs or hosts with ssh."""
+
+import abc
+import contextlib
+import dataclasses
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from launch import remote
+from launch.commands import Command, CommandFailed, LaunchError, Runner
+
+_HERE = Path(__file__).parent.parent
+# ssh's own status: the connection, not the command, has failed.
+_DISCONNECTED = 255
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What is installed on each worker.
+
+    Attributes:
+        extras: of stf-jax, separated by commas.
+        bucket: a bucket to be mounted on /mnt/BUCKET; None for none.
+    """
+
+    extras: str
+    bucket: str | None
+
+
+class Workers(abc.ABC):
+    """Machines that run one command together.
+
+    Attributes:
+        runner: runs the commands here.
+    """
+
+    def __init__(self, runner: Runner):
+        self.runner = runner
+
+    @abc.abstractmethod
+    def shells(self, scripts: Sequence[str]) -> Mapping[str, Command]:
+        """The commands here that run scripts on all workers: by worker, or one for all.
+
+        Args:
+            scripts: one for each worker; or one, for all of them.
+        """
+
+    @abc.abstractmethod
+    def first(self, script: str) -> Command:
+        """The command here that runs a script on worker 0."""
+
+    @abc.abstractmethod
+    def variants(self, command: Command) -> list[Command]:
+        """The command as each worker gets it; or one, if that is the same for all."""
+
+    @abc.abstractmethod
+    def send(self, file: Path) -> Mapping[str, Command]:
+        """The commands here that copy a file into every worker's home directory."""
+
+    @abc.abstractmethod
+    def fetch(self, path: str, out: Path) -> Command:
+        """The command here that copies a file or directory of worker 0 into `out`."""
+
+    def failed_workers(self, failures: Mapping[str, CommandFailed]) -> list[str]:
+        """Which workers did not do what they were told."""
+        return list(failures)
+
+    def ready(self) -> bool:
+        """Whether there is anything to run on."""
+        return True
+
+    def renew(self) -> None:
+        """Rents them again.
+
+        Raises:
+            LaunchError: they are not rented.
+        """
+        raise LaunchError("these hosts cannot be had again by themselves")
+
+    def everywhere(self, scripts: Sequence[str]) -> None:
+        """Runs scripts on all workers and waits.
+
+        Raises:
+            LaunchError: some failed; names them.
+        """
+        self._together(self.shells(scripts))
+
+    def setup(self, what: Setup) -> None:
+        """Sends the code as it is here, installs it, and lets all workers find each other.
+
+        Raises:
+            LaunchError: a command failed.
+        """
+        archive = _HERE / "build" / remote.ARCHIVE
+        # Whatever git does not ignore, committed or not.
+        pack = (
+            f"cd {shlex.quote(str(_HERE))} && mkdir -p build && "
+            "git ls-files -z --cached --others --exclude-standard -- . ':!tests' ':!docs' "
+            f"| tar --null -T - -czf {shlex.quote(str(archive))}"
+        )
+        self.runner.run(["bash", "-o", "pipefail", "-c", pack])
+        self._together(self.send(archive))
+        self.everywhere([remote.setup(extras=what.extras, bucket=what.bucket)])
+        check = self.variants(["python", "-m", "launch.check"])
+        self.everywhere([remote.foreground(command) for command in check])
+
+    def start(self, command: Command) -> None:
+        """Starts a run on all workers at once and returns; on none if it does not start on all.
+
+        Raises:
+            LaunchError: it did not start on all.
+        """
+        self.everywhere([remote.check_idle()])
+        try:
+            self.everywhere([remote.start(variant) for variant in self.variants(command)])
+        except LaunchError:
+            # Where it did start it would wait for the others.
+            with contextlib.suppress(LaunchError):
+                self.stop()
+            raise
+
+    def follow(self) -> int:
+        """Shows the log of worker 0 until the run ends; the run's status.
+
+        Ctrl-C ends the showing only.
+        """
+        return self.runner.call(self.first(remote.follow()))
+
+    def stop(self) -> None:
+        """Asks the run to save and leave."""
+        self.everywhere([remote.stop()])
+
+    def state(self) -> None:
+        """Shows what has become of the run on each worker."""
+        self.everywhere([remote.state()])
+
+    def collect(self, out: Path, paths: Sequence[str]) -> None:
+        """Copies the log of worker 0, and paths from its home directory, into `out`."""
+        out.mkdir(parents=True, exist_ok=True)
+        for path in (f"{remote.RUN}/log", *paths):
+            self.runner.run(self.fetch(path, out))
+
+    def watch(self, command: Command, what: Setup, *, poll: float) -> int:
+        """Keeps a run going until it is finished: follows it, and starts it again.
+
+        If the workers are not there, or are taken away, they are rented and set up; a run that is
+        under way already is followed.
+
+        Args:
+            command: continues where it was interrupted, and says so with status 75.
+            what: for workers that are new.
+            poll: seconds until one looks again.
+
+        Returns:
+            The status of the run, which is 0, or that of a mistake.
+
+        Raises:
+            LaunchError: a command failed for another reason than that the workers were taken away.
+        """
+        under_way = self.ready() and self.runner.call(self.first(remote.running())) == 0
+        while True:
+            if not under_way:
+                try:
+                    self._begin(command, what)
+                except CommandFailed:
+                    if not self._lost(poll):
+                        raise
+                    continue
+            status = self.follow()
+            under_way = False
+            if status == 0 or self.runner.dry_run:
+                return 0
+            if status == remote.INTERRUPTED:
+                self.runner.say("the run was interrupted; starting it again")
+            elif self._lost(poll):
+                self.runner.say("the slice has been taken away; renting another one")
+            elif status == _DISCONNECTED:
+                self.runner.say("the connection is lost; trying again")
+                under_way = True
+            else:
+                self.state()
+                self.runner.say(f"the run has failed with status {status}; see its log")
+                return status
+
+    def _begin(self, command: Command, what: Setup) -> None:
+        if not self.ready():
+            self.renew()
+            self.setup(what)
+        self.start(command)
+
+    def _lost(self, poll: float) -> bool:
+        """Whether the workers are gone, of which the service may know a moment later only."""
+        if not self.ready():
+            return True
+        time.sleep(poll)
+        return not self.ready()
+
+    def _together(self, commands: Mapping[str, Command]) -> None:
+        failures = self.runner.together(commands)
+        if failures:
+            names = ", ".join(self.failed_workers(failures))
+            first = next(iter(failures.values()))
+            raise CommandFailed(first.command, first.status, first.said, where=f"{names}: ")
