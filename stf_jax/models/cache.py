@@ -87,11 +87,12 @@ class KVCache:
         positions: Int[Array, "B T"],
     ) -> "KVCache":
         """With one layer's keys and values at these positions; those beyond S are dropped."""
+        # An index for each head: to write several at once, a TPU would copy the cache to [B S K D].
+        at = positions[:, None] + jnp.zeros_like(key[..., 0].swapaxes(1, 2), jnp.int32)
 
         def put(stored: Array, new: Array) -> Array:
-            return jax.vmap(lambda row, at, one: row.at[:, at].set(one, mode="drop"))(
-                stored, positions, new
-            )
+            head = jax.vmap(lambda one, at, new: one.at[at].set(new, mode="drop"))
+            return jax.vmap(head)(stored, at, new)
 
         keys, values = list(self.keys), list(self.values)
         keys[layer] = jax.tree.map(put, keys[layer], _store(key, self.dtype))
