@@ -1,6 +1,9 @@
 """Eight virtual CPU devices and float32 arithmetic for every test, and the reference's files."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # Before jax is imported: the number of devices is fixed then.
@@ -9,6 +12,12 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 # Tests read local files only; a library that tries the network should fail at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What several tests, test workers or subprocesses need is compiled once in a session.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="stf-jax-compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 from collections.abc import Callable
 
@@ -16,7 +25,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from convert import Source, open_source
+from convert import Source, import_checkpoint, open_source
 from stf_jax.batch import Batch
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 
@@ -33,6 +42,14 @@ def reference() -> Path:
 def source(reference: Path) -> Source:
     """The reference's LLaVA-STF, opened."""
     return open_source(reference / "llava-stf")
+
+
+@pytest.fixture(scope="session")
+def native(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference's LLaVA-STF as a native checkpoint, its vocabulary padded for eight devices."""
+    path = tmp_path_factory.mktemp("model") / "native"
+    import_checkpoint(reference / "llava-stf", path, vocabulary_multiple=8)
+    return path
 
 
 @pytest.fixture(scope="session")

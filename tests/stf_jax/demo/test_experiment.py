@@ -1,11 +1,9 @@
 """The whole demo in miniature: deterministic, resumable, its report true, its export PyTorch's."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -22,14 +20,6 @@ pytest.importorskip("matplotlib")
 pytestmark = pytest.mark.slow
 
 SETTINGS = Settings(train_scenes=32, held_out_scenes=4, steps=(2, 2), rows=4)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Programs of a second run come from a cache on disk."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
 
 
 @pytest.fixture(scope="module")

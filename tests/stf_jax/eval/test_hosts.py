@@ -1,4 +1,4 @@
-"""`stf-jax eval` in two processes over jax.distributed gives the files of one."""
+"""`stf-jax eval` on a mesh, and in two processes over jax.distributed, gives the files of one."""
 
 import sys
 from pathlib import Path
@@ -12,19 +12,25 @@ from stf_jax.cli import main
 HOST = 'number=${!#}; exec "$@" --out "$0/host${number#--process=}"'
 
 
+def arguments_of(model: Path, data: Path) -> list[str]:
+    return ["eval", "mme", str(model), "--data", str(data), "--limit", "6"]
+
+
 @pytest.mark.slow
 def test_two_processes_are_one_evaluation(
-    reference: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    native: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["eval", "mme", str(reference / "llava-stf"), "--data", str(data), "--limit", "6"]
-    stf_jax = [sys.executable, "-W", "ignore", "-m", "stf_jax", *arguments, "--slots", "2"]
+    """Each process has a mesh of its own devices; one device alone gives the same."""
+    arguments = arguments_of(native, data)
+    stf_jax = [sys.executable, "-W", "ignore", "-m", "stf_jax", *arguments]
+    stf_jax += ["--slots", "2", "--mesh", "data=2,tensor=2"]
     said: list[tuple[int, str, str]] = []
 
     def hear(process: int, stream: str, line: str) -> None:
         said.append((process, stream, line.removesuffix("\n")))
 
     command = ["bash", "-c", HOST, str(tmp_path), *stf_jax]
-    with LocalRun(command, processes=2, devices=2, say=hear) as processes:
+    with LocalRun(command, processes=2, devices=4, say=hear) as processes:
         assert main([*arguments, "--out", str(tmp_path / "alone")]) == 0
         assert processes.wait(seconds=300) == 0, said
     # Only the first host has a score to show.
@@ -38,3 +44,27 @@ def test_two_processes_are_one_evaluation(
     assert (host / "answers.jsonl").read_bytes() == (alone / "answers.jsonl").read_bytes()
     assert (host / "scores.json").exists()
     assert not list(tmp_path.rglob("answers.part-*"))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ("data", "error: --mesh is 'data'; write it as data=2,tensor=4"),
+        ("data=2,pipe=4", "error: --mesh is 'data=2,pipe=4'; write it as data=2,tensor=4"),
+        ("tensor=3", "error: the mesh data 1 x fsdp 1 x tensor 3 does not fit 8 devices"),
+        ("tensor=8", "error: the mesh does not divide the model: text.heads 4 by tensor 8"),
+    ],
+)
+def test_meshes_that_do_not_fit(
+    native: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    mesh: str,
+    message: str,
+) -> None:
+    arguments = [*arguments_of(native, data), "--out", str(tmp_path / "out"), "--mesh", mesh]
+    assert main(arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(message)
+    assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""A model, a dataset, and configs of runs over them."""
+"""A dataset, and configs of runs over it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,19 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
-from convert import import_checkpoint
 from stf_jax.data.building import build
 from stf_jax.processors import load_processors
 from stf_jax.train.config import TrainConfig
 from tests.corpus import write_corpus
-
-
-@pytest.fixture(scope="session")
-def native(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The reference's LLaVA-STF as a native checkpoint, its vocabulary padded for eight devices."""
-    path = tmp_path_factory.mktemp("model") / "native"
-    import_checkpoint(reference / "llava-stf", path, vocabulary_multiple=8)
-    return path
 
 
 @pytest.fixture(scope="session")
