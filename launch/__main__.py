@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from launch.commands import LaunchError, Runner
 from launch.local import LocalRun
-from launch.slices import Slice
+from launch.slices import Slices
 from launch.ssh import Hosts
 from launch.tpu import Renting, TpuVm
 from launch.workers import Setup, Workers
@@ -165,7 +165,7 @@ def _add_tpu(places: Verbs) -> None:
         runner, place = Runner(options.dry_run), _place(options)
         if not options.rents:
             return TpuVm(runner, options.name, place=place)
-        what = Renting(slice=Slice.parse(options.slice), spot=options.spot, queue=not options.now)
+        what = Renting(slice=Slices.parse(options.slice), spot=options.spot, queue=not options.now)
         return TpuVm(runner, options.name, place=place, renting=what, poll=options.poll)
 
     parser = _verb(
@@ -219,8 +219,8 @@ def _add_xpk(places: Verbs) -> None:
 
     parser = verb(
         "create",
-        lambda cluster, options: cluster.create(Slice.parse(options.slice), spot=options.spot),
-        "make a cluster with one slice",
+        lambda cluster, options: cluster.create(Slices.parse(options.slice), spot=options.spot),
+        "make a cluster with a slice or several",
     )
     _add_slice(parser)
     parser.add_argument("--spot", action="store_true", help="cheaper; may be taken away")
@@ -228,7 +228,7 @@ def _add_xpk(places: Verbs) -> None:
         "run",
         lambda cluster, options: cluster.run(
             options.workload,
-            Slice.parse(options.slice),
+            Slices.parse(options.slice),
             options.command,
             image=options.image,
             storage=options.storage,

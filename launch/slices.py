@@ -30,20 +30,22 @@ _GENERATIONS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Slice:
-    """A slice to rent; of several layouts with as many chips, the service gives the most compact.
+class Slices:
+    """What to rent; of several layouts with as many chips, the service gives the most compact.
 
     Attributes:
+        count: how many slices.
         accelerator: "v5litepod-16", also XPK's TPU type.
         runtime: "v2-alpha-tpuv5-lite", of TPU VMs.
     """
 
+    count: int
     accelerator: str
     runtime: str
 
     @classmethod
-    def parse(cls, text: str) -> "Slice":
-        """From a topology as `plan` takes it, such as v5e:4x4.
+    def parse(cls, text: str) -> "Slices":
+        """From a topology as `plan` takes it, such as v5e:4x4, or 2xv5e:4x4.
 
         Raises:
             LaunchError: there is no such topology.
@@ -53,5 +55,9 @@ class Slice:
         except ValueError as error:
             raise LaunchError(str(error)) from error
         generation = _GENERATIONS[topology.chip.name]
-        count = topology.chips * generation.cores
-        return cls(accelerator=f"{generation.prefix}-{count}", runtime=generation.runtime)
+        cores = topology.chips_per_slice * generation.cores
+        return cls(
+            count=topology.slices,
+            accelerator=f"{generation.prefix}-{cores}",
+            runtime=generation.runtime,
+        )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch.commands import Command, CommandFailed, LaunchError, Runner
-from launch.slices import Slice
+from launch.slices import Slices
 from launch.workers import Workers
 
 # States in which a request waits, and those from which it does not come back.
@@ -23,11 +23,18 @@ class Renting:
         slice: its names.
         spot: cheaper, and taken away when somebody else pays more.
         queue: wait until there is one; otherwise now or not at all.
+
+    Raises:
+        LaunchError: several slices.
     """
 
-    slice: Slice
+    slice: Slices
     spot: bool
     queue: bool
+
+    def __post_init__(self) -> None:
+        if self.slice.count > 1:
+            raise LaunchError("TPU VMs are rented as one slice here; for several use launch xpk")
 
 
 class TpuVm(Workers):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from launch import remote
 from launch.commands import Command, LaunchError, Runner
-from launch.slices import Slice
+from launch.slices import Slices
 
 # Pods of one slice start as their images arrive, not all at once.
 _HOST_TIMEOUT = 600
@@ -25,19 +25,23 @@ class Xpk:
     def __init__(self, runner: Runner, cluster: str, *, place: Sequence[str]):
         self.runner, self.cluster, self.place = runner, cluster, list(place)
 
-    def create(self, what: Slice, *, spot: bool) -> None:
-        """Makes the cluster with one slice."""
+    def create(self, what: Slices, *, spot: bool) -> None:
+        """Makes the cluster with its slices."""
         capacity = "--spot" if spot else "--on-demand"
         self.runner.run(
             self._xpk(
-                "cluster", "create", f"--tpu-type={what.accelerator}", "--num-slices=1", capacity
+                "cluster",
+                "create",
+                f"--tpu-type={what.accelerator}",
+                f"--num-slices={what.count}",
+                capacity,
             )
         )
 
     def run(
         self,
         workload: str,
-        what: Slice,
+        what: Slices,
         command: Command,
         *,
         image: str,
@@ -48,7 +52,7 @@ class Xpk:
 
         Args:
             workload: a name for the run.
-            what: a slice of the cluster.
+            what: slices of the cluster.
             command: `stf-jax train` or another verb that runs on several hosts.
             image: a container image with stf-jax, such as launch/Dockerfile makes.
             storage: an attached storage of the cluster to mount.
@@ -64,7 +68,7 @@ class Xpk:
             [
                 *self._xpk("workload", "create", f"--workload={workload}"),
                 f"--tpu-type={what.accelerator}",
-                "--num-slices=1",
+                f"--num-slices={what.count}",
                 f"--docker-image={image}",
                 f"--max-restarts={restarts}",
                 f"--restart-on-exit-codes={remote.INTERRUPTED}",
@@ -78,7 +82,8 @@ class Xpk:
     def log(self, workload: str) -> int:
         """Shows what worker 0 says until its pod ends."""
         pod = (
-            f"jobset.sigs.k8s.io/jobset-name={workload},batch.kubernetes.io/job-completion-index=0"
+            f"jobset.sigs.k8s.io/jobset-name={workload},jobset.sigs.k8s.io/job-index=0,"
+            "batch.kubernetes.io/job-completion-index=0"
         )
         return self.runner.call(
             ["kubectl", "logs", "--follow", "--tail=20", f"--selector={pod}", "--container=jax-tpu"]

@@ -76,10 +76,16 @@ def test_a_slice_at_once(cloud: Cloud, topology: str, accelerator: str, version:
     assert cloud.calls[0] == gcloud("tpu-vm", "create", "s", *flags)
 
 
-def test_no_such_topology(cloud: Cloud, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["tpu", "create", "s", "--slice", "v5e:4x4x4"]) == 1
+@pytest.mark.parametrize(
+    ("topology", "fix"),
+    [("v5e:4x4x4", "a slice of v5e has 2 axes"), ("2xv5e:4x4", "for several use launch xpk")],
+)
+def test_no_such_slice(
+    cloud: Cloud, capfd: pytest.CaptureFixture[str], topology: str, fix: str
+) -> None:
+    assert main(["tpu", "create", "s", "--slice", topology]) == 1
     (error,) = errors(capfd)
-    assert "a slice of v5e has 2 axes" in error
+    assert fix in error
     assert cloud.calls == []
 
 

@@ -15,18 +15,21 @@ AT = ["--zone=us-west4-a", "--project=p"]
 
 
 def test_from_cluster_to_cluster(cloud: Cloud) -> None:
-    assert main(["xpk", "create", "c", "--slice", "v6e:2x4", "--spot", *PLACE]) == 0
+    assert main(["xpk", "create", "c", "--slice", "2xv6e:2x4", "--spot", *PLACE]) == 0
     command = ["--storage", "data", "--restarts", "9", *PLACE, "--", "true"]
     assert main([*RUN, *command]) == 0
     assert main(["xpk", "log", "c", "w"]) == 0
     assert main(["xpk", "watch", "c", "w", *PLACE]) == 0
     assert main(["xpk", "stop", "c", "w", *PLACE]) == 0
     assert main(["xpk", "delete", "c", *PLACE]) == 0
-    pod = "jobset.sigs.k8s.io/jobset-name=w,batch.kubernetes.io/job-completion-index=0"
+    pod = (
+        "jobset.sigs.k8s.io/jobset-name=w,jobset.sigs.k8s.io/job-index=0,"
+        "batch.kubernetes.io/job-completion-index=0"
+    )
     assert cloud.calls == [
         [
             *("xpk", "cluster", "create", "--cluster=c", *AT),
-            *("--tpu-type=v6e-8", "--num-slices=1", "--spot"),
+            *("--tpu-type=v6e-8", "--num-slices=2", "--spot"),
         ],
         [
             *("xpk", "workload", "create", "--cluster=c", *AT, "--workload=w"),
