@@ -127,7 +127,7 @@ def _add_workers_verbs(
     parser = verb(
         "collect",
         lambda workers, options: workers.collect(options.out, options.paths),
-        "copy the log and other files of worker 0",
+        "copy the logs and other files of worker 0",
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="the directory to copy to")
     parser.add_argument(

@@ -1,8 +1,9 @@
 """What is done on a worker, as shell scripts; the same ones however they get there.
 
 A run is a process of its own, so that it outlives the connection that started it. It leaves in the
-folder `launch` of the home directory: log; pid, of the shell around the command, which leads a
-process group; status, once it has ended; lock, which that shell holds as long as it lives.
+folder `launch` of the home directory: log, and those of the runs before, by the time at which they
+gave way; pid, of the shell around the command, which leads a process group; status, once it has
+ended; lock, which that shell holds as long as it lives.
 """
 
 import shlex
@@ -83,7 +84,8 @@ def start(command: Sequence[str]) -> str:
         [
             f"cd ~/{RUN} && exec 9> lock && flock -n 9 || exit 1",
             "rm -f status",
-            f"setsid bash -c {shlex.quote(run)} >> log 2>&1 < /dev/null &",
+            '[ ! -e log ] || mv log "log-$(date -u +%Y%m%dT%H%M%SZ)"',
+            f"setsid bash -c {shlex.quote(run)} > log 2>&1 < /dev/null &",
             "echo $! > pid",
         ]
     )

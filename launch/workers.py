@@ -137,9 +137,9 @@ class Workers(abc.ABC):
         self.everywhere([remote.state()])
 
     def collect(self, out: Path, paths: Sequence[str]) -> None:
-        """Copies the log of worker 0, and paths from its home directory, into `out`."""
-        out.mkdir(parents=True, exist_ok=True)
-        for path in (f"{remote.RUN}/log", *paths):
+        """Copies the logs of worker 0, and paths from its home directory, into `out`."""
+        self.runner.run(["mkdir", "-p", str(out)])
+        for path in (remote.RUN, *paths):
             self.runner.run(self.fetch(path, out))
 
     def watch(self, command: Command, what: Setup, *, poll: float) -> int:

@@ -136,7 +136,11 @@ def copy(name, source, target):
     if target.endswith(":"):
         shutil.copy(source, home)
     else:
-        shutil.copy(home / source.partition(":")[2], target)
+        found = home / source.partition(":")[2]
+        if found.is_dir():
+            shutil.copytree(found, Path(target, found.name))
+        else:
+            shutil.copy(found, target)
 
 
 def without_options(arguments):

@@ -185,7 +185,12 @@ def test_a_run(rented: Cloud, capfd: pytest.CaptureFixture[str], tmp_path: Path)
     assert main(["tpu", "log", "s"]) == 7
     assert main(["tpu", "collect", "s", str(tmp_path / "here"), "result"]) == 0
     assert (tmp_path / "here" / "result").read_text() == "score\n"
-    assert "this is w-0" in (tmp_path / "here" / "log").read_text()
+    assert "this is w-0" in (tmp_path / "here" / "launch" / "log").read_text()
+    # The next run has a log of its own; the first one's is kept.
+    capfd.readouterr()
+    assert main(["tpu", "run", "s", "--", "echo", "another"]) == 0
+    assert capfd.readouterr().out == "another\n"
+    assert "this is w-0" in next((rented.worker("w-0") / "launch").glob("log-*")).read_text()
 
 
 def test_a_run_that_is_stopped(rented: Cloud, capfd: pytest.CaptureFixture[str]) -> None:
