@@ -43,7 +43,7 @@ def make_inference_plan(request: Request) -> InferencePlan:
         raise ValueError(
             f"{request.config} has no architecture; add --architecture=llava_stf_7b, for instance"
         )
-    model = LlavaConfig.named(config.architecture)
+    model, chip = LlavaConfig.named(config.architecture), topology.chip
     mesh, work, dtype = mesh_of(config.mesh, topology), config.workload, config.dtype or "bfloat16"
     program = abstract_program(
         model, mesh=mesh, dtype=jnp.dtype(dtype), cache_dtype=config.cache_dtype
@@ -56,19 +56,18 @@ def make_inference_plan(request: Request) -> InferencePlan:
             f"the workload makes {longest} positions; {config.architecture} has "
             f"{model.text.max_positions}; make it smaller"
         )
+    prompt = _prompt(model, prefix, work.images)
     lengths = sorted({bucket(one, least=LEAST_QUESTION) for one in work.question_tokens})
     lowered = lower(
         program,
-        batch=pad_prompts(
-            [_prompt(model, prefix, work.images)], rows=rows, image_size=model.vision.image_size
-        ),
+        batch=pad_prompts([prompt], rows=rows, image_size=model.vision.image_size),
         questions=[Questions.empty(rows, length, slots=slots) for length in lengths],
         limits=Limits(sampling=GREEDY, max_new_tokens=work.max_new_tokens),
         slots=slots,
         context=bucket(longest),
         new=bucket(work.max_new_tokens),
     )
-    known = InferencePlan(
+    plan = InferencePlan(
         topology=str(topology),
         mesh=dict(mesh.shape),
         slots=slots,
@@ -77,33 +76,28 @@ def make_inference_plan(request: Request) -> InferencePlan:
         images=work.images,
         dtype=dtype,
         cache_dtype=config.cache_dtype or dtype,
-        limit=topology.chip.memory,
+        limit=chip.memory,
         weights=_bytes(lowered.parameters),
         cache=_bytes(lowered.slots),
         prefixes=_bytes(lowered.prefixes),
         phases=(),
     )
-    phases: list[Phase] = []
-    for name, length, one in (
-        ("prefill", bucket(prefix), lowered.prefill),
-        *(("insert", *pair) for pair in zip(lengths, lowered.inserts, strict=True)),
-        ("decode", 1, lowered.decode),
+    inserts = zip(lengths, lowered.inserts, strict=True)
+    for name, count, length, one in (
+        ("prefill", rows, bucket(prefix), lowered.prefill),
+        *(("insert", rows, *insert) for insert in inserts),
+        ("decode", slots, 1, lowered.decode),
     ):
-        reads = _reads(name, lowered, mesh) / topology.chip.bandwidth
-        phase = Phase(
-            name=name,
-            rows=slots if name == "decode" else rows,
-            length=length,
-            needed=0,
-            memory_seconds=reads,
-        )
-        phases.append(_compiled(phase, one, known, topology))
-        if phases[-1].needed > known.limit:
+        reads = _reads(name, lowered, mesh) / chip.bandwidth
+        phase = Phase(name=name, rows=count, length=length, needed=0, memory_seconds=reads)
+        made = _compiled(phase, one, plan, topology)
+        plan = dataclasses.replace(plan, phases=(*plan.phases, made))
+        if not plan.fits:
             break
-    return dataclasses.replace(known, phases=tuple(phases))
+    return plan
 
 
-def _compiled(phase: Phase, lowered: Any, known: InferencePlan, topology: Topology) -> Phase:
+def _compiled(phase: Phase, lowered: Any, plan: InferencePlan, topology: Topology) -> Phase:
     """With what the compiler says; only `needed` where the program alone finds no room."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -111,12 +105,12 @@ def _compiled(phase: Phase, lowered: Any, known: InferencePlan, topology: Topolo
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         compiled = room_for(lambda: lowered.compile(options))
         if isinstance(compiled, int):
-            return dataclasses.replace(phase, needed=compiled)
+            return dataclasses.replace(phase, needed=max(compiled, plan.limit + 1))
         (text,) = (path.read_text() for path in Path(folder).glob("*.after_codegen.txt"))
     cost = measure(text, compiled.memory_analysis(), topology, one_turn=phase.name == "decode")
     # The engine holds weights, slots and prefixes all the time, arguments or not; old prefixes
     # until there are new ones.
-    elsewhere = known.weights + known.cache + known.prefixes - cost["arguments"]
+    elsewhere = plan.weights + plan.cache + plan.prefixes - cost["arguments"]
     return dataclasses.replace(
         phase,
         needed=cost["peak"] + max(elsewhere, 0),
@@ -140,10 +134,9 @@ def _reads(name: str, lowered: LoweredEngine, mesh: Mesh) -> float:
         for path, leaf in jax.tree_util.tree_leaves_with_path(lowered.parameters)
     }
     # Of the embedding a few rows; what is split over `fsdp` is gathered first.
+    tensor = mesh.shape["tensor"]
     weights = sum(
-        leaf.size
-        * leaf.dtype.itemsize
-        / (mesh.shape["tensor"] if "tensor" in leaf.sharding.spec else 1)
+        leaf.size * leaf.dtype.itemsize / (tensor if "tensor" in leaf.sharding.spec else 1)
         for path, leaf in parameters.items()
         if "text/embedding" not in path and (name == "prefill" or path.startswith("text/"))
     )
