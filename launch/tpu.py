@@ -10,9 +10,14 @@ from launch.commands import Command, CommandFailed, LaunchError, Runner
 from launch.slices import Slices
 from launch.workers import Workers
 
-# States in which a request waits, and those from which it does not come back.
+# What has a state, and where gcloud shows it.
+_REQUEST = ("queued-resources", "state.state")
+_SLICE = ("tpu-vm", "state")
+# States that pass.
 _WAITING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")
-_READY = "READY"
+_COMING = ("CREATING", "STARTING", "RESTARTING", "REIMAGING", "REPAIRING")
+_GOING = ("SUSPENDING", "STOPPING", "DELETING")
+_ACTIVE, _READY = "ACTIVE", "READY"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,35 +79,30 @@ class TpuVm(Workers):
             version = f"--runtime-version={wanted.slice.runtime}"
             more = [f"--node-id={self.name}", kind, version, *spot]
             self._ask_for(self._gcloud("queued-resources", "create", *more))
-            self._wait_in_queue()
+            self._expect(_ACTIVE, _REQUEST, _WAITING)
         else:
             version = f"--version={wanted.slice.runtime}"
             self._ask_for(self._gcloud("tpu-vm", "create", kind, version, *spot))
-        while (state := self._state("tpu-vm", "state", pretend=_READY)) != _READY:
-            if state not in ("CREATING", "STARTING", "RESTARTING", "REPAIRING"):
-                raise LaunchError(
-                    f"{self.name} is {state or 'gone'} instead of ready; delete it, and try again"
-                )
-            time.sleep(self.poll)
+        self._expect(_READY, _SLICE, _COMING)
         self.runner.say(f"{self.name} is ready")
 
     def delete(self) -> None:
         """Gives the slice and the request for it back; says so if there is neither."""
-        gone = [
-            self._deleted("queued-resources", "--force"),
-            # Not from the queue, or left over from it.
-            self._deleted("tpu-vm"),
-        ]
+        self._settled(_REQUEST, _GOING, pretend="")
+        # A slice may not be from the queue, or be left over from it.
+        gone = [self._deleted("queued-resources", "--force"), self._deleted("tpu-vm")]
         self.runner.say(f"{self.name} is deleted" if any(gone) else f"there is no {self.name}")
 
     def ready(self) -> bool:
         """Whether the slice is there; with --dry-run it is not."""
-        return self._state("tpu-vm", "state", pretend="") == _READY
+        return self._state(_SLICE, pretend="") == _READY
 
     def renew(self) -> None:
-        """Deletes what is left, and rents another one."""
-        self.delete()
-        self.create()
+        """Waits for what is on its way or being repaired; else deletes it, and rents another."""
+        self._settled(_REQUEST, _WAITING, pretend="")
+        if self._settled(_SLICE, _COMING, pretend="") != _READY:
+            self.delete()
+            self.create()
 
     def shells(self, scripts: Sequence[str]) -> Mapping[str, Command]:
         """One command: gcloud itself goes to all workers."""
@@ -160,23 +160,26 @@ class TpuVm(Workers):
                 raise
             raise LaunchError(f"{error}; {hint}") from error
 
-    def _wait_in_queue(self) -> None:
+    def _expect(self, wanted: str, what: tuple[str, str], passing: Sequence[str]) -> None:
+        if (state := self._settled(what, passing, pretend=wanted)) != wanted:
+            raise LaunchError(
+                f"{self.name} is {state or 'gone'} instead of {wanted}; see why with 'gcloud "
+                f"compute tpus {what[0]} describe {self.name}', then delete it"
+            )
+
+    def _settled(self, what: tuple[str, str], passing: Sequence[str], *, pretend: str) -> str:
+        """The state, when it is none any more of those that pass."""
         last = ""
-        while (
-            state := self._state("queued-resources", "state.state", pretend="ACTIVE")
-        ) != "ACTIVE":
-            if state not in _WAITING:
-                raise LaunchError(
-                    f"the request for {self.name} is {state or 'gone'}; see why with 'gcloud "
-                    f"compute tpus queued-resources describe {self.name}', then delete it"
-                )
+        while (state := self._state(what, pretend=pretend)) in passing:
             if state != last:
                 self.runner.say(f"{self.name}: {state}")
             last = state
             time.sleep(self.poll)
+        return state
 
-    def _state(self, group: str, field: str, *, pretend: str) -> str:
+    def _state(self, what: tuple[str, str], *, pretend: str) -> str:
         """Of the slice or the request; empty if there is none."""
+        group, field = what
         command = self._gcloud(group, "describe", f"--format=value({field})")
         try:
             return self.runner.ask(command, pretend=pretend)

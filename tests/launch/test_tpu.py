@@ -124,7 +124,7 @@ def test_a_request_that_failed(cloud: Cloud, capfd: pytest.CaptureFixture[str]) 
     cloud.note("queue", "WAITING_FOR_RESOURCES\nFAILED")
     assert main(["tpu", "create", "s", *SLICE, *QUICK]) == 1
     (error,) = errors(capfd)
-    assert "the request for s is FAILED; see why with 'gcloud compute tpus queued-res" in error
+    assert "s is FAILED instead of ACTIVE; see why with 'gcloud compute tpus queued-resou" in error
 
 
 def test_no_gcloud(
@@ -291,6 +291,55 @@ def test_interrupted_on_a_slice_that_stays(rented: Cloud, tmp_path: Path) -> Non
     assert "queued-resources create" not in verbs(rented)[before:]
 
 
+def test_a_slice_that_is_repaired(
+    rented: Cloud, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is waited for, not deleted; its machines have begun anew."""
+    capfd.readouterr()
+
+    def repair() -> None:
+        until((tmp_path / "begun").exists)
+        rented.note("state", "REPAIRING")
+        rented.kill()
+        until(lambda: "s: REPAIRING" in said())
+        rented.note("state", "READY")
+
+    heard: list[str] = []
+
+    def said() -> str:
+        heard.append(capfd.readouterr().err)
+        return "".join(heard)
+
+    thread = threading.Thread(target=repair)
+    thread.start()
+    script = f"[ -e {tmp_path}/begun ] && exit 0; touch {tmp_path}/begun; sleep 60"
+    watch = ["tpu", "watch", "s", *SLICE, *QUICK]
+    assert main([*watch, "--", "bash", "-c", script]) == 0
+    thread.join(60)
+    assert verbs(rented).count("queued-resources create") == 1
+    assert "queued-resources delete" not in verbs(rented)
+    assert verbs(rented).count("tpu-vm scp") == 2
+
+
+def test_watch_waits_for_a_request_that_is_in_the_queue(cloud: Cloud) -> None:
+    """Its place there is not given up."""
+    cloud.note("queue", "WAITING_FOR_RESOURCES\nWAITING_FOR_RESOURCES\nACTIVE")
+    assert main(["tpu", "create", "s", *SLICE, "--spot", *QUICK]) == 0
+    cloud.note("queue", "WAITING_FOR_RESOURCES\nWAITING_FOR_RESOURCES\nACTIVE")
+    cloud.note("state", "CREATING")
+
+    def arrive() -> None:
+        until(lambda: (cloud.folder / "queue").read_text() == "ACTIVE")
+        cloud.note("state", "READY")
+
+    thread = threading.Thread(target=arrive)
+    thread.start()
+    assert main(["tpu", "watch", "s", *SLICE, *QUICK, "--", "true"]) == 0
+    thread.join(60)
+    assert verbs(cloud).count("queued-resources create") == 1
+    assert "queued-resources delete" not in verbs(cloud)
+
+
 def test_a_mistake_is_not_repeated(
     rented: Cloud, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -352,6 +401,9 @@ def test_dry_run(cloud: Cloud, capfd: pytest.CaptureFixture[str]) -> None:
     assert [" ".join(group) for group in groups] == [
         "tpu-vm describe",
         "tpu-vm describe",
+        "queued-resources describe",
+        "tpu-vm describe",
+        "queued-resources describe",
         "queued-resources delete",
         "tpu-vm delete",
         "queued-resources create",
