@@ -43,8 +43,9 @@ def answerer(model: stf_jax.Model, **options: Any) -> ModelAnswerer:
 def test_all_nine_end_to_end(
     reference: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "out"
-    arguments = ("--data", data, "--out", out, "--slots", 1, "--json")
+    out, config = tmp_path / "out", tmp_path / "inference.yaml"
+    config.write_text("stage: inference\nslots: 1\ncache_dtype: bfloat16\n")
+    arguments = ("--data", data, "--out", out, "--config", config, "--json")
     assert run("all", reference / "llava-stf", *arguments) == 0
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [one["benchmark"] for one in printed] == list(BENCHMARKS)
@@ -57,6 +58,7 @@ def test_all_nine_end_to_end(
         assert {line["model_id"] for line in lines} == {"llava-stf"}
         assert one["protocol"]["model"]["image_mode"] == "pad"
         assert one["protocol"]["model"]["tokens_per_image"] == 4
+        assert one["protocol"]["model"]["cache_dtype"] == "bfloat16"
     submissions = [Path(one["submission"]).name for one in printed if one["submission"]]
     assert submissions == [
         "vqav2_upload.json",
