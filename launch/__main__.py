@@ -143,7 +143,6 @@ def _add_workers_verbs(
     )
     _add_setup(parser, extras)
     _add_poll(parser)
-    parser.set_defaults(rents=True)
 
 
 def _add_tpu(places: Verbs) -> None:
@@ -152,7 +151,6 @@ def _add_tpu(places: Verbs) -> None:
     def add_name(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("name", metavar="NAME", help="of the slice")
         _add_place(parser)
-        parser.set_defaults(rents=False)
 
     def add_renting(parser: argparse.ArgumentParser) -> None:
         _add_slice(parser)
@@ -163,7 +161,7 @@ def _add_tpu(places: Verbs) -> None:
 
     def slice_of_vms(options: argparse.Namespace) -> TpuVm:
         runner, place = Runner(options.dry_run), _place(options)
-        if not options.rents:
+        if "slice" not in options:
             return TpuVm(runner, options.name, place=place)
         what = Renting(slice=Slices.parse(options.slice), spot=options.spot, queue=not options.now)
         return TpuVm(runner, options.name, place=place, renting=what, poll=options.poll)
@@ -174,7 +172,6 @@ def _add_tpu(places: Verbs) -> None:
     add_name(parser)
     add_renting(parser)
     _add_poll(parser)
-    parser.set_defaults(rents=True)
     _add_workers_verbs(verbs, add_name, slice_of_vms, extras="tpu,gcs")
     add_renting(verbs.choices["watch"])
     parser = _verb(

@@ -7,6 +7,7 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from launch import remote
 from launch.commands import Command, CommandFailed, LaunchError, Runner
@@ -159,13 +160,13 @@ class Workers(abc.ABC):
         Raises:
             LaunchError: a command failed for another reason than that the workers were taken away.
         """
-        under_way = self.ready() and self.runner.call(self.first(remote.running())) == 0
+        under_way = self.ready() and self._under_way()
         while True:
             if not under_way:
                 try:
                     self._begin(command, what)
                 except CommandFailed:
-                    if not self._lost(poll):
+                    if self._look(poll) != "gone":
                         raise
                     continue
             status = self.follow()
@@ -174,9 +175,9 @@ class Workers(abc.ABC):
                 return 0
             if status == remote.INTERRUPTED:
                 self.runner.say("the run was interrupted; starting it again")
-            elif self._lost(poll):
-                self.runner.say("the slice has been taken away; renting another one")
-            elif status == _DISCONNECTED:
+            elif (seen := self._look(poll)) == "gone":
+                self.runner.say("the slice is not ready any more; renting it again")
+            elif seen == "unknown" or status == _DISCONNECTED or self._under_way():
                 self.runner.say("the connection is lost; trying again")
                 under_way = True
             else:
@@ -190,12 +191,20 @@ class Workers(abc.ABC):
             self.setup(what)
         self.start(command)
 
-    def _lost(self, poll: float) -> bool:
-        """Whether the workers are gone, of which the service may know a moment later only."""
-        if not self.ready():
-            return True
-        time.sleep(poll)
-        return not self.ready()
+    def _under_way(self) -> bool:
+        return self.runner.call(self.first(remote.running())) == 0
+
+    def _look(self, poll: float) -> Literal["ready", "gone", "unknown"]:
+        """What has become of the workers; the service may know it a moment later only."""
+        try:
+            if self.ready():
+                time.sleep(poll)
+            return "ready" if self.ready() else "gone"
+        except CommandFailed as error:
+            # The way to the service may be cut off as well as that to the workers.
+            self.runner.say(str(error))
+            time.sleep(poll)
+            return "unknown"
 
     def _together(self, commands: Mapping[str, Command]) -> None:
         failures = self.runner.together(commands)

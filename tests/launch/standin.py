@@ -2,7 +2,8 @@
 
 Files in $CLOUD: calls.jsonl, every call; state, of the slice, none while there is none; queue,
 states that a request goes through, one a line; refuse, what the service says to a request; broken,
-a worker on which every command fails; cuts, how many connections to a log are cut off;
+a worker on which every command fails, or those that contain the word behind it; outage, nothing
+gets through; follower, the shell that shows a log; cuts, how many connections to a log are cut off;
 workers/NAME, home directories.
 """
 
@@ -19,6 +20,8 @@ WORKERS = ("w-0", "w-1")
 
 def gcloud(arguments):
     _, _, group, verb, *rest = arguments
+    if (CLOUD / "outage").exists():
+        return complain("there was a problem with the network")
     return GCLOUD[group, verb](rest)
 
 
@@ -79,6 +82,8 @@ def gcloud_ssh(arguments):
     # As the real one does on the way to ssh.
     command = " ".join(flags["command"].split(" "))
     processes = [(number, shell(WORKERS[number], command)) for number in numbers]
+    if "tail" in command:
+        note("follower", str(processes[0][1].pid))
     statuses = []
     for number, process in processes:
         statuses.append(process.wait())
@@ -123,7 +128,8 @@ def xpk(arguments):
 def shell(name, script):
     home = CLOUD / "workers" / name
     home.mkdir(parents=True, exist_ok=True)
-    if read("broken") == name:
+    broken, _, part = read("broken").partition(" ")
+    if broken == name and part in script:
         script = f"echo '{name}: disk full' >&2; exit 1"
     path = f"{os.environ['WORKER_TOOLS']}:{os.environ['PATH']}"
     environment = os.environ | {"HOME": str(home), "PATH": path}

@@ -1,6 +1,8 @@
 """TPU VMs, with a gcloud that only seems to rent them."""
 
 import json
+import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -229,6 +231,18 @@ def test_a_run_that_does_not_start_on_one_worker(
     assert not (rented.worker("w-0") / "launch" / "pid").exists()
 
 
+def test_a_run_that_starts_on_one_worker_only(
+    rented: Cloud, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is stopped there, where it would wait for the other."""
+    rented.note("broken", "w-1 setsid")
+    script = f"touch {rented.folder}/begun; sleep 60"
+    assert main(["tpu", "run", "s", "--", "bash", "-c", script]) == 1
+    assert errors(capfd) == ["error: worker 1: gcloud failed with status 1: w-1: disk full"]
+    until((rented.worker("w-0") / "launch" / "status").exists)
+    assert (rented.worker("w-0") / "launch" / "status").read_text() == "143\n"
+
+
 def test_nothing_is_set_up(cloud: Cloud, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["tpu", "create", "s", *SLICE, *QUICK]) == 0
     assert main(["tpu", "run", "s", "--", "true"]) == 1
@@ -368,6 +382,37 @@ def test_quota_that_is_gone_when_it_is_needed_again(
     thread.join(60)
     (error,) = errors(capfd)
     assert "Quota limit exceeded; ask for more" in error
+
+
+def test_watch_outlives_an_outage(
+    rented: Cloud, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Neither the slice nor the run has changed."""
+    wait = f"until [ -e {tmp_path}/on ]; do sleep 0.1; done"
+    script = f"echo x >> {tmp_path}/times-$(basename $HOME); {wait}"
+    heard: list[str] = []
+
+    def said(text: str) -> bool:
+        heard.append(capfd.readouterr().err)
+        return text in "".join(heard)
+
+    def cut_off() -> None:
+        until((tmp_path / "times-w-0").exists)
+        until((rented.folder / "follower").exists)
+        rented.note("outage")
+        # What shows the log is cut off, too.
+        os.kill(int((rented.folder / "follower").read_text()), signal.SIGKILL)
+        until(lambda: said("a problem with the network"))
+        (rented.folder / "outage").unlink()
+        (tmp_path / "on").touch()
+
+    thread = threading.Thread(target=cut_off)
+    thread.start()
+    watch = ["tpu", "watch", "s", *SLICE, *QUICK]
+    assert main([*watch, "--", "bash", "-c", script]) == 0
+    thread.join(60)
+    assert (tmp_path / "times-w-0").read_text() == "x\n"
+    assert verbs(rented).count("queued-resources create") == 1
 
 
 def test_watch_follows_a_run_that_is_under_way(rented: Cloud, tmp_path: Path) -> None:
