@@ -95,7 +95,9 @@ def answers(
     return rows
 
 
-PROMPTS = st.tuples(st.integers(10, 90), st.integers(0, 2), st.integers(0, 99)).map(
+# Short and long, of few buckets, each of which is a program to compile.
+LENGTHS = st.integers(10, 14) | st.integers(60, 64)
+PROMPTS = st.tuples(LENGTHS, st.integers(0, 2), st.integers(0, 99)).map(
     lambda drawn: prompt(drawn[0], images=drawn[1], seed=drawn[2])
 )
 
