@@ -19,15 +19,17 @@ from jaxtyping import Array, Float
 from stf_jax.models.lora import LoRA, LoRAConfig
 from stf_jax.parallel.sharding import ShardingRules, gathered
 
-Remat = Literal["none", "attention", "dots", "full"]
+Remat = Literal["none", "dots", "attention", "full"]
 
-# What the backward pass finds stored of each layer: everything, what attention found, the results
-# of its matmuls with weights, or only what went in.
+# What the backward pass finds stored of each layer, by the names that the layer gives: everything,
+# what attention takes and finds, that and what the MLP takes and its first matmuls find, or only
+# what went in.
+_policies = jax.checkpoint_policies
 REMAT = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
-    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "none": _policies.everything_saveable,
+    "dots": _policies.save_only_these_names("attention", "mlp"),
+    "attention": _policies.save_only_these_names("attention"),
+    "full": _policies.nothing_saveable,
 }
 
 Layer = TypeVar("Layer", bound=nnx.Module)
@@ -156,13 +158,18 @@ class RMSNorm(nnx.Module):
         return (wide * jax.lax.rsqrt(square + self.epsilon)).astype(x.dtype) * self.scale[...]
 
 
+def written(x: Array) -> Array:
+    """The same array, written to memory before anything is made of it, and so is its gradient.
+
+    What goes into several matmuls is else computed again inside each of them, tile by tile, at the
+    speed of a TPU's vector unit.
+    """
+    return jax.lax.optimization_barrier(x)
+
+
 @jax.custom_vjp
 def written_gradient(x: Array) -> Array:
-    """The same array, whose gradient is written to memory before anything is made of it.
-
-    A gradient that goes into several matmuls is else computed again inside each of them, tile by
-    tile, at the speed of a TPU's vector unit.
-    """
+    """The same array, of which only the gradient is written to memory."""
     return x
 
 

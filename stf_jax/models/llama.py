@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
@@ -21,6 +22,7 @@ from stf_jax.models.layers import (
     apply_layers,
     stack,
     unstack,
+    written,
     written_gradient,
 )
 from stf_jax.models.lora import LoRAConfig
@@ -54,17 +56,24 @@ def _llama3_frequencies(
 
 
 def rotate(
-    x: Float[Array, "B T N D"], cos: Float[Array, "B T 1 D/2"], sin: Float[Array, "B T 1 D/2"]
+    x: Float[Array, "B T N D"], cos: Float[Array, "B T 1 D"], sin: Float[Array, "B T 1 D"]
 ) -> Float[Array, "B T N D"]:
-    """Turns the pairs (d, d + D/2), the order of channels in Hugging Face checkpoints."""
-    first, second = jnp.split(x, 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    """Turns the pairs (d, d + D/2), the order of channels in Hugging Face checkpoints.
 
-
-def _kept(x: Array) -> Array:
-    """What the backward pass with remat "attention" finds stored."""
-    return checkpoint_name(x, "attention")
+    The exchange of a pair's channels is a matmul with zeros and ones, which is exact: a TPU turns
+    it and what follows into one pass, and cuts and joins channels of half a register slowly.
+    """
+    half = x.shape[-1] // 2
+    one = np.eye(half)
+    exchange = jnp.asarray(np.block([[0 * one, one], [-one, 0 * one]]), x.dtype)
+    exchanged = jax.lax.dot_general(
+        x,
+        exchange,
+        (((x.ndim - 1,), (0,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return (x * cos + exchanged * sin).astype(x.dtype)
 
 
 class DecoderAttention(nnx.Module):
@@ -95,9 +104,9 @@ class GatedMLP(nnx.Module):
     def __call__(self, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
         """The hidden width is split over `tensor`, the result is not."""
         hidden = self.rules.hidden
-        gate, up = (written_gradient(f(x, out=hidden)) for f in (self.gate, self.up))
-        gated = jax.nn.silu(gate) * up
-        return self.down(gated, out=self.rules.tokens)
+        gate, up = (checkpoint_name(f(x, out=hidden), "mlp") for f in (self.gate, self.up))
+        gated = jax.nn.silu(written_gradient(gate)) * written_gradient(up)
+        return self.down(written(gated), out=self.rules.tokens)
 
 
 class DecoderLayer(nnx.Module):
@@ -113,7 +122,7 @@ class DecoderLayer(nnx.Module):
         self, x: Float[Array, "B T H"], angles: tuple[Array, Array]
     ) -> tuple[Float[Array, "B T N D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
         """Rotated query, rotated key, value."""
-        normal, heads = self.attention_norm(x), self.attention.rules.hidden
+        normal, heads = written(self.attention_norm(x)), self.attention.rules.hidden
         query = rotate(self.attention.query(normal, out=heads), *angles)
         key = rotate(self.attention.key(normal, out=heads), *angles)
         return query, key, self.attention.value(normal, out=heads)
@@ -122,8 +131,8 @@ class DecoderLayer(nnx.Module):
         self, x: Float[Array, "B T H"], attended: Float[Array, "B T N D"]
     ) -> Float[Array, "B T H"]:
         """Adds what attention saw, then the MLP of it."""
-        x = _kept(x + self.attention.output(attended, out=self.attention.rules.tokens))
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.attention.output(attended, out=self.attention.rules.tokens)
+        return x + self.mlp(written(self.mlp_norm(checkpoint_name(x, "mlp"))))
 
 
 class Llama(nnx.Module):
@@ -227,13 +236,14 @@ class Llama(nnx.Module):
 
             def step(x: Array, layer: DecoderLayer) -> tuple[Array, tuple[Array, Array] | None]:
                 query, key, value = layer.project(x, angles)
-                x = layer.finish(x, _kept(attention(query, key, value, mask=mask)))
+                x = layer.finish(x, attention(query, key, value, mask=mask))
                 return x, (key, value) if keep else None
 
             x, kept = apply_layers(step, x, self.layers, remat=remat)
             return self.norm(x), kept
 
     def _angles(self, positions: Array) -> tuple[Array, Array]:
-        """Cosine and sine of each position's turns, [B, T, 1, D/2] in float32."""
-        turns = positions[..., None, None].astype(jnp.float32) * rope_frequencies(self.config)
+        """Cosine and sine of each position's turns, [B, T, 1, D] in float32."""
+        frequencies = jnp.tile(rope_frequencies(self.config), 2)
+        turns = positions[..., None, None].astype(jnp.float32) * frequencies
         return jnp.cos(turns), jnp.sin(turns)

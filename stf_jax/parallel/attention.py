@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from stf_jax.parallel.splash import splash_attention
@@ -52,9 +53,11 @@ def attention(
             return _per_device(query, key, value, mask)
         cudnn = platform in ("cuda", "gpu") and query.dtype in (jnp.bfloat16, jnp.float16)
         seen = mask.array() if mask else None
-        return jax.nn.dot_product_attention(
+        query, key, value = (checkpoint_name(array, "attention") for array in (query, key, value))
+        found = jax.nn.dot_product_attention(
             query, key, value, mask=seen, implementation="cudnn" if cudnn else None
         )
+        return checkpoint_name(found, "attention")
 
 
 def cache_attention(

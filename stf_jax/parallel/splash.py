@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Float, Int
 
@@ -49,7 +50,7 @@ def splash_attention(
         head_shards=1,
         q_seq_shards=1,
         block_sizes=_blocks(*shape),
-        # Its backward pass needs what it found; see `REMAT`.
+        # Its backward pass needs what it took and found, as the kernel lays them out; see `REMAT`.
         residual_checkpoint_name="attention",
         interpret=interpret,
     )
@@ -57,7 +58,9 @@ def splash_attention(
     def row(query: Array, key: Array, value: Array, q: Array, kv: Array) -> Array:
         return kernel(query, key, value, splash.SegmentIds(q=q, kv=kv))
 
-    query, key, value = (array.swapaxes(1, 2) for array in (query, key, value))
+    query, key, value = (
+        checkpoint_name(array.swapaxes(1, 2), "attention") for array in (query, key, value)
+    )
     seen = jax.vmap(row)(query, key, value, query_segments, key_segments)
     return seen.swapaxes(1, 2)[:, :length]
 

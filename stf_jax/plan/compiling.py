@@ -5,6 +5,7 @@ Runs in a process of its own, see `stf_jax.plan.asking`.
 
 import dataclasses
 import re
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -60,11 +61,11 @@ def make_plan(request: Request) -> Plan:
     start = time.perf_counter()
     with jax.set_mesh(mesh):
         program = make_program(config, model, steps=config.steps or 1000, mesh=mesh)
-        compiled = room_for(program.compile)
+        compiled, text = compile_and_read(program.compile)
     if isinstance(compiled, int):
         return dataclasses.replace(known, needed=compiled)
     took = time.perf_counter() - start
-    cost = measure(compiled.as_text(), compiled.memory_analysis(), topology)
+    cost = measure(text, compiled.memory_analysis(), topology)
     moved = 2 * (cost["arguments"] + cost["temporaries"])
     return dataclasses.replace(
         known, fits=True, memory_seconds=moved / chip.bandwidth, compile_seconds=took, **cost
@@ -128,14 +129,23 @@ def describe(topology: Topology) -> Sequence[Any]:
     return devices
 
 
-def room_for(compile: Callable[[], Any]) -> Any:
-    """The executable, or the bytes a chip that it would need."""
-    try:
-        return compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return needed(str(error))
+def compile_and_read(compile: Callable[[dict[str, Any]], Any]) -> tuple[Any, str]:
+    """The executable and the optimised module, or the bytes a chip that it would need, and "".
+
+    Args:
+        compile: takes options of the compiler's.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        # The text is the compiler's own: JAX cannot read back all that it makes of a long program.
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        try:
+            compiled = compile(options)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return needed(str(error)), ""
+        (text,) = (path.read_text() for path in Path(folder).glob("*.after_codegen.txt"))
+    return compiled, text
 
 
 def needed(message: str) -> int:

@@ -5,9 +5,7 @@ Runs in a process of its own, see `stf_jax.plan.asking`.
 
 import dataclasses
 import math
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,7 +23,7 @@ from stf_jax.infer.program import Limits, Questions
 from stf_jax.infer.prompts import Prompt, bucket, pad_prompts
 from stf_jax.infer.sampling import GREEDY
 from stf_jax.plan.chips import Topology
-from stf_jax.plan.compiling import mesh_of, room_for
+from stf_jax.plan.compiling import compile_and_read, mesh_of
 from stf_jax.plan.measuring import measure
 from stf_jax.plan.phases import InferencePlan, Phase
 from stf_jax.plan.request import Request
@@ -100,13 +98,9 @@ def make_inference_plan(request: Request) -> InferencePlan:
 def _compiled(phase: Phase, lowered: Any, plan: InferencePlan, topology: Topology) -> Phase:
     """With what the compiler says; only `needed` where the program alone finds no room."""
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        # The text is the compiler's own: JAX cannot read back all that it makes of a long program.
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        compiled = room_for(lambda: lowered.compile(options))
-        if isinstance(compiled, int):
-            return dataclasses.replace(phase, needed=max(compiled, plan.limit + 1))
-        (text,) = (path.read_text() for path in Path(folder).glob("*.after_codegen.txt"))
+    compiled, text = compile_and_read(lowered.compile)
+    if isinstance(compiled, int):
+        return dataclasses.replace(phase, needed=max(compiled, plan.limit + 1))
     cost = measure(text, compiled.memory_analysis(), topology, one_turn=phase.name == "decode")
     # The engine holds weights, slots and prefixes all the time, arguments or not; old prefixes
     # until there are new ones.

@@ -50,8 +50,9 @@ class TrainConfig:
         micro_batches: parts of a batch whose gradients are added up one after the other.
         normalization: the loss is the mean over all supervised "tokens" of a batch, or the mean of
             its "micro_batches"' means, as in the PyTorch reference.
-        remat: what the backward pass computes again: "none", "dots" (all but matmuls),
-            "attention" (all but attention), "full".
+        remat: what the backward pass computes again of each layer of the language model, from least
+            to most: nothing ("none"), norms, the activation and one matmul ("dots"), all but
+            attention and its projections ("attention"), everything ("full").
         dtype: of the forward and backward pass; trained parameters are float32 all the same.
         nonfinite: what a step does whose loss or gradient is not finite: "stop" the run, or "skip"
             the update and go on.

@@ -1,6 +1,8 @@
 """The compiled step of a config: what `train` runs, and what `plan` asks the compiler about."""
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -50,12 +52,17 @@ class TrainProgram:
     batch: Batch
     layout: BatchLayout
 
-    def compile(self) -> Any:
-        """The step as an executable, which takes arrays of just these shapes and shardings."""
+    def compile(self, options: Mapping[str, Any] = MappingProxyType({})) -> Any:
+        """The step as an executable, which takes arrays of just these shapes and shardings.
+
+        Args:
+            options: of the compiler's, besides those that the chip asks for.
+        """
         lowered: Any = self.step.lower(self.state, self.frozen, self.batch)  # type: ignore[attr-defined]
         mesh = self.layout.mesh
         devices = jax.devices() if mesh is None else mesh.devices.flat
-        return lowered.compile(V5E_OPTIONS if devices[0].device_kind == "TPU v5 lite" else None)
+        chip = V5E_OPTIONS if devices[0].device_kind == "TPU v5 lite" else {}
+        return lowered.compile({**chip, **options})
 
 
 def make_program(

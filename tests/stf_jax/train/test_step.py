@@ -135,7 +135,7 @@ def test_remat_changes_nothing(reference_batch, source, weights, remat: str):
 def test_unknown_remat_is_an_error(reference_batch, source, weights):
     batch = jax.tree.map(lambda leaf: leaf[None], reference_batch(4))
     with pytest.raises(
-        ValueError, match="remat is 'fulll'; choose one of none, attention, dots, full"
+        ValueError, match="remat is 'fulll'; choose one of none, dots, attention, full"
     ):
         run(source, weights, batch, "finetune", steps=1, remat="fulll")
 
