@@ -1,6 +1,7 @@
 """The command line of the launcher."""
 
 import argparse
+import math
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -28,9 +29,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cut = given.index("--")
         own, command = given[:cut], given[cut + 1 :]
     parser = _parser()
-    options = parser.parse_args(own)
-    if options.takes_command != bool(command):
-        parser.error("write the command after --" if options.takes_command else "no command here")
+    options, unknown = parser.parse_known_args(own)
+    # Complaints show the usage of the verb that was meant.
+    if unknown:
+        hint = "; write the command after --" if options.takes_command and not command else ""
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    if options.takes_command and not command:
+        options.parser.error("write the command after --")
+    if command and not options.takes_command:
+        options.parser.error("no command here; leave out -- and what comes after it")
     options.command = command
     try:
         return options.run(options) or 0
@@ -61,7 +68,7 @@ def _verb(
     verbs: Verbs, name: str, run: Run, summary: str, *, takes_command: bool = False
 ) -> argparse.ArgumentParser:
     parser = verbs.add_parser(name, help=summary, description=summary)
-    parser.set_defaults(run=run, takes_command=takes_command)
+    parser.set_defaults(run=run, takes_command=takes_command, parser=parser)
     if takes_command:
         parser.epilog = "The command comes last, after --: -- stf-jax train CONFIG"
     parser.add_argument("--dry-run", action="store_true", help="print the commands only")
@@ -81,8 +88,25 @@ def _add_setup(parser: argparse.ArgumentParser, extras: str) -> None:
 
 def _add_poll(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--poll", type=float, default=30, metavar="SECONDS", help="look again after (30)"
+        "--poll", type=_positive(float), default=30, metavar="SECONDS", help="look again after (30)"
     )
+
+
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    """What reads a number above 0 from the command line."""
+
+    def read(text: str) -> float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = 0
+        # Written so that NaN is refused.
+        if not 0 < number < math.inf:
+            whole = "whole " if kind is int else ""
+            raise argparse.ArgumentTypeError(f"'{text}' is not a {whole}number above 0")
+        return number
+
+    return read
 
 
 def _add_workers_verbs(
@@ -91,8 +115,9 @@ def _add_workers_verbs(
     workers: Callable[[argparse.Namespace], Workers],
     *,
     extras: str,
+    add_renting: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> None:
-    """The verbs that are the same for TPU VMs and for hosts with ssh."""
+    """The verbs that are the same for TPU VMs and for hosts with ssh, which are not rented."""
 
     def verb(
         name: str, run: Callable[[Workers, argparse.Namespace], int | None], summary: str
@@ -136,12 +161,14 @@ def _add_workers_verbs(
     parser = verb(
         "watch",
         lambda workers, options: workers.watch(
-            options.command, setup_of(options), poll=options.poll
+            options.command, setup_of(options) if add_renting else None, poll=options.poll
         ),
-        "run a command until it is finished: start it again when it was interrupted, on a new "
-        "slice if the old one has been taken away",
+        "run a command until it is finished: start it again when it was interrupted"
+        + (", on a new slice if the old one has been taken away" if add_renting else ""),
     )
-    _add_setup(parser, extras)
+    if add_renting:
+        add_renting(parser)
+        _add_setup(parser, extras)
     _add_poll(parser)
 
 
@@ -172,8 +199,7 @@ def _add_tpu(places: Verbs) -> None:
     add_name(parser)
     add_renting(parser)
     _add_poll(parser)
-    _add_workers_verbs(verbs, add_name, slice_of_vms, extras="tpu,gcs")
-    add_renting(verbs.choices["watch"])
+    _add_workers_verbs(verbs, add_name, slice_of_vms, extras="tpu,gcs", add_renting=add_renting)
     parser = _verb(
         verbs, "delete", lambda options: slice_of_vms(options).delete(), "give the slice back"
     )
@@ -261,9 +287,11 @@ def _add_local(places: Verbs) -> None:
     summary = "several processes with virtual CPU devices on this machine"
     parser = places.add_parser("local", help=summary, description=summary)
     parser.epilog = "The command comes last, after --: -- stf-jax train CONFIG"
-    parser.add_argument("--processes", type=int, default=2, metavar="N", help="(2)")
-    parser.add_argument("--devices", type=int, default=4, metavar="N", help="of each (4)")
-    parser.set_defaults(run=_local, takes_command=True)
+    parser.add_argument("--processes", type=_positive(int), default=2, metavar="N", help="(2)")
+    parser.add_argument(
+        "--devices", type=_positive(int), default=4, metavar="N", help="of each (4)"
+    )
+    parser.set_defaults(run=_local, takes_command=True, parser=parser)
 
 
 def _local(options: argparse.Namespace) -> int:

@@ -1,12 +1,13 @@
 """The one way in which commands are run, shown instead with --dry-run, and complained about."""
 
 import dataclasses
+import re
 import shlex
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import IO
+from typing import IO, Any
 
 Command = Sequence[str]
 
@@ -32,11 +33,8 @@ class CommandFailed(LaunchError):
 
     def __init__(self, command: Command, status: int, said: str = "", *, where: str = ""):
         self.command, self.status, self.said = command, status, said
-        # gcloud gives its reason after "ERROR:", and counts workers after "#####".
-        lines = [line for line in said.splitlines() if line.strip() and line[0] != "#"]
-        reasons = [line for line in lines if line.startswith("ERROR:")] or lines[-1:]
         what = f"{where}{command[0]} failed with status {status}"
-        super().__init__(f"{what}: {reasons[-1] if reasons else shlex.join(command)}")
+        super().__init__(f"{what}: {_reason(said) or shlex.join(command)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Runner:
         """Runs it on this terminal; its status."""
         if self._shown(command):
             return 0
-        with _start(command) as process:
+        with start(command) as process:
             return process.wait()
 
     def run(self, command: Command) -> None:
@@ -73,7 +71,7 @@ class Runner:
         """
         if self._shown(command):
             return pretend
-        with _start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             answer, said = process.communicate()
         if process.returncode:
             raise CommandFailed(command, process.returncode, said)
@@ -90,7 +88,7 @@ class Runner:
                 self._shown(command)
             return {}
         processes = {
-            name: _start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            name: start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             for name, command in commands.items()
         }
         kept: dict[str, list[str]] = {name: [] for name in commands}
@@ -130,6 +128,19 @@ class Runner:
         return self.dry_run
 
 
+def _reason(said: str) -> str:
+    """The line of stderr that says why; empty if there is none."""
+    # gcloud tells of a zone or project that it misses in several lines.
+    if missing := re.search(r"Failed to find attribute \[(\w+)\]", said):
+        name = missing[1]
+        key = {"zone": "compute/zone"}.get(name, name)
+        return f"no {name} is set; give --{name}, or 'gcloud config set {key} ...' once"
+    # It gives its reason after "ERROR:", and counts workers after "#####".
+    lines = [line for line in said.splitlines() if line.strip() and line[0] != "#"]
+    reasons = [line for line in lines if line.startswith("ERROR:")] or lines
+    return reasons[-1] if reasons else ""
+
+
 def forward(stream: IO[str], say: Callable[[str], None]) -> threading.Thread:
     """Hands each line to `say` until the stream ends; join the thread to wait for that."""
 
@@ -143,13 +154,18 @@ def forward(stream: IO[str], say: Callable[[str], None]) -> threading.Thread:
     return thread
 
 
-def _start(
-    command: Command, *, stdout: int | None = None, stderr: int | None = None
-) -> subprocess.Popen[str]:
+def start(command: Command, **options: Any) -> subprocess.Popen[str]:
+    """`subprocess.Popen` for text.
+
+    Raises:
+        LaunchError: there is no such program, or it cannot be run.
+    """
+    name = command[0]
     try:
-        return subprocess.Popen(command, stdout=stdout, stderr=stderr, text=True, errors="replace")
+        return subprocess.Popen(command, text=True, errors="replace", **options)
     except FileNotFoundError as error:
-        name = command[0]
         raise LaunchError(
             f"{name} is not installed, or not on the PATH; {_INSTALL.get(name, 'install it')}"
         ) from error
+    except PermissionError as error:
+        raise LaunchError(f"{name} cannot be run; it is not marked as a program") from error

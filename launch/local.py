@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from launch import remote
-from launch.commands import Command, forward
+from launch.commands import Command, forward, start
 from launch.ssh import process_flags
 
 Say = Callable[[int, Literal["stdout", "stderr"], str], None]
@@ -32,6 +32,9 @@ class LocalRun:
 
     Attributes:
         processes: in the order of their numbers.
+
+    Raises:
+        LaunchError: there is no such command.
     """
 
     def __init__(self, command: Command, *, processes: int, devices: int, say: Say):
@@ -40,12 +43,10 @@ class LocalRun:
         )
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
         self.processes = [
-            subprocess.Popen(
+            start(
                 [*command, *more],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                text=True,
-                errors="replace",
                 env=environment,
                 # So that Ctrl-C reaches them through us only, and their children can be found.
                 start_new_session=True,

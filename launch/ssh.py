@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launch.commands import Command, Runner
+from launch.commands import Command, LaunchError, Runner
 from launch.workers import Workers
 
 # No question that nobody sees, and an end when the host does not answer any more.
@@ -24,10 +24,15 @@ class Hosts(Workers):
     Attributes:
         hosts: as ssh takes them; with USER@ or not.
         port: on the first host, for the others.
+
+    Raises:
+        LaunchError: a name is empty.
     """
 
     def __init__(self, runner: Runner, hosts: Sequence[str], *, port: int):
         super().__init__(runner)
+        if "" in hosts:
+            raise LaunchError(f"a host has no name in '{','.join(hosts)}'; write gpu0,gpu1")
         self.hosts, self.port = list(hosts), port
 
     def shells(self, scripts: Sequence[str]) -> Mapping[str, Command]:

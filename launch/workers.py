@@ -143,7 +143,7 @@ class Workers(abc.ABC):
         for path in (remote.RUN, *paths):
             self.runner.run(self.fetch(path, out))
 
-    def watch(self, command: Command, what: Setup, *, poll: float) -> int:
+    def watch(self, command: Command, what: Setup | None, *, poll: float) -> int:
         """Keeps a run going until it is finished: follows it, and starts it again.
 
         If the workers are not there, or are taken away, they are rented and set up; a run that is
@@ -151,7 +151,7 @@ class Workers(abc.ABC):
 
         Args:
             command: continues where it was interrupted, and says so with status 75.
-            what: for workers that are new.
+            what: for workers that are new; None for those that are not rented.
             poll: seconds until one looks again.
 
         Returns:
@@ -185,14 +185,15 @@ class Workers(abc.ABC):
                 self.runner.say(f"the run has failed with status {status}; see its log")
                 return status
 
-    def _begin(self, command: Command, what: Setup) -> None:
-        if not self.ready():
+    def _begin(self, command: Command, what: Setup | None) -> None:
+        if what is not None and not self.ready():
             self.renew()
             self.setup(what)
         self.start(command)
 
     def _under_way(self) -> bool:
-        return self.runner.call(self.first(remote.running())) == 0
+        # With --dry-run nothing is: what one wants to see is the start.
+        return self.runner.call(self.first(remote.running())) == 0 and not self.runner.dry_run
 
     def _look(self, poll: float) -> Literal["ready", "gone", "unknown"]:
         """What has become of the workers; the service may know it a moment later only."""

@@ -52,6 +52,22 @@ def test_one_host_fails(hosts: Cloud, capfd: pytest.CaptureFixture[str]) -> None
     assert not (hosts.worker("me@h0") / "launch" / "pid").exists()
 
 
+@pytest.mark.parametrize("names", ["", "h0,", "h0,,h1"])
+def test_a_host_without_a_name(cloud: Cloud, capfd: pytest.CaptureFixture[str], names: str) -> None:
+    assert main(["ssh", "run", names, "--", "true"]) == 1
+    assert capfd.readouterr().err == f"error: a host has no name in '{names}'; write gpu0,gpu1\n"
+    assert cloud.calls == []
+
+
+def test_dry_run_of_watch(cloud: Cloud, capfd: pytest.CaptureFixture[str]) -> None:
+    """Shows how the run is started, not only how one that is under way is followed."""
+    assert main(["ssh", "watch", HOSTS, "--dry-run", "--", "stf-jax", "train", "it.yaml"]) == 0
+    said = capfd.readouterr().out
+    for number in range(len(NAMES)):
+        assert " ".join(["stf-jax train it.yaml", *flags(number)]) in said
+    assert cloud.calls == []
+
+
 def test_stopped_and_continued(hosts: Cloud, capfd: pytest.CaptureFixture[str]) -> None:
     """`watch` starts again what was interrupted."""
     script = (

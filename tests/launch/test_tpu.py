@@ -111,6 +111,23 @@ def test_refused(
     assert len(cloud.calls) == 1
 
 
+@pytest.mark.parametrize(("name", "key"), [("zone", "compute/zone"), ("project", "project")])
+def test_nothing_is_set(
+    cloud: Cloud, capfd: pytest.CaptureFixture[str], name: str, key: str
+) -> None:
+    """What gcloud 528 says on several lines, of which the first does not tell."""
+    cloud.note(
+        "refuse",
+        "(gcloud.compute.tpus.queued-resources.create) Error parsing [queued_resource].\n"
+        "The [queued_resource] resource is not properly specified.\n"
+        f"Failed to find attribute [{name}]. The attribute can be set in the following ways: \n"
+        f"- provide the argument `--{name}` on the command line\n",
+    )
+    assert main(["tpu", "create", "s", *SLICE]) == 1
+    (error,) = errors(capfd)
+    assert error.endswith(f"no {name} is set; give --{name}, or 'gcloud config set {key} ...' once")
+
+
 def test_twice(rented: Cloud, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["tpu", "create", "s", *SLICE]) == 1
     (error,) = errors(capfd)
@@ -464,6 +481,7 @@ def test_dry_run(cloud: Cloud, capfd: pytest.CaptureFixture[str]) -> None:
     [
         (["tpu", "run", "s"], "write the command after --"),
         (["tpu", "run", "s", "--"], "write the command after --"),
+        (["tpu", "run", "s", "stf-jax", "train"], "stf-jax train; write the command after --"),
         (["tpu", "log", "s", "--", "true"], "no command here"),
     ],
 )
@@ -472,5 +490,15 @@ def test_where_the_command_is(
 ) -> None:
     with pytest.raises(SystemExit):
         main(arguments)
-    assert fix in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert said.startswith(f"usage: python -m launch tpu {arguments[1]} ")
+    assert fix in said
+    assert cloud.calls == []
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "soon"])
+def test_no_time(cloud: Cloud, capfd: pytest.CaptureFixture[str], seconds: str) -> None:
+    with pytest.raises(SystemExit):
+        main(["tpu", "create", "s", *SLICE, "--poll", seconds])
+    assert f"argument --poll: '{seconds}' is not a number above 0" in capfd.readouterr().err
     assert cloud.calls == []
