@@ -37,5 +37,8 @@ class MeshConfig:
             known = devices
         if known != devices:
             axes = " x ".join(f"{name} {size}" for name, size in sizes.items())
-            raise ValueError(f"the mesh {axes} does not fit {devices} devices; change mesh")
+            raise ValueError(
+                f"the mesh {axes} does not fit {devices} devices; the product of its sizes has to "
+                f"be {devices}, and one of them may be -1, for what is left"
+            )
         return sizes

@@ -91,12 +91,17 @@ def architecture(config: TrainConfig) -> LlavaConfig:
 
 
 def mesh_of(config: MeshConfig | None, topology: Topology) -> Mesh:
-    """A config's mesh on chips that are described; without one, all axes are 1.
+    """A config's mesh on chips that are described; None for one chip, all axes being 1.
 
     Raises:
         ValueError: they do not go together, or `describe`'s.
     """
-    sizes = (config or MeshConfig(data=1, fsdp=1, tensor=1)).sizes(topology.chips)
+    if config is None and topology.chips > 1:
+        raise ValueError(
+            f"the config has no mesh, which is for one device; for the {topology.chips} chips of "
+            f"{topology} add --mesh.fsdp=-1, for instance"
+        )
+    sizes = (config or MeshConfig()).sizes(topology.chips)
     return make_mesh(**sizes, devices=describe(topology))
 
 

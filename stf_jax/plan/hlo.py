@@ -68,7 +68,8 @@ class Instruction:
     def source(self) -> str:
         """Where in the program it comes from, loops and transforms left out."""
         name = self.attribute("op_name", r'"([^"]*)"') or self.opcode
-        whole = re.sub(r"^jit\(\w+\)/", "", name)
+        # In the text a quotation mark is behind a backslash.
+        whole = re.sub(r"^jit\(\w+\)/", "", name.replace("\\'", "'"))
         parts = [part for part in whole.split("/") if part not in _NOISE]
         return "/".join(parts) or self.opcode
 

@@ -52,7 +52,7 @@ MODULE = f"""HloModule jit_step, is_scheduled=true
 
 ENTRY %main (p: f32[16,32]) -> f32[16,32] {{
   %p = f32[16,32] parameter(0)
-  %k = f32[16,32] fusion(%p), kind=kLoop, calls=%sum, metadata={{op_name="jit(step)/mul"}}, {CYCLES % 7}
+  %k = f32[16,32] fusion(%p), kind=kLoop, calls=%sum, metadata={{op_name="jit(step)/p[\\'w\\']/mul"}}, {CYCLES % 7}
   ROOT %while.1 = (s32[], f32[16,32]) while(%p), condition=%cond, body=%body
 }}
 """  # noqa: E501
@@ -60,7 +60,10 @@ ENTRY %main (p: f32[16,32]) -> f32[16,32] {{
 
 def test_a_loop_counts_as_often_as_it_turns() -> None:
     work = analyse(MODULE, devices=4)
-    assert work.cycles == {("decoder/dot_general", "f32[16,32]"): 500, ("mul", "f32[16,32]"): 7}
+    assert work.cycles == {
+        ("decoder/dot_general", "f32[16,32]"): 500,
+        ("p['w']/mul", "f32[16,32]"): 7,
+    }
     assert work.flops == 5 * 2 * 16 * 4 * 32
 
 

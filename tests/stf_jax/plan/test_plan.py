@@ -167,6 +167,7 @@ def test_beside_a_process_that_has_the_compiler(config: str) -> None:
         ("v5e:2x2", ["--mesh.fsdp=8"], "the mesh data 1 x fsdp 8 x tensor 1 does not fit 4 dev"),
         ("v5e:2x2", ["--mesh.tensor=3"], "the mesh data 1 x fsdp -1 x tensor 3 does not fit 4"),
         ("v5e:4x4", [], "data.batch_size 8 does not divide into 1 micro-batches over 16 dev"),
+        ("v5e:2x2", ["--mesh=null"], "the config has no mesh, which is for one device; for the 4"),
         ("v5e:3x5", [], "there is no slice v5e:3x5"),
     ],
 )
