@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import os
 import re
+import subprocess
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -43,6 +44,22 @@ def test_every_run_that_is_promised() -> None:
         assert found[f"stf-13b-{stage}"] >= {"v5e:4x8", "v4:2x2x4"}
     assert "v5e:2x4" in found["stf-7b-lora"]
     assert {"v6e:1x1", "v5e:2x2"} <= found["stf-7b-inference"]
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.stem)
+def test_weights_and_data_in_the_clone_are_ignored(path: Path) -> None:
+    """What git does not ignore is sent to every worker by `launch`."""
+    config = TrainConfig.load(path)
+    places = [config.model, config.out, *(one.path for one in config.data.datasets)]
+    names = [f"{place}/file" for place in places]
+    done = subprocess.run(
+        ["git", "check-ignore", "--no-index", *names],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.splitlines() == names
 
 
 @pytest.mark.parametrize("path", INFERENCE, ids=lambda path: path.stem)
