@@ -46,6 +46,16 @@ def test_every_run_that_is_promised() -> None:
     assert {"v6e:1x1", "v5e:2x2"} <= found["stf-7b-inference"]
 
 
+def test_one_for_the_other() -> None:
+    """In a line, rather than with the nearest key to each."""
+    with pytest.raises(ValueError, match=r"^\S+: stage inference is for 'plan' and .*, not a run$"):
+        TrainConfig.load(ROOT / "configs/stf-7b-inference.yaml")
+    with pytest.raises(
+        ValueError, match=r"^\S+: stage finetune is for training; for answers see c"
+    ):
+        InferenceConfig.load(ROOT / "configs/tiny.yaml")
+
+
 @pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.stem)
 def test_weights_and_data_in_the_clone_are_ignored(path: Path) -> None:
     """What git does not ignore is sent to every worker by `launch`."""

@@ -69,8 +69,15 @@ class InferenceConfig:
         """Reads YAML, with `--section.key=value` on top.
 
         Raises:
-            ValueError: no such file, an unknown key, or a value that does not fit.
+            ValueError: no such file, one for training, an unknown key, or a value that does not
+                fit.
         """
+        stage = read_yaml(Path(path)).get("stage", "inference")
+        if stage != "inference":
+            raise ValueError(
+                f"{path}: stage {stage} is for training; for answers see "
+                "configs/stf-7b-inference.yaml"
+            )
         return load_config(cls, path, overrides)
 
 

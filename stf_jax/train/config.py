@@ -12,7 +12,7 @@ from stf_jax.models.lora import LoRAConfig
 from stf_jax.parallel.mesh import MeshConfig
 from stf_jax.train.optimizer import OptimizerConfig, Stage
 from stf_jax.train.step import Normalization
-from stf_jax.yaml_config import load_config
+from stf_jax.yaml_config import load_config, read_yaml
 
 # In these a resumed run may differ: they change where and how it runs, not what it computes. Model
 # and examples are known by what they are, not by where they lie.
@@ -111,8 +111,13 @@ class TrainConfig:
         """Reads YAML, with `--section.key=value` on top.
 
         Raises:
-            ValueError: no such file, an unknown key, or a value that does not fit.
+            ValueError: no such file, one for inference, an unknown key, or a value that does not
+                fit.
         """
+        if read_yaml(Path(path)).get("stage") == "inference":
+            raise ValueError(
+                f"{path}: stage inference is for 'plan' and 'eval --config', not a run"
+            )
         return load_config(cls, path, overrides)
 
     def to_dict(self) -> dict[str, Any]:
