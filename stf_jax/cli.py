@@ -35,6 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader of our output has gone; nothing is left to tell it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ImportError as error:
+        # fsspec's, which looks for it when a path is on gs://.
+        if "gcsfs" not in str(error):
+            raise
+        sys.stderr.write("error: gs:// needs gcsfs: pip install 'stf-jax[gcs]'\n")
+        return 1
     except (OSError, ValueError) as error:
         if not _raised_here(error):
             raise

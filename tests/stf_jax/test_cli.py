@@ -229,3 +229,11 @@ def test_a_photograph_is_shown_upright(
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1]
     assert answers[0] != answers[2]
+
+
+def test_gs_without_gcsfs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    assert main(["generate", "gs://bucket/model", "--prompt", "hi"]) == 1
+    assert capsys.readouterr().err == "error: gs:// needs gcsfs: pip install 'stf-jax[gcs]'\n"
