@@ -4,24 +4,24 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import jsonargparse
 import yaml
+from etils import epath
 
 Config = TypeVar("Config")
 
 
-def read_yaml(path: Path) -> Mapping[str, Any]:
-    """The keys of a file as they stand in it.
+def read_yaml(path: epath.PathLike) -> Mapping[str, Any]:
+    """The keys of a file, local or on gs://, as they stand in it.
 
     Raises:
         ValueError: it cannot be read, or is no config.
     """
     try:
-        tree: Any = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        tree: Any = yaml.load(epath.Path(path).read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ValueError(f"{path}: cannot be read ({reason})") from error
@@ -30,13 +30,12 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
     return tree
 
 
-def load_config(cls: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(cls: type[Config], path: epath.PathLike, overrides: Sequence[str] = ()) -> Config:
     """A dataclass from YAML, with `--section.key=value` on top.
 
     Raises:
         ValueError: no such file, an unknown key, or a value that does not fit.
     """
-    path = Path(path)
     tree = read_yaml(path)
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls)
@@ -50,7 +49,9 @@ def load_config(cls: type[Config], path: str | Path, overrides: Sequence[str] = 
     if unknown:
         raise ValueError("\n".join(_unknown(key, known, path) for key in unknown))
     try:
-        parsed = parser.parse_args([f"--config={path}", *overrides])
+        # The text and not its path, which may be a URL.
+        text = epath.Path(path).read_text(encoding="utf-8")
+        parsed = parser.parse_args([f"--config={text}", *overrides])
         del parsed["config"]
         return cls(**vars(parser.instantiate(parsed)))
     except (jsonargparse.ArgumentError, TypeError) as error:
@@ -120,7 +121,7 @@ def _override_key(override: str) -> str:
     return name.removeprefix("--")
 
 
-def _unknown(key: str, known: set[str], path: Path) -> str:
+def _unknown(key: str, known: set[str], path: epath.PathLike) -> str:
     # A last part that is right in another section is what was meant, more than a similar word.
     last = key.rpartition(".")[2]
     near = [one for one in sorted(known) if one.rpartition(".")[2] == last]

@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from etils.epath.testing import mock_epath
 
 from stf_jax.config import LlavaConfig
 from stf_jax.infer.config import InferenceConfig, is_inference
@@ -209,3 +210,15 @@ def test_stage_2_of_7b_as_it_is_shipped(monkeypatch: pytest.MonkeyPatch) -> None
     assert made.peak / 2**30 == pytest.approx(float(said[1]), rel=0.05)
     # One layer's matrix or the head at a time, never the stack of a kind.
     assert made.largest_gather <= text.padded_vocab_size * text.width
+
+
+def test_one_in_a_bucket(tmp_path: Path) -> None:
+    """A run's own config is read again when it goes on and when it is a model, on gs:// too."""
+    (tmp_path / "config.yaml").write_text("model: m\nout: o\ndata:\n  datasets: [{path: d}]\n")
+
+    def opened(original: Any, path: str, mode: str = "r", **more: Any) -> Any:
+        return open(path.replace("gs://bucket", str(tmp_path)), mode, **more)
+
+    with mock_epath(open=opened):
+        config = TrainConfig.load("gs://bucket/config.yaml", ["--seed=3"])
+    assert (config.model, config.seed) == ("m", 3)

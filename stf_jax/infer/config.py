@@ -2,8 +2,9 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal, Self
+
+from etils import epath
 
 from stf_jax.config import LlavaConfig
 from stf_jax.models.cache import CacheDType
@@ -65,14 +66,14 @@ class InferenceConfig:
             LlavaConfig.named(self.architecture)
 
     @classmethod
-    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+    def load(cls, path: epath.PathLike, overrides: Sequence[str] = ()) -> Self:
         """Reads YAML, with `--section.key=value` on top.
 
         Raises:
             ValueError: no such file, one for training, an unknown key, or a value that does not
                 fit.
         """
-        stage = read_yaml(Path(path)).get("stage", "inference")
+        stage = read_yaml(path).get("stage", "inference")
         if stage != "inference":
             raise ValueError(
                 f"{path}: stage {stage} is for training; for answers see "
@@ -81,10 +82,10 @@ class InferenceConfig:
         return load_config(cls, path, overrides)
 
 
-def is_inference(path: str | Path) -> bool:
+def is_inference(path: epath.PathLike) -> bool:
     """Whether a file is an `InferenceConfig` rather than one of a training run.
 
     Raises:
         ValueError: it cannot be read.
     """
-    return read_yaml(Path(path)).get("stage") == "inference"
+    return read_yaml(path).get("stage") == "inference"

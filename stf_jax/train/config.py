@@ -2,8 +2,9 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, Self
+
+from etils import epath
 
 from stf_jax.config import LlavaConfig
 from stf_jax.data.config import DataConfig
@@ -107,14 +108,14 @@ class TrainConfig:
             LlavaConfig.named(self.architecture)
 
     @classmethod
-    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+    def load(cls, path: epath.PathLike, overrides: Sequence[str] = ()) -> Self:
         """Reads YAML, with `--section.key=value` on top.
 
         Raises:
             ValueError: no such file, one for inference, an unknown key, or a value that does not
                 fit.
         """
-        if read_yaml(Path(path)).get("stage") == "inference":
+        if read_yaml(path).get("stage") == "inference":
             raise ValueError(
                 f"{path}: stage inference is for 'plan' and 'eval --config', not a run"
             )
