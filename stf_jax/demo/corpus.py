@@ -10,12 +10,13 @@ from PIL import Image
 
 from stf_jax.checkpoint import new_directory
 from stf_jax.demo import scenes
-from stf_jax.demo.scenes import Question, Scans, Scene
+from stf_jax.demo.scenes import MOST, Question, Scans, Scene
 
 PICTURES = "pictures"
 CAPTIONS = "captions.json"
 CONVERSATIONS = "conversations.json"
 HELD_OUT = "held_out.json"
+REQUEST = "Describe the picture."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,12 +38,13 @@ def write_corpus(out: Path, *, train: int, held_out: int, seed: int) -> None:
         for number in range(train):
             name, scene = f"train-{number:05}.jpg", Scene.draw(rng)
             _save(scene, scans, rng, folder / PICTURES / name)
-            asked = scenes.questions(scene, rng, of_each=3)
+            asked = scenes.questions(scene, rng, of_each=MOST)
             entry = {"id": name, "image": name}
             captions.append(
-                entry | {"conversations": [*scenes.conversation([scenes.describe(scene, rng)])]}
+                entry | {"conversations": [*scenes.conversation([(REQUEST, scene.caption(rng))])]}
             )
-            conversations.append(entry | {"conversations": [*scenes.conversation(asked)]})
+            turns = scenes.shuffled(asked, rng)
+            conversations.append(entry | {"conversations": [*scenes.conversation(turns)]})
         rng, scans = np.random.default_rng([seed, 1]), Scans.load("test")
         unseen: list[dict[str, Any]] = []
         for number in range(held_out):

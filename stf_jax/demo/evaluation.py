@@ -15,7 +15,7 @@ from stf_jax.demo.corpus import PICTURES, HeldOut
 from stf_jax.demo.scenes import KINDS
 
 BATCH = 100
-LONGEST_ANSWER = 16  # tokens; a row of four cells takes up to 15 and the end of sequence
+LONGEST_ANSWER = 6  # tokens: two colours, two digits, a comma and the end of sequence
 
 # Two-sided 95 % of the normal distribution.
 _Z = 1.96

@@ -56,9 +56,9 @@ class Settings:
     """
 
     arms: tuple[str, ...] = ("average", "stf_mbtf")
-    train_scenes: int = 1500
+    train_scenes: int = 2000
     held_out_scenes: int = 200
-    steps: tuple[int, int] = (200, 200)
+    steps: tuple[int, int] = (250, 250)
     rows: int = 8
     seed: int = 0
 
@@ -196,11 +196,11 @@ def _train(arm: Arm, settings: Settings, out: Path) -> None:
                 "image_mode": "pad",
                 "sequence_length": 256,
                 "batch_size": settings.rows,
-                "images_per_row": (3, 2)[number - 1],
+                "images_per_row": (3, 1)[number - 1],
                 "seed": settings.seed,
                 "workers": 0,
             },
-            "optimizer": {"learning_rate": 1e-3, "projector_learning_rate": 2e-3},
+            "optimizer": {"learning_rate": 5e-4},
             "checkpoint": {"every": 50, "keep": 1},
         }
         file = out / arm.name / f"stage{number}.yaml"

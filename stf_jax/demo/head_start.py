@@ -9,7 +9,7 @@ learnt to talk about scenes, but that has never seen a picture. Both are written
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ import safetensors.numpy
 
 from convert.mapping import TOWER as TOWER_PREFIX
 from convert.mapping import Entry, text_entries, tower_entries
+from stf_jax.checkpoint import new_directory
 from stf_jax.data.tokenizer import load_tokenizer
-from stf_jax.demo.language import TEXT, train_language, write_tokenizer
+from stf_jax.demo import language, tower
+from stf_jax.demo.language import TEXT, Phase, train_language, write_tokenizer
 from stf_jax.demo.tower import VISION, train_tower
 from stf_jax.hf_config import text_to_hf, vision_to_hf
 
@@ -42,25 +44,43 @@ _PREPROCESSOR = {
 }
 
 
-def make(out: Path, *, seed: int = 0) -> None:
-    """Trains both models and writes `out`/tower and `out`/language; minutes on two cores."""
-    tower = train_tower(seed=seed, progress=_progress("tower"))
+def make(
+    out: Path,
+    *,
+    seed: int = 0,
+    tower_steps: int = tower.STEPS,
+    scenes: int = tower.SCENES,
+    phases: Sequence[Phase] = language.PHASES,
+) -> None:
+    """Trains and writes `out`/tower and `out`/language, unless they are there already."""
+    if not (out / "tower").is_dir():
+        with new_directory(out / "tower") as unfinished:
+            _make_tower(Path(unfinished), steps=tower_steps, scenes=scenes, seed=seed)
+    if not (out / "language").is_dir():
+        with new_directory(out / "language") as unfinished:
+            _make_language(Path(unfinished), phases=phases, seed=seed)
+
+
+def _make_tower(folder: Path, *, steps: int, scenes: int, seed: int) -> None:
+    trained = train_tower(seed=seed, steps=steps, scene_count=scenes, say=_say)
     norm = {"weight": np.ones(VISION.width, np.float32), "bias": np.zeros(VISION.width, np.float32)}
     _write(
-        out / "tower",
+        folder,
         {"architectures": ["CLIPVisionModel"], **vision_to_hf(VISION)},
-        _tensors(tower_entries(VISION, layers=VISION.layers), tower)
+        _tensors(tower_entries(VISION, layers=VISION.layers), trained)
         # CLIP has this norm; LLaVA never runs it.
         | {f"{TOWER_PREFIX}post_layernorm.{kind}": array for kind, array in norm.items()},
     )
-    _write_json(out / "tower" / "preprocessor_config.json", _PREPROCESSOR)
-    write_tokenizer(out / "language")
-    tokenizer = load_tokenizer(out / "language")
-    language = train_language(tokenizer, seed=seed, progress=_progress("language model"))
+    _write_json(folder / "preprocessor_config.json", _PREPROCESSOR)
+
+
+def _make_language(folder: Path, *, phases: Sequence[Phase], seed: int) -> None:
+    write_tokenizer(folder)
+    trained = train_language(load_tokenizer(folder), phases=phases, seed=seed, say=_say)
     _write(
-        out / "language",
+        folder,
         {"architectures": ["LlamaForCausalLM"], **text_to_hf(TEXT)},
-        _tensors(text_entries(TEXT, vocabulary=TEXT.vocab_size), language),
+        _tensors(text_entries(TEXT, vocabulary=TEXT.vocab_size), trained),
     )
 
 
@@ -88,12 +108,8 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _progress(title: str) -> Callable[[int, int], None]:
-    def show(done: int, total: int) -> None:
-        if done % 50 == 0 or done == total:
-            sys.stderr.write(f"{title}: step {done} of {total}\n")
-
-    return show
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
 
 
 if __name__ == "__main__":

@@ -2,15 +2,16 @@
 
 It stands where Vicuna does: a decoder that can already talk about scenes, and that has never seen
 a picture. In its head start the place of vision tokens is taken by codes of what the cells hold,
-looked up in tables that are thrown away afterwards; some rows have a code for each cell, others
-one for each window of 2x2 cells, so that neither number of tokens is favoured.
+looked up in tables that are thrown away afterwards; some batches have a code for each
+cell, others one for each window of 2x2 cells, so that it can read either number of tokens.
 """
 
 import dataclasses
 import functools
+import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,14 @@ from stf_jax.data.conversation import get_template
 from stf_jax.data.encoding import encode_conversation, expand_conversation
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID, Tokenizer
 from stf_jax.demo import scenes
-from stf_jax.demo.scenes import GRID, KINDS, Scene
+from stf_jax.demo.scenes import GRID, KINDS, NAMES, Scene
 from stf_jax.models.layers import Init
 from stf_jax.models.llama import Llama
 
 VOCABULARY = 544
 
 TEXT = TextConfig(
-    vocab_size=VOCABULARY, width=96, mlp_width=256, layers=3, heads=4, kv_heads=4, head_dim=24,
+    vocab_size=VOCABULARY, width=96, mlp_width=256, layers=4, heads=4, kv_heads=4, head_dim=24,
     max_positions=1024,
 )  # fmt: skip
 
@@ -49,13 +50,15 @@ def write_tokenizer(folder: Path, *, seed: int = 0) -> None:
     for _ in range(800):
         scene = Scene.draw(rng)
         sentences.append(scene.caption(rng))
-        for question in scenes.questions(scene, rng):
+        for question in scenes.questions(scene, rng, of_each=1):
             sentences.append(f"USER: {question.text} ASSISTANT: {question.answer}")
     sentences += [template.system] * 100
     folder.mkdir(parents=True, exist_ok=True)
+    # Not by its own file name, which it would keep inside.
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences),
-        model_prefix=str(folder / "tokenizer"),
+        model_writer=model,
         model_type="bpe",
         vocab_size=VOCABULARY,
         byte_fallback=True,
@@ -67,7 +70,7 @@ def write_tokenizer(folder: Path, *, seed: int = 0) -> None:
         num_threads=1,
         minloglevel=2,
     )
-    (folder / "tokenizer.vocab").unlink()
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
     content = {
         "tokenizer_class": "LlamaTokenizer",
@@ -92,6 +95,7 @@ class Phase:
         rows: of a batch, a scene each.
         length: tokens of a row.
         captions: the rows of a batch that are captions; the others are conversations.
+        questions: of each kind in a conversation.
         rate: the peak learning rate.
     """
 
@@ -99,16 +103,17 @@ class Phase:
     rows: int
     length: int
     captions: int
+    questions: int
     rate: float
 
 
 # Captions first, in which nearly every word must be looked up: so it is learnt ten times faster
 # than from questions.
 PHASES = (
-    Phase(steps=700, rows=24, length=68, captions=24, rate=3e-3),
-    Phase(steps=400, rows=12, length=152, captions=4, rate=2e-3),
+    Phase(steps=900, rows=24, length=72, captions=24, questions=0, rate=3e-3),
+    Phase(steps=400, rows=10, length=216, captions=2, questions=3, rate=2e-3),
 )
-_QUESTIONS = 8  # of a conversation
+_EVERY = 200  # steps between two reports
 
 
 @jax.tree_util.register_dataclass
@@ -117,6 +122,7 @@ class Seen:
     """What the cells of each row's scene hold."""
 
     digits: Int[Array, "B G G"]
+    colours: Int[Array, "B G G"]
 
 
 class Codes(nnx.Module):
@@ -133,16 +139,22 @@ class Codes(nnx.Module):
             return nnx.Param(make(rngs.params(), (*shape, TEXT.width)))
 
         self.window = window
-        self.digits = table(cells, 11)
+        self.digits, self.colours = table(cells, 11), table(cells, len(NAMES) + 1)
         self.rows, self.columns = table(side, 1), table(1, side)
 
     def __call__(self, seen: Seen) -> Float[Array, "B K H"]:
         """In raster order, as vision tokens come."""
-        side = GRID // self.window
-        cut = seen.digits.reshape(-1, side, self.window, side, self.window).swapaxes(2, 3)
-        cut = cut.reshape(-1, side * side, self.window**2) + 1
-        held = self.digits[jnp.arange(self.window**2), cut].sum(axis=2)
+        held = sum(
+            table[jnp.arange(self.window**2), self._cut(numbers) + 1].sum(axis=2)
+            for table, numbers in ((self.digits, seen.digits), (self.colours, seen.colours))
+        )
         return held + (self.rows[...] + self.columns[...]).reshape(-1, TEXT.width)
+
+    def _cut(self, cells: Int[Array, "B G G"]) -> Int[Array, "B K W"]:
+        """The cells of each window."""
+        side = GRID // self.window
+        cut = cells.reshape(-1, side, self.window, side, self.window).swapaxes(2, 3)
+        return cut.reshape(-1, side * side, self.window**2)
 
 
 def _widened(path: str, leaf: Array) -> Array:
@@ -186,23 +198,35 @@ class Reader(nnx.Module):
         )
         return (losses * known).sum() / known.sum()
 
+    def answered(self, batch: Batch, seen: Seen, *, window: int) -> Array:
+        """The share of rows in which each next token of every answer is the likeliest."""
+        targets = batch.labels[:, 1:]
+        likeliest = self(batch, seen, window=window)[:, :-1].argmax(-1)
+        return ((likeliest == targets) | (targets == IGNORED_LABEL)).all(axis=1).mean()
+
 
 def read_rows(
-    tokenizer: Tokenizer, phase: Phase, rng: np.random.Generator, *, window: int
+    tokenizer: Tokenizer,
+    phase: Phase,
+    rng: np.random.Generator,
+    *,
+    window: int,
+    kinds: Sequence[str] = KINDS,
 ) -> tuple[Batch, Seen]:
-    """Random scenes with questions, one a row."""
+    """Random scenes, one a row: captions, then conversations with questions of `kinds`."""
     shape = (phase.rows, phase.length)
     ids, labels = np.zeros(shape, np.int32), np.full(shape, IGNORED_LABEL, np.int32)
     segments, slots = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
     drawn = [Scene.draw(rng) for _ in range(phase.rows)]
     for row, scene in enumerate(drawn):
+        template = get_template("plain" if row < phase.captions else "v1")
         if row < phase.captions:
-            asked, template = [scenes.describe(scene, rng)], get_template("plain")
+            turns = [("", scene.caption(rng))]
         else:
-            asked = [scenes.ask(scene, str(kind), rng) for kind in rng.choice(KINDS, _QUESTIONS)]
-            template = get_template("v1")
+            asked = scenes.questions(scene, rng, of_each=phase.questions)
+            turns = scenes.shuffled([one for one in asked if one.kind in kinds], rng)
         encoded = encode_conversation(
-            tokenizer, list(scenes.conversation(asked)), template=template, num_images=1
+            tokenizer, list(scenes.conversation(turns)), template=template, num_images=1
         )
         encoded = expand_conversation(
             encoded, tokens_per_image=(GRID // window) ** 2, max_length=phase.length
@@ -221,37 +245,73 @@ def read_rows(
         "pixels": np.zeros((phase.rows, 0, 1, 1, 3), np.float32),
     }
     digits: Any = np.stack([scene.digits for scene in drawn])
-    return Batch(**arrays), Seen(digits=digits)
+    colours: Any = np.stack([scene.colours for scene in drawn])
+    return Batch(**arrays), Seen(digits=digits, colours=colours)
 
 
 def train_language(
-    tokenizer: Tokenizer, *, seed: int, progress: Callable[[int, int], None]
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    say: Callable[[str], None],
+    phases: Sequence[Phase] = PHASES,
 ) -> dict[str, Any]:
     """Trains the decoder on random scenes; its parameters by native path, "text/..."."""
     graph, parameters = nnx.split(Reader(rngs=nnx.Rngs(seed)))
-    rng, done, total = np.random.default_rng(seed), 0, sum(phase.steps for phase in PHASES)
-    for phase in PHASES:
+    exam = _exam(tokenizer, graph, seed=seed)
+    rng = np.random.default_rng(seed)
+    for part, phase in enumerate(phases, 1):
         rate = optax.warmup_cosine_decay_schedule(
-            0, phase.rate, 50, phase.steps, end_value=phase.rate / 10
+            0, phase.rate, min(50, phase.steps), phase.steps + 1, end_value=phase.rate / 10
         )
         optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
 
         @functools.partial(jax.jit, static_argnames="window", donate_argnums=(0, 1))
         def step(
             parameters: nnx.State, moments: Any, batch: Batch, seen: Seen, window: int
-        ) -> tuple[nnx.State, Any]:
+        ) -> tuple[nnx.State, Any, Array]:
             def loss(parameters: nnx.State) -> Array:
                 return nnx.merge(graph, parameters).loss(batch, seen, window=window)
 
-            updates, moments = optimizer.update(jax.grad(loss)(parameters), moments, parameters)  # noqa: B023
-            return optax.apply_updates(parameters, updates), moments
+            lost, slope = jax.value_and_grad(loss)(parameters)
+            updates, moments = optimizer.update(slope, moments, parameters)  # noqa: B023
+            return optax.apply_updates(parameters, updates), moments, lost
 
         moments = optimizer.init(parameters)
-        for number in range(phase.steps):
+        for number in range(1, phase.steps + 1):
             window = 1 + number % 2
             batch, seen = read_rows(tokenizer, phase, rng, window=window)
-            parameters, moments = step(parameters, moments, batch, seen, window)
-            done += 1
-            progress(done, total)
+            parameters, moments, lost = step(parameters, moments, batch, seen, window)
+            if number % _EVERY == 0 or number == phase.steps:
+                say(
+                    f"language model, part {part}: step {number} of {phase.steps}, "
+                    f"loss {float(lost):.3f}; answered in %: {exam(parameters)}"
+                )
     trained = nnx.to_pure_dict(parameters)["text"]
     return flatten({"text": jax.device_get(trained)})
+
+
+def _exam(tokenizer: Tokenizer, graph: nnx.GraphDef, *, seed: int) -> Callable[[nnx.State], str]:
+    """How many single questions of each kind are answered with a code for one, for four cells."""
+    rng = np.random.default_rng([seed, 1])
+    single = Phase(steps=0, rows=100, length=64, captions=0, questions=1, rate=0)
+    asked = {
+        (kind, window): read_rows(tokenizer, single, rng, window=window, kinds=[kind])
+        for kind in KINDS
+        for window in (1, 2)
+    }
+    answered = jax.jit(
+        lambda parameters, batch, seen, window: nnx.merge(graph, parameters).answered(
+            batch, seen, window=window
+        ),
+        static_argnames="window",
+    )
+
+    def render(parameters: nnx.State) -> str:
+        shares = {
+            (kind, window): 100 * float(answered(parameters, *rows, window))
+            for (kind, window), rows in asked.items()
+        }
+        return ", ".join(f"{kind} {shares[kind, 1]:.0f} {shares[kind, 2]:.0f}" for kind in KINDS)
+
+    return render

@@ -115,21 +115,32 @@ def _scene(results: Results, asked: Sequence[HeldOut], out: Path) -> Figure:
         return sum(len({arm.answers[number] for arm in results.arms}) for number in numbers)
 
     picture, numbers = max(by_picture.items(), key=lambda item: disagreement(item[1]))
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
+    answers = 1 + len(results.arms)
+    figure = Figure(figsize=(7.4 + 1.6 * answers, 6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(4.9, 2.5 + 1.6 * answers))
     _draw_picture(left, out / "scenes" / PICTURES / picture)
     right.axis("off")
-    # One question of each kind.
-    lines = []
-    for number in numbers[: len(KINDS)]:
-        question = asked[number].question
-        lines.append(f"{question.text}   [{question.answer}]")
-        for arm in results.arms:
-            answer = arm.answers[number]
-            mark = "right" if answer == question.answer else "WRONG"
-            lines.append(f"    {arm.title:<11} {mark}  {answer}")
-        lines.append("")
-    right.text(0, 1, "\n".join(lines), va="top", family="monospace", fontsize=11)
+    right.set_title("Questions about it, and answers (wrong ones in red)")
+    questions = [asked[number].question for number in numbers]
+    said = [[arm.answers[number] for arm in results.arms] for number in numbers]
+    table = right.table(
+        [
+            [question.text, *(answer.replace(", ", ",\n") for answer in [question.answer, *line])]
+            for question, line in zip(questions, said, strict=True)
+        ],
+        colLabels=["question", "answer", *(arm.title for arm in results.arms)],
+        colWidths=[2.5, *[1.6] * answers],
+        cellLoc="left",
+        colLoc="left",
+        bbox=(0, 0, 1, 1),
+        edges="horizontal",
+    )
+    table.auto_set_font_size(False)
+    table.set_fontsize(9.5)
+    for row, question in enumerate(questions, 1):
+        for column in range(2, 2 + len(results.arms)):
+            if said[row - 1][column - 2] != question.answer:
+                table[row, column].set_text_props(color="#D55E00", weight="bold")
     return figure
 
 

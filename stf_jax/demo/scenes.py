@@ -6,7 +6,7 @@ as a patch of the vision tower, so that a fused token stands for up to four digi
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -24,7 +24,16 @@ COLOURS = {
     "yellow": (240, 215, 60),
 }
 NAMES = tuple(COLOURS)
-KINDS = ("digit", "cell", "pair")
+
+# Kinds of questions.
+TEXTS = {
+    "digit": "Which digit is in {}?",
+    "colour": "Which colour is in {}?",
+    "cell": "What is in {}?",
+    "pair": "What is in {}?",
+}
+KINDS = tuple(TEXTS)
+MOST = 3  # questions of a kind about one scene
 
 # Words, each of which the tokenizer has as one token: a small model learns from them much faster.
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -48,15 +57,27 @@ class Scene:
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "Scene":
-        """A random scene."""
+        """A random scene, with digits enough to ask about."""
         shape = (GRID, GRID)
+        filled = np.zeros(shape, bool)
+        while filled.sum() < MOST:
+            filled = rng.random(shape) < _FILLED
         digits, colours = rng.integers(10, size=shape), rng.integers(len(NAMES), size=shape)
-        return cls(digits=np.where(rng.random(shape) < _FILLED, digits, EMPTY), colours=colours)
+        return cls(digits=np.where(filled, digits, EMPTY), colours=np.where(filled, colours, EMPTY))
+
+    def digit(self, row: int, column: int) -> str:
+        """The word for the digit that is there."""
+        return DIGITS[self.digits[row, column]]
+
+    def colour(self, row: int, column: int) -> str:
+        """Of the digit that is there."""
+        return NAMES[self.colours[row, column]]
 
     def cell(self, row: int, column: int) -> str:
-        """What is there: "seven", or "nothing"."""
-        digit = self.digits[row, column]
-        return "nothing" if digit == EMPTY else DIGITS[digit]
+        """What is there: "red seven", or "nothing"."""
+        if self.digits[row, column] == EMPTY:
+            return "nothing"
+        return f"{self.colour(row, column)} {self.digit(row, column)}"
 
     def caption(self, rng: np.random.Generator) -> str:
         """The whole scene in words, cell by cell in random order."""
@@ -73,27 +94,31 @@ class Question:
     answer: str
 
 
-def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Question:
-    """A random question of a kind."""
-    cells = [(row, column) for row in range(GRID) for column in range(GRID)]
-    if kind == "digit":
-        at = rng.choice(np.argwhere(scene.digits != EMPTY))
-        text, answer = f"Which digit is in {name(*at)}?", scene.cell(*at)
-    else:
-        asked = rng.permutation(cells)[: 2 if kind == "pair" else 1]
-        text = f"What is in {', '.join(name(*at) for at in asked)}?"
-        answer = ", ".join(scene.cell(*at) for at in asked)
-    return Question(kind=kind, text=text, answer=answer)
+def ask(scene: Scene, kind: str, rng: np.random.Generator, *, count: int) -> list[Question]:
+    """Random questions of a kind, `MOST` at most, no two about the same cell."""
+    known = (scene.digits != EMPTY) | (kind in ("cell", "pair"))
+    of_each = 2 if kind == "pair" else 1
+    cells = rng.permutation(np.argwhere(known))[: of_each * count].reshape(count, of_each, 2)
+    say = {"digit": scene.digit, "colour": scene.colour}.get(kind, scene.cell)
+    return [
+        Question(
+            kind=kind,
+            text=TEXTS[kind].format(", ".join(name(*at) for at in about)),
+            answer=", ".join(say(*at) for at in about),
+        )
+        for about in cells
+    ]
 
 
-def describe(scene: Scene, rng: np.random.Generator) -> Question:
-    """The question that a caption answers."""
-    return Question(kind="caption", text="Describe the picture.", answer=scene.caption(rng))
-
-
-def questions(scene: Scene, rng: np.random.Generator, *, of_each: int = 1) -> list[Question]:
+def questions(scene: Scene, rng: np.random.Generator, *, of_each: int) -> list[Question]:
     """So many of each kind, the kinds in turn."""
-    return [ask(scene, kind, rng) for kind in KINDS * of_each]
+    by_kind = [ask(scene, kind, rng, count=of_each) for kind in KINDS]
+    return [question for turn in zip(*by_kind, strict=True) for question in turn]
+
+
+def shuffled(asked: Sequence[Question], rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Questions and answers of a conversation: any kind may come first, as when one is asked."""
+    return [(asked[number].text, asked[number].answer) for number in rng.permutation(len(asked))]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,8 +143,13 @@ class Scans:
         return cls(ink=[images[chosen & (data.target == digit)] for digit in range(10)])
 
 
-def render(scene: Scene, scans: Scans, rng: np.random.Generator) -> UInt8[np.ndarray, "S S 3"]:
-    """The picture: every digit another scan, at a random size and place within its cell."""
+def render(
+    scene: Scene, scans: Scans, rng: np.random.Generator, *, tilt: float = 0
+) -> UInt8[np.ndarray, "S S 3"]:
+    """The picture: every digit another scan, at a random size and place within its cell.
+
+    With `tilt` it is turned, too, by up to so many degrees.
+    """
     picture = rng.uniform(10, 50, 3) + rng.normal(0, 6, (SIDE, SIDE, 3))
     for row, column in np.argwhere(scene.digits != EMPTY):
         ink = scans.ink[scene.digits[row, column]]
@@ -128,16 +158,19 @@ def render(scene: Scene, scans: Scans, rng: np.random.Generator) -> UInt8[np.nda
             [row, column]
         )
         scan = Image.fromarray((255 * ink[rng.integers(len(ink))]).astype(np.uint8))
-        cover = np.asarray(scan.resize((size, size), Image.Resampling.BICUBIC), np.float32) / 255
+        scan = scan.resize((size, size), Image.Resampling.BICUBIC)
+        if tilt:
+            scan = scan.rotate(rng.uniform(-tilt, tilt), Image.Resampling.BICUBIC)
+        cover = np.asarray(scan, np.float32) / 255
         colour = COLOURS[NAMES[scene.colours[row, column]]] + rng.normal(0, 12, 3)
         part = picture[top : top + size, left : left + size]
         part += cover[..., None] * (colour - part)
     return picture.clip(0, 255).astype(np.uint8)
 
 
-def conversation(asked: Sequence[Question]) -> Iterator[dict[str, str]]:
-    """The turns of LLaVA's JSON; the picture comes with the first."""
-    for number, question in enumerate(asked):
+def conversation(turns: Iterable[tuple[str, str]]) -> Iterator[dict[str, str]]:
+    """The turns of LLaVA's JSON, from questions and answers; the picture comes with the first."""
+    for number, (question, answer) in enumerate(turns):
         marker = "" if number else "<image>\n"
-        yield {"from": "human", "value": marker + question.text}
-        yield {"from": "gpt", "value": question.answer}
+        yield {"from": "human", "value": marker + question}
+        yield {"from": "gpt", "value": answer}

@@ -23,13 +23,15 @@ from stf_jax.checkpoint import flatten
 from stf_jax.config import VisionConfig
 from stf_jax.data.images import ImageProcessor
 from stf_jax.demo import scenes
-from stf_jax.demo.scenes import CELL, EMPTY, GRID, NAMES, SIDE, Scans, Scene
+from stf_jax.demo.scenes import CELL, GRID, NAMES, SIDE, Scans, Scene
 from stf_jax.models.clip import VisionTower
 from stf_jax.models.layers import Init
 
 VISION = VisionConfig(image_size=SIDE, patch_size=CELL, width=96, mlp_width=384, layers=5, heads=4)
 
-_STEPS, _BATCH, _POOL, _RATE = 1200, 64, 10000, 2e-3
+STEPS, SCENES = 1200, 10000
+_TILT = 12  # degrees; there are few scans, and a tower that knows them by heart knows no others
+_BATCH, _RATE, _EVERY = 64, 2e-3, 100
 
 # How many words each part of a patch's caption can be: a digit or nothing, colour, row, column.
 _WORDS = (11, len(NAMES), GRID, GRID)
@@ -71,13 +73,13 @@ def captioned(split: str, count: int, *, seed: int) -> Captioned:
     """Random scenes of the scans of a split."""
     rng, scans = np.random.default_rng(seed), Scans.load(split)
     drawn = [Scene.draw(rng) for _ in range(count)]
-    pictures: Any = np.stack([scenes.render(scene, scans, rng) for scene in drawn])
+    pictures: Any = np.stack([scenes.render(scene, scans, rng, tilt=_TILT) for scene in drawn])
     rows, columns = np.indices((GRID, GRID))
     words = [
         np.stack(
             [
                 scene.digits + 1,
-                np.where(scene.digits == EMPTY, -1, scene.colours),
+                scene.colours,
                 rows,
                 columns,
             ],
@@ -89,28 +91,29 @@ def captioned(split: str, count: int, *, seed: int) -> Captioned:
     return Captioned(pixels=pictures, words=stacked)
 
 
-def train_tower(*, seed: int, progress: Callable[[int, int], None]) -> dict[str, Any]:
+def train_tower(
+    *, seed: int, say: Callable[[str], None], steps: int = STEPS, scene_count: int = SCENES
+) -> dict[str, Any]:
     """Trains the tower on training scans; its parameters by native path, "vision/..."."""
-    pool, processor = captioned("train", _POOL, seed=seed), ImageProcessor(image_size=SIDE)
+    pool, processor = captioned("train", scene_count, seed=seed), ImageProcessor(image_size=SIDE)
     graph, parameters = nnx.split(Captioner(rngs=nnx.Rngs(seed)))
+    rate = optax.warmup_cosine_decay_schedule(0, _RATE, min(50, steps), steps + 1)
     optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(
-            optax.warmup_cosine_decay_schedule(0, _RATE, 50, _STEPS), b2=0.99, weight_decay=0.05
-        ),
+        optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=0.05)
     )
 
     @jax.jit
-    def step(parameters: nnx.State, moments: Any, batch: Captioned) -> tuple[nnx.State, Any]:
-        slope = jax.grad(lambda one: nnx.merge(graph, one).loss(batch))(parameters)
+    def step(parameters: nnx.State, moments: Any, batch: Captioned) -> tuple[nnx.State, Any, Array]:
+        lost, slope = jax.value_and_grad(lambda one: nnx.merge(graph, one).loss(batch))(parameters)
         updates, moments = optimizer.update(slope, moments, parameters)
-        return optax.apply_updates(parameters, updates), moments
+        return optax.apply_updates(parameters, updates), moments, lost
 
     moments, rng = optimizer.init(parameters), np.random.default_rng(seed)
-    for number in range(_STEPS):
-        chosen = rng.integers(_POOL, size=_BATCH)
+    for number in range(1, steps + 1):
+        chosen = rng.integers(scene_count, size=_BATCH)
         batch = Captioned(pixels=processor.normalise(pool.pixels[chosen]), words=pool.words[chosen])
-        parameters, moments = step(parameters, moments, batch)
-        progress(number + 1, _STEPS)
+        parameters, moments, lost = step(parameters, moments, batch)
+        if number % _EVERY == 0 or number == steps:
+            say(f"tower: step {number} of {steps}, loss {float(lost):.3f}")
     trained = nnx.to_pure_dict(parameters)["tower"]
     return flatten({"vision": jax.device_get(trained)})

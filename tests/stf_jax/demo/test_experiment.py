@@ -1,6 +1,9 @@
 """The whole demo in miniature: deterministic, resumable, its report true, its export PyTorch's."""
 
 import json
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +12,13 @@ import pytest
 from PIL import Image
 
 from stf_jax.cli import main
+from stf_jax.data.pipeline import TrainingData, TrainingStep
 from stf_jax.demo.corpus import PICTURES, HeldOut, read_held_out
 from stf_jax.demo.evaluation import scores
-from stf_jax.demo.experiment import DemoError, Settings, run
+from stf_jax.demo.experiment import DemoError, Interrupted, Settings, run
 from stf_jax.demo.report import write_report
 from stf_jax.demo.results import Results
+from stf_jax.train import loop
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -34,20 +39,37 @@ def losses(results: Results, arm: str) -> list[float]:
     return [record["loss"] for stage in results.arm(arm).stages for record in stage]
 
 
-def test_one_seed_gives_one_result(demo: tuple[Results, Path], tmp_path: Path) -> None:
+class Interrupting(TrainingData):
+    """SIGTERM in the middle of a stage: in the first step of the fourth, once."""
+
+    stages = 0
+
+    def batches(self, **arguments: Any) -> Iterator[TrainingStep]:
+        Interrupting.stages += 1
+        for step in super().batches(**arguments):
+            if (self.stages, step.step) == (4, 0):
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield step
+
+
+def test_interrupted_or_not_one_seed_gives_one_result(
+    demo: tuple[Results, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     results, _ = demo
-    again = run(SETTINGS, tmp_path / "again")
+    monkeypatch.setattr(loop, "TrainingData", Interrupting)
+    out = tmp_path / "again"
+    with pytest.raises(Interrupted):
+        run(SETTINGS, out)
+    assert not (out / "stf_mbtf" / "answers.json").exists()
+    again = run(SETTINGS, out)
+    assert Interrupting.stages == 5
     for arm in SETTINGS.arms:
         assert losses(again, arm) == losses(results, arm)
         assert again.arm(arm).answers == results.arm(arm).answers
 
 
-def test_goes_on_where_it_stopped(demo: tuple[Results, Path]) -> None:
-    results, out = demo
-    (out / "stf_mbtf" / "answers.json").unlink()
-    again = run(SETTINGS, out)
-    assert losses(again, "stf_mbtf") == losses(results, "stf_mbtf")
-    assert again.arm("stf_mbtf").answers == results.arm("stf_mbtf").answers
+def test_a_folder_holds_one_run(demo: tuple[Results, Path]) -> None:
+    _, out = demo
     with pytest.raises(DemoError, match="other settings"):
         run(Settings(seed=7), out)
     with pytest.raises(DemoError, match="something else"):

@@ -17,28 +17,52 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
+def cells(scene: Scene) -> dict[str, list[str]]:
+    """What the caption says of each cell: ["red", "seven"], or ["nothing"]."""
+    said = [part.split(" ") for part in scene.caption(rng()).split(", ")]
+    assert len(said) == GRID**2
+    return {cell: words for cell, *words in said}
+
+
 def test_answers_are_true() -> None:
-    """Read back from the scene by the words of the question alone."""
-    random = rng()
+    """Read back from the caption by the words of the question alone."""
+    random, kinds = rng(), []
     for _ in range(50):
         scene = Scene.draw(random)
-        cells = {
-            scenes.name(row, column): scene.cell(row, column)
-            for row in range(GRID)
-            for column in range(GRID)
-        }
-        for question in scenes.questions(scene, random, of_each=3):
-            names = question.text.partition(" is in ")[2].rstrip("?").split(", ")
-            assert len(set(names)) == (2 if question.kind == "pair" else 1)
-            assert question.answer == ", ".join(cells[name] for name in names)
-            assert question.kind != "digit" or question.answer != "nothing"
+        held = cells(scene)
+        for question in scenes.questions(scene, random, of_each=2):
+            start, _, about = question.text.rstrip("?").partition(" in ")
+            said = [held[cell] for cell in about.split(", ")]
+            part = {"Which digit is": slice(1, 2), "Which colour is": slice(0, 1)}.get(start)
+            assert len(said) == (2 if question.kind == "pair" else 1)
+            assert question.answer == ", ".join(" ".join(words[part or slice(2)]) for words in said)
+            kinds.append(question.kind)
+    assert kinds == [*KINDS] * 100
 
 
-def test_captions_name_every_cell_once() -> None:
+def test_no_question_comes_twice() -> None:
+    random = rng()
+    asked = scenes.questions(Scene.draw(random), random, of_each=scenes.MOST)
+    texts = [question.text for question in asked]
+    assert len(set(texts)) == len(texts) == len(KINDS) * scenes.MOST
+
+
+def test_any_kind_comes_first_in_a_conversation() -> None:
+    random = rng()
+    first = {
+        scenes.shuffled(scenes.questions(Scene.draw(random), random, of_each=1), random)[0][0][:7]
+        for _ in range(50)
+    }
+    assert first == {"Which d", "Which c", "What is"}
+
+
+def test_captions_name_every_cell() -> None:
     scene = Scene.draw(rng())
-    parts = dict(part.split(" ", 1) for part in scene.caption(rng()).split(", "))
-    assert len(parts) == GRID**2
-    assert parts["BY"] == scene.cell(1, 2)
+    held = cells(scene)
+    for row, column in np.ndindex(GRID, GRID):
+        digit, colour = scene.digits[row, column], scene.colours[row, column]
+        said = held["ABCD"[row] + "WXYZ"[column]]
+        assert said == (["nothing"] if digit < 0 else [NAMES[colour], scenes.DIGITS[digit]])
 
 
 def test_pictures_show_the_colours_of_their_cells() -> None:
@@ -74,9 +98,12 @@ def test_one_seed_gives_one_corpus(tmp_path: Path) -> None:
     }
     assert contents["a"] == contents["b"] != contents["c"]
     asked = read_held_out(tmp_path / "a")
+    count = 4 * len(KINDS)
     assert [one.question.kind for one in asked] == [*KINDS] * 4
-    assert scores(asked, [one.question.answer for one in asked])["all"] == Score(right=12, asked=12)
-    assert scores(asked, ["x"] * 12)["all"].accuracy == 0
+    assert scores(asked, [one.question.answer for one in asked])["all"] == Score(
+        right=count, asked=count
+    )
+    assert scores(asked, ["x"] * count)["all"].accuracy == 0
 
 
 def test_wilson_interval() -> None:
