@@ -102,9 +102,21 @@ def follow() -> str:
         [
             f"cd ~/{RUN} 2> /dev/null && [ -e pid ] ||",
             '  { echo "$(hostname): no run has been started here" >&2; exit 1; }',
-            'tail -n 20 -f --pid="$(cat pid)" log',
+            # Of a run that is over the pid may be another process' by now.
+            "if flock -n lock true; then tail -n 20 log",
+            'else tail -n 20 -f --pid="$(cat pid)" log; fi',
             # Killed, or the machine has been restarted.
             "exit $(cat status 2> /dev/null || echo 137)",
+        ]
+    )
+
+
+def check_not_killed() -> str:
+    """Fails if the run is gone without a status: killed, as by a restart of the machine."""
+    return "\n".join(
+        [
+            f"cd ~/{RUN} && {{ ! flock -n lock true || [ -e status ]; }} ||",
+            '  { echo "$(hostname): the run was killed here" >&2; exit 1; }',
         ]
     )
 

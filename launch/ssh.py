@@ -26,13 +26,15 @@ class Hosts(Workers):
         port: on the first host, for the others.
 
     Raises:
-        LaunchError: a name is empty.
+        LaunchError: a name is empty, or there twice.
     """
 
     def __init__(self, runner: Runner, hosts: Sequence[str], *, port: int):
         super().__init__(runner)
         if "" in hosts:
             raise LaunchError(f"a host has no name in '{','.join(hosts)}'; write gpu0,gpu1")
+        if twice := [host for host in hosts if list(hosts).count(host) > 1]:
+            raise LaunchError(f"{twice[0]} is there twice in '{','.join(hosts)}'; name it once")
         self.hosts, self.port = list(hosts), port
 
     def shells(self, scripts: Sequence[str]) -> Mapping[str, Command]:

@@ -95,11 +95,12 @@ class Workers(abc.ABC):
             LaunchError: a command failed.
         """
         archive = _HERE / "build" / remote.ARCHIVE
-        # Whatever git does not ignore, committed or not.
+        # Whatever git does not ignore, committed or not; another setup may send the file just now.
+        packed, made = (shlex.quote(str(archive)) + more for more in ("", ".$$"))
         pack = (
             f"cd {shlex.quote(str(_HERE))} && mkdir -p build && "
             "git ls-files -z --cached --others --exclude-standard -- . ':!tests' ':!docs' "
-            f"| tar --null -T - -czf {shlex.quote(str(archive))}"
+            f"| tar --null -T - -czf {made} && mv {made} {packed}"
         )
         self.runner.run(["bash", "-o", "pipefail", "-c", pack])
         self._together(self.send(archive))
@@ -146,8 +147,8 @@ class Workers(abc.ABC):
     def watch(self, command: Command, what: Setup | None, *, poll: float) -> int:
         """Keeps a run going until it is finished: follows it, and starts it again.
 
-        If the workers are not there, or are taken away, they are rented and set up; a run that is
-        under way already is followed.
+        If the workers are not there, or are taken away, they are rented and set up; if one has been
+        restarted, they are set up. A run that is under way already is followed.
 
         Args:
             command: continues where it was interrupted, and says so with status 75.
@@ -160,17 +161,17 @@ class Workers(abc.ABC):
         Raises:
             LaunchError: a command failed for another reason than that the workers were taken away.
         """
-        under_way = self.ready() and self._under_way()
+        under_way, killed = self.ready() and self._under_way(), False
         while True:
             if not under_way:
                 try:
-                    self._begin(command, what)
+                    self._begin(command, what, killed=killed)
                 except CommandFailed:
                     if self._look(poll) != "gone":
                         raise
                     continue
             status = self.follow()
-            under_way = False
+            under_way = killed = False
             if status == 0 or self.runner.dry_run:
                 return 0
             if status == remote.INTERRUPTED:
@@ -180,20 +181,35 @@ class Workers(abc.ABC):
             elif seen == "unknown" or status == _DISCONNECTED or self._under_way():
                 self.runner.say("the connection is lost; trying again")
                 under_way = True
+            elif killed := self._killed():
+                self.runner.say("setting up what has been restarted, and starting the run again")
             else:
                 self.state()
                 self.runner.say(f"the run has failed with status {status}; see its log")
                 return status
 
-    def _begin(self, command: Command, what: Setup | None) -> None:
+    def _begin(self, command: Command, what: Setup | None, *, killed: bool) -> None:
         if what is not None and not self.ready():
             self.renew()
             self.setup(what)
+        elif killed:
+            # The others wait for the one that was restarted, which has lost its mounts.
+            self.stop()
+            self.everywhere([remote.check_idle()])
+            if what is not None:
+                self.setup(what)
         self.start(command)
 
     def _under_way(self) -> bool:
         # With --dry-run nothing is: what one wants to see is the start.
         return self.runner.call(self.first(remote.running())) == 0 and not self.runner.dry_run
+
+    def _killed(self) -> bool:
+        try:
+            self.everywhere([remote.check_not_killed()])
+        except CommandFailed:
+            return True
+        return False
 
     def _look(self, poll: float) -> Literal["ready", "gone", "unknown"]:
         """What has become of the workers; the service may know it a moment later only."""

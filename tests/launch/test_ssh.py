@@ -59,6 +59,12 @@ def test_a_host_without_a_name(cloud: Cloud, capfd: pytest.CaptureFixture[str], 
     assert cloud.calls == []
 
 
+def test_a_host_that_is_there_twice(cloud: Cloud, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["ssh", "run", "h0,h1,h0", "--", "true"]) == 1
+    assert capfd.readouterr().err == "error: h0 is there twice in 'h0,h1,h0'; name it once\n"
+    assert cloud.calls == []
+
+
 def test_dry_run_of_watch(cloud: Cloud, capfd: pytest.CaptureFixture[str]) -> None:
     """Shows how the run is started, not only how one that is under way is followed."""
     assert main(["ssh", "watch", HOSTS, "--dry-run", "--", "stf-jax", "train", "it.yaml"]) == 0

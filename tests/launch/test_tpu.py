@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -350,6 +351,47 @@ def test_a_slice_that_is_repaired(
     assert verbs(rented).count("queued-resources create") == 1
     assert "queued-resources delete" not in verbs(rented)
     assert verbs(rented).count("tpu-vm scp") == 2
+
+
+@pytest.mark.parametrize("worker", ["w-0", "w-1"])
+def test_a_worker_that_is_restarted(rented: Cloud, tmp_path: Path, worker: str) -> None:
+    """The slice stays ready, and the others may wait or fail; mounts have to be made again."""
+
+    def restart() -> None:
+        for name in ("w-0", "w-1"):
+            until((rented.worker(name) / "begun").exists)
+        pid = rented.worker(worker) / "launch" / "pid"
+        until(lambda: pid.exists() and pid.read_text() != "")
+        os.killpg(int(pid.read_text()), signal.SIGKILL)
+        if worker != "w-0":
+            (tmp_path / "lost").touch()
+
+    thread = threading.Thread(target=restart)
+    thread.start()
+    wait = f"until [ -e {tmp_path}/lost ]; do sleep 0.1; done"
+    script = f"[ -e ~/begun ] && exit 0; touch ~/begun; {wait}; exit 1"
+    watch = ["tpu", "watch", "s", *SLICE, "--bucket", "b", *QUICK]
+    assert main([*watch, "--", "bash", "-c", script]) == 0
+    thread.join(60)
+    mounted = (rented.worker(worker) / "tools.log").read_text().splitlines()
+    assert mounted.count("gcsfuse --implicit-dirs b /mnt/b") == 1
+    assert verbs(rented).count("queued-resources create") == 1
+
+
+def test_the_log_of_a_run_whose_pid_is_taken(
+    rented: Cloud, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By another process, after a restart."""
+    assert main(["tpu", "run", "s", "--", "bash", "-c", "echo here; exit 7"]) == 7
+    capfd.readouterr()
+    with subprocess.Popen(["sleep", "10"], start_new_session=True) as other:
+        # Else it would never be gone.
+        threading.Thread(target=other.wait).start()
+        (rented.worker("w-0") / "launch" / "pid").write_text(str(other.pid))
+        assert main(["tpu", "log", "s"]) == 7
+        assert other.poll() is None
+        other.kill()
+    assert capfd.readouterr().out == "here\n"
 
 
 def test_watch_waits_for_a_request_that_is_in_the_queue(cloud: Cloud) -> None:
