@@ -69,14 +69,14 @@ class Results:
 
     @property
     def verdict(self) -> str:
-        """The claim, and whether this run bears it out."""
+        """How the arm of the claim and its baseline compare."""
         claim, baseline = self.arm(CLAIM), self.arm(BASELINE)
         ours, theirs = claim.scores["all"], baseline.scores["all"]
         gap = 100 * (ours.accuracy - theirs.accuracy)
         if ours.interval[0] > theirs.interval[1]:
-            judged = f"{gap:.1f} points more, and the intervals lie apart: the claim holds here"
+            judged = f"{gap:.1f} points more, and the intervals lie apart"
         elif ours.interval[1] < theirs.interval[0]:
-            judged = f"{-gap:.1f} points fewer, and the intervals lie apart: the claim fails here"
+            judged = f"{-gap:.1f} points fewer, and the intervals lie apart"
         else:
             judged = f"a difference of {gap:+.1f} points, within the intervals: nothing is shown"
         return (
