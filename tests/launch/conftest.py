@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.__main__ import main
+
 HERE = Path(__file__).parent
 
 # What a worker has, beside the system: none of it does anything but uv, which "installs".
@@ -84,6 +86,14 @@ def cloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
     made = Cloud(folder)
     yield made
     made.kill()
+
+
+@pytest.fixture
+def rented(cloud: Cloud) -> Cloud:
+    """A slice that is set up."""
+    assert main(["tpu", "create", "s", "--slice", "v5e:4x4", "--poll", "0.05"]) == 0
+    assert main(["tpu", "setup", "s"]) == 0
+    return cloud
 
 
 def _script(path: Path, text: str) -> None:
