@@ -303,16 +303,15 @@ def _local(options: argparse.Namespace) -> int:
         getattr(sys, stream).write(f"[{process}] {line}")
         getattr(sys, stream).flush()
 
-    with LocalRun(
-        options.command, processes=options.processes, devices=options.devices, say=say
-    ) as run:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        # A second signal ends them at once.
+        listen(signal.default_int_handler)
+        run.interrupt()
 
-        def interrupt(number: int, frame: FrameType | None) -> None:
-            # A second signal ends them at once.
-            listen(signal.default_int_handler)
-            run.interrupt()
-
-        listen(interrupt)
+    run = LocalRun(options.command, processes=options.processes, devices=options.devices, say=say)
+    # Before they run, so that no signal finds them without anybody to pass it on.
+    listen(interrupt)
+    with run:
         return run.wait()
 
 

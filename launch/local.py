@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -21,7 +22,7 @@ _GRACE = 10
 
 
 class LocalRun:
-    """A command in several processes, started when it is made, ended when it is left.
+    """A command in several processes, started when it is entered, ended when it is left.
 
     Args:
         command: a verb of `stf-jax` that runs on several hosts; it is told of the others by the
@@ -32,37 +33,33 @@ class LocalRun:
 
     Attributes:
         processes: in the order of their numbers.
-
-    Raises:
-        LaunchError: there is no such command.
     """
 
     def __init__(self, command: Command, *, processes: int, devices: int, say: Say):
         flags = (
             f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
         )
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
-        self.processes = [
-            start(
-                [*command, *more],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env=environment,
-                # So that Ctrl-C reaches them through us only, and their children can be found.
-                start_new_session=True,
-            )
-            for more in process_flags(f"127.0.0.1:{free_port()}", processes)
+        self._environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
+        self._commands = [
+            [*command, *more] for more in process_flags(f"127.0.0.1:{free_port()}", processes)
         ]
-        self._threads = []
-        for number, process in enumerate(self.processes):
-            assert process.stdout is not None
-            assert process.stderr is not None
-            self._threads += [
-                forward(process.stdout, functools.partial(say, number, "stdout")),
-                forward(process.stderr, functools.partial(say, number, "stderr")),
-            ]
+        self._say = say
+        self._interrupted = False
+        self._threads: list[threading.Thread] = []
+        self.processes: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> Self:
+        """Starts them.
+
+        Raises:
+            LaunchError: there is no such command.
+        """
+        try:
+            for command in self._commands:
+                self._start(command)
+        except BaseException:
+            self._kill()
+            raise
         return self
 
     def __exit__(
@@ -74,8 +71,8 @@ class LocalRun:
         self._kill()
 
     def interrupt(self) -> None:
-        """Asks all to save and leave."""
-        self._signal(signal.SIGTERM)
+        """Asks all to save and leave, in `wait`; a signal's handler may say so before they run."""
+        self._interrupted = True
 
     def wait(self, *, seconds: float = float("inf")) -> int:
         """Waits until all have ended; ends the others when one fails.
@@ -87,8 +84,11 @@ class LocalRun:
         Raises:
             TimeoutError: they take longer; they are killed.
         """
-        deadline, failed = time.monotonic() + seconds, 0
+        deadline, failed, told = time.monotonic() + seconds, 0, False
         while None in self.statuses:
+            if self._interrupted and not told:
+                told = True
+                self._signal(signal.SIGTERM)
             if not failed and (failed := _failure(self.statuses)):
                 self._signal(signal.SIGTERM)
                 deadline = min(deadline, time.monotonic() + _GRACE)
@@ -106,6 +106,24 @@ class LocalRun:
     def statuses(self) -> list[int | None]:
         """Of each process; None while it runs."""
         return [process.poll() for process in self.processes]
+
+    def _start(self, command: Command) -> None:
+        process = start(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=self._environment,
+            # So that Ctrl-C reaches them through us only, and their children can be found.
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        assert process.stderr is not None
+        number = len(self.processes)
+        self.processes.append(process)
+        self._threads += [
+            forward(process.stdout, functools.partial(self._say, number, "stdout")),
+            forward(process.stderr, functools.partial(self._say, number, "stderr")),
+        ]
 
     def _signal(self, number: signal.Signals) -> None:
         for process in self.processes:

@@ -61,8 +61,8 @@ class Instruction:
 
     @property
     def operands(self) -> list[str]:
-        """Names of the operands."""
-        return re.findall(r"%([\w.\-]+)", self.rest[: _closing(self.rest)])
+        """Names of the operands; "name#1" is the second part of a tuple."""
+        return re.findall(r"%([\w.\-#]+)", self.rest[: _closing(self.rest)])
 
     @property
     def source(self) -> str:
@@ -170,7 +170,7 @@ def analyse(text: str, *, devices: int, slices: int = 1, one_turn: bool = False)
     flops = 0.0
     for computation, times in _calls(entry, computations, 1):
         instructions = computations[computation]
-        shapes = {one.name: one.shape for one in instructions}
+        shapes = _shapes(instructions)
         targets = {one.attribute("custom_call_target", '"([^"]*)"') for one in instructions}
         # An asynchronous collective appears in the fusions that start, carry and end it.
         counted = computation.find("async_collective") < 0 and "AsyncCollectiveDone" not in targets
@@ -332,6 +332,27 @@ def _pairs(size: int, kernel: int, out: int, window: dict[str, str]) -> int:
     low = int(window.get("pad", "0_0").split("_")[0])
     at = np.arange(out)[:, None] * stride - low + np.arange(kernel)[None, :] * dilation
     return int(((at >= 0) & (at <= (size - 1) * holes) & (at % holes == 0)).sum())
+
+
+def _shapes(instructions: list[Instruction]) -> dict[str, str]:
+    """Of each result by its name as an operand, and of each part of a tuple."""
+    shapes = {one.name: one.shape for one in instructions}
+    for one in instructions:
+        parts = _parts(one.shape) if one.shape.startswith("(") else []
+        shapes |= {f"{one.name}#{index}": part for index, part in enumerate(parts)}
+    return shapes
+
+
+def _parts(shape: str) -> list[str]:
+    """The shapes that a tuple is made of."""
+    shape = re.sub(r"/\*.*?\*/", "", shape)
+    parts, depth, start = [], 0, 1
+    for index, character in enumerate(shape):
+        depth += (character in "([{") - (character in ")]}")
+        if depth == 0 or (depth == 1 and character == ","):
+            parts.append(shape[start:index].strip())
+            start = index + 1
+    return parts
 
 
 def _closing(text: str) -> int:

@@ -1,10 +1,12 @@
 """The pod on this machine."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ from launch.local import LocalRun, free_port
 from tests.launch.waiting import until
 
 CHECK = [sys.executable, "-W", "ignore", "-m", "launch.check"]
+# A minute, in which a shell hears its signals.
+RUN = "for _ in {1..600}; do sleep 0.1; done"
 
 
 def bash(script: str) -> list[str]:
@@ -40,8 +44,9 @@ def start(script: str, *, said: list[str] | None = None) -> LocalRun:
     )
 
 
-def launcher(*command: str, devices: int = 1) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+@contextlib.contextmanager
+def launcher(*command: str, devices: int = 1) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
         [
             *(sys.executable, "-m", "launch", "local", "--processes", "2"),
             *("--devices", str(devices), "--", *command),
@@ -49,14 +54,20 @@ def launcher(*command: str, devices: int = 1) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
+    ) as run:
+        try:
+            yield run
+        finally:
+            # A test that has failed must not wait for it.
+            run.kill()
 
 
 def test_processes_find_each_other() -> None:
     with launcher(*CHECK, devices=3) as run:
         said = run.communicate(timeout=120)
     assert run.returncode == 0, said
-    lines = [line for line in said[0].splitlines() if "[Gloo]" not in line]
+    # Gloo has lines of its own.
+    lines = [line for line in said[0].splitlines() if "worker" in line]
     assert sorted(lines) == [
         "[0] worker 0 of 2: 3 of 6 devices, cpu",
         "[1] worker 1 of 2: 3 of 6 devices, cpu",
@@ -139,7 +150,7 @@ def test_one_that_hangs() -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_are_passed_on(tmp_path: Path, number: signal.Signals) -> None:
     """Ctrl-C as SIGTERM, since that is what a run on several hosts listens to."""
-    script = f"trap 'echo saved; exit 75' TERM; touch {tmp_path}/$N; while true; do sleep 0.1; done"
+    script = f"trap 'echo saved; exit 75' TERM; touch {tmp_path}/$N; {RUN}"
     with launcher(*bash(script)) as run:
         until(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())
         run.send_signal(number)
@@ -149,9 +160,7 @@ def test_signals_are_passed_on(tmp_path: Path, number: signal.Signals) -> None:
 
 
 def test_a_second_signal_kills(tmp_path: Path) -> None:
-    script = (
-        f"trap 'touch {tmp_path}/told-$N' TERM; touch {tmp_path}/$N; while true; do sleep 0.1; done"
-    )
+    script = f"trap 'touch {tmp_path}/told-$N' TERM; touch {tmp_path}/$N; {RUN}"
     with launcher(*bash(script)) as run:
         until(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())
         run.send_signal(signal.SIGINT)

@@ -33,13 +33,10 @@ def test_two_processes_are_one_evaluation(
     with LocalRun(command, processes=2, devices=4, say=hear) as processes:
         assert main([*arguments, "--out", str(tmp_path / "alone")]) == 0
         assert processes.wait(seconds=300) == 0, said
-    # Only the first host has a score to show.
-    lines = [
-        (process, line)
-        for process, stream, line in said
-        if stream == "stdout" and not line.startswith("[Gloo]")
-    ]
-    assert lines == [(0, line) for line in capsys.readouterr().out.splitlines()]
+    # Only the first host has a score to show. Gloo's own lines, of several threads, are torn.
+    scores = capsys.readouterr().out.splitlines()
+    lines = [(process, line) for process, _, line in said if line in scores]
+    assert lines == [(0, line) for line in scores]
     alone, host = tmp_path / "alone" / "mme", tmp_path / "host0" / "mme"
     assert (host / "answers.jsonl").read_bytes() == (alone / "answers.jsonl").read_bytes()
     assert (host / "scores.json").exists()

@@ -67,6 +67,20 @@ def test_a_loop_counts_as_often_as_it_turns() -> None:
     assert work.flops == 5 * 2 * 16 * 4 * 32
 
 
+PARTS = """HloModule jit_step
+
+ENTRY %main (p: (s8[3], (bf16[1], s32[]), f32[16,4], f32[4,32])) -> f32[16,32] {
+  %p = (s8[3]{0}, (bf16[1], s32[]), f32[16,4]{1,0:T(8,128)S(1)}, /*index=3*/f32[4,32]) parameter(0)
+  ROOT %dot = f32[16,32] dot(%p#2, %p#3), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+
+
+def test_an_operand_that_is_a_part_of_a_tuple() -> None:
+    """As libtpu 0.0.52 writes it; before, the part had a line of its own."""
+    assert analyse(PARTS, devices=1).flops == 2 * 16 * 4 * 32
+
+
 def test_collectives_once_a_turn_and_by_their_group() -> None:
     work = analyse(MODULE, devices=4)
     found = {one.kind: (one, times) for one, times in work.collectives.items()}
