@@ -10,11 +10,19 @@ TAPS = (4, 3, 2, 1)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One way to make vision tokens."""
+    """One way to make vision tokens.
 
-    name: str  # of its folder
-    title: str  # in tables and plots
+    Attributes:
+        name: of its folder.
+        title: in tables and plots.
+        fusion: how.
+        pretrain_rate: the peak learning rate of stage 1, chosen by `stf_jax.demo.rates`.
+    """
+
+    name: str
+    title: str
     fusion: FusionConfig
+    pretrain_rate: float
 
 
 def all_arms(vision: VisionConfig, text: TextConfig) -> dict[str, Arm]:
@@ -28,17 +36,20 @@ def all_arms(vision: VisionConfig, text: TextConfig) -> dict[str, Arm]:
             name="llava",
             title="LLaVA-1.5",
             fusion=FusionConfig.llava(text_width=text.width, tap=tap),
+            pretrain_rate=4e-3,
         ),
         Arm(
             name="average",
             title="AvgPool",
             fusion=FusionConfig.average(text_width=text.width, tap=tap),
+            pretrain_rate=4e-3,
         ),
-        Arm(name="stf", title="STF", fusion=stf),
+        Arm(name="stf", title="STF", fusion=stf, pretrain_rate=5e-4),
         Arm(
             name="stf_mbtf",
             title="STF + MBTF",
             fusion=dataclasses.replace(stf, taps=TAPS, mbtf=MBTFConfig(mlp_width=4 * width)),
+            pretrain_rate=5e-4,
         ),
     )
     return {arm.name: arm for arm in arms}

@@ -38,7 +38,8 @@ from stf_jax.progress import count_progress
 from stf_jax.train.config import TrainConfig
 from stf_jax.train.loop import train
 
-SETTINGS = "settings.json"
+SETTINGS, SCENES = "settings.json", "scenes"
+FINETUNE_RATE = 5e-4  # the peak learning rate of stage 2, for every arm
 TEMPLATES = {CAPTIONS: "plain", CONVERSATIONS: "v1"}
 
 
@@ -58,7 +59,7 @@ class Settings:
     arms: tuple[str, ...] = ("average", "stf_mbtf")
     train_scenes: int = 2000
     held_out_scenes: int = 200
-    steps: tuple[int, int] = (250, 250)
+    steps: tuple[int, int] = (600, 250)
     rows: int = 8
     seed: int = 0
 
@@ -88,21 +89,11 @@ def run(settings: Settings, out: Path) -> Results:
         Interrupted: and it can be called again.
     """
     _claim(out, settings)
-    corpus = out / "scenes"
-    if not corpus.is_dir():
-        _say(f"Drawing {settings.train_scenes} scenes to train on, {settings.held_out_scenes} not")
-        write_corpus(
-            corpus,
-            train=settings.train_scenes,
-            held_out=settings.held_out_scenes,
-            seed=settings.seed,
-        )
     arms = all_arms(VISION, TEXT)
-    for number, name in enumerate(settings.arms):
-        _import(arms[name], out, seed=settings.seed)
-        if not number:
-            _build(out, out / name / "start")
-        _train(arms[name], settings, out)
+    for name in settings.arms:
+        for stage in (1, 2):
+            train_stage(stage, arms[name], settings, out)
+    corpus = out / SCENES
     asked = read_held_out(corpus)
     results = []
     for name in settings.arms:
@@ -115,13 +106,65 @@ def run(settings: Settings, out: Path) -> Results:
                 title=arms[name].title,
                 scores=scores(asked, answers),
                 cost=read_cost(answers_file),
-                stages=tuple(_records(out / name / stage) for stage in ("stage1", "stage2")),
+                stages=tuple(read_metrics(out / name / stage) for stage in ("stage1", "stage2")),
                 answers=tuple(answers),
             )
         )
     found = Results(settings=dataclasses.asdict(settings), arms=tuple(results))
     _export(found.best.name, out)
     return found
+
+
+def train_stage(stage: int, arm: Arm, settings: Settings, out: Path) -> Path:
+    """Trains one stage of one arm, with all that must be there before it.
+
+    Args:
+        stage: 1 or 2.
+        arm: of any name.
+        settings: of the run.
+        out: its folder.
+
+    Returns:
+        The folder of the training run.
+
+    Raises:
+        Interrupted: and it can be called again.
+    """
+    folder = out / arm.name
+    _draw(out, settings)
+    _import(arm, out, seed=settings.seed)
+    _build(out, folder / "start")
+    name, template = list(TEMPLATES.items())[stage - 1]
+    run_folder = folder / f"stage{stage}"
+    tree: dict[str, Any] = {
+        "model": str(folder / ("start" if stage == 1 else "stage1")),
+        "out": str(run_folder),
+        "stage": ("pretrain", "finetune")[stage - 1],
+        "steps": settings.steps[stage - 1],
+        "remat": "none",
+        "dtype": "float32",
+        "mesh": None,
+        "log_every": 50,
+        "seed": settings.seed,
+        "data": {
+            "datasets": [{"path": str(_dataset(out, name))}],
+            "template": template,
+            "image_mode": "pad",
+            "sequence_length": 256,
+            "batch_size": settings.rows,
+            "images_per_row": (3, 1)[stage - 1],
+            "seed": settings.seed,
+            "workers": 0,
+        },
+        "optimizer": {"learning_rate": arm.pretrain_rate if stage == 1 else FINETUNE_RATE},
+        "checkpoint": {"every": 50, "keep": 1},
+    }
+    file = folder / f"stage{stage}.yaml"
+    file.write_text(yaml.safe_dump(tree, sort_keys=False))
+    _show("train", file)
+    if train(TrainConfig.load(file)) == "interrupted":
+        raise Interrupted
+    return run_folder
 
 
 def _claim(out: Path, settings: Settings) -> None:
@@ -135,6 +178,18 @@ def _claim(out: Path, settings: Settings) -> None:
         raise DemoError(f"{out} holds something else than a demo; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     (out / SETTINGS).write_text(json.dumps(wanted, indent=1) + "\n")
+
+
+def _draw(out: Path, settings: Settings) -> None:
+    if (out / SCENES).is_dir():
+        return
+    _say(f"Drawing {settings.train_scenes} scenes to train on, {settings.held_out_scenes} not")
+    write_corpus(
+        out / SCENES,
+        train=settings.train_scenes,
+        held_out=settings.held_out_scenes,
+        seed=settings.seed,
+    )
 
 
 def _import(arm: Arm, out: Path, *, seed: int) -> None:
@@ -155,7 +210,7 @@ def _build(out: Path, model: Path) -> None:
         dataset = _dataset(out, name)
         if dataset.is_dir():
             continue
-        files, images = [out / "scenes" / name], out / "scenes" / PICTURES
+        files, images = [out / SCENES / name], out / SCENES / PICTURES
         shared: dict[str, Any] = {
             "images": images,
             "tokenizer": processors.tokenizer,
@@ -174,41 +229,6 @@ def _build(out: Path, model: Path) -> None:
         with count_progress(f"Building {name}") as progress:
             _show("data", "build", *files, dataset, *common)
             build(files, dataset, progress=progress, **shared)
-
-
-def _train(arm: Arm, settings: Settings, out: Path) -> None:
-    model = out / arm.name / "start"
-    for number, (name, template) in enumerate(TEMPLATES.items(), 1):
-        run_folder = out / arm.name / f"stage{number}"
-        tree: dict[str, Any] = {
-            "model": str(model),
-            "out": str(run_folder),
-            "stage": ("pretrain", "finetune")[number - 1],
-            "steps": settings.steps[number - 1],
-            "remat": "none",
-            "dtype": "float32",
-            "mesh": None,
-            "log_every": 50,
-            "seed": settings.seed,
-            "data": {
-                "datasets": [{"path": str(_dataset(out, name))}],
-                "template": template,
-                "image_mode": "pad",
-                "sequence_length": 256,
-                "batch_size": settings.rows,
-                "images_per_row": (3, 1)[number - 1],
-                "seed": settings.seed,
-                "workers": 0,
-            },
-            "optimizer": {"learning_rate": 5e-4},
-            "checkpoint": {"every": 50, "keep": 1},
-        }
-        file = out / arm.name / f"stage{number}.yaml"
-        file.write_text(yaml.safe_dump(tree, sort_keys=False))
-        _show("train", file)
-        if train(TrainConfig.load(file)) == "interrupted":
-            raise Interrupted
-        model = run_folder
 
 
 def _export(arm: str, out: Path) -> None:
@@ -230,7 +250,8 @@ def _dataset(out: Path, name: str) -> Path:
     return out / "data" / Path(name).stem
 
 
-def _records(run_folder: Path) -> tuple[dict[str, Any], ...]:
+def read_metrics(run_folder: Path) -> tuple[dict[str, Any], ...]:
+    """The records of every step of a training run."""
     lines = (run_folder / "metrics.jsonl").read_text().splitlines()
     return tuple(json.loads(line) for line in lines)
 

@@ -1,6 +1,7 @@
 """The key-value cache of the decoder: preallocated, written in place, slot p for position p."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
@@ -10,8 +11,14 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from stf_jax.parallel.attention import platform
+
 # How keys and values are kept; None is the dtype that they are computed in.
 CacheDType = Literal["bfloat16", "int8"]
+
+# The least rows that a TPU gives to its matrix unit. Fewer go through the vector unit, which takes
+# three times as long; so one query is taken eight times (docs/tpu.md, "Decode").
+_MATRIX_ROWS = 8
 
 
 @jax.tree_util.register_dataclass
@@ -35,12 +42,6 @@ def _store(x: Float[Array, "B T K D"], dtype: CacheDType | None) -> Stored:
     # A vector of zeros has scale 0.
     integers = jnp.round(wide / jnp.where(scales == 0, 1, scales)).astype(jnp.int8)
     return Quantised(integers=integers, scales=scales)
-
-
-def _read(stored: Stored, dtype: DTypeLike) -> Float[Array, "B K S D"]:
-    if isinstance(stored, Quantised):
-        return (stored.integers * stored.scales).astype(dtype)
-    return stored.astype(dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -99,12 +100,6 @@ class KVCache:
         values[layer] = jax.tree.map(put, values[layer], _store(value, self.dtype))
         return dataclasses.replace(self, keys=tuple(keys), values=tuple(values))
 
-    def read(
-        self, layer: int, dtype: DTypeLike
-    ) -> tuple[Float[Array, "B K S D"], Float[Array, "B K S D"]]:
-        """One layer's keys and values as `cache_attention` takes them."""
-        return _read(self.keys[layer], dtype), _read(self.values[layer], dtype)
-
     def widened(self, slots: int) -> "KVCache":
         """With room for `slots` positions, S or more."""
         room = ((0, 0), (0, 0), (0, slots - self.slots), (0, 0))
@@ -131,3 +126,43 @@ class KVCache:
             rows,
         )
         return replaced
+
+
+def cache_attention(
+    query: Float[Array, "B T N D"],
+    key: Stored,
+    value: Stored,
+    *,
+    positions: Int[Array, "B T"],
+) -> Float[Array, "B T N D"]:
+    """softmax(q k^T / sqrt(D)) v against one layer; a query sees up to its own position.
+
+    With few queries a row this waits for memory: keys and values are read as they lie, and scales
+    go to the scores and the weights, which are fewer.
+    """
+    with jax.named_scope("attention"):
+        rows, length, heads, dim = query.shape
+        keys, key_scales = _scaled(key, query.dtype)
+        values, value_scales = _scaled(value, query.dtype)
+        kv_heads, slots = keys.shape[1:3]
+        group = heads // kv_heads
+        grouped = query.reshape(rows, length, kv_heads, group, dim)
+        if platform() == "tpu":
+            copies = math.ceil(_MATRIX_ROWS / (length * group))
+            grouped = jnp.concatenate([grouped] * copies, axis=3)
+        scores = jnp.einsum("btkgd,bksd->bktgs", grouped, keys, preferred_element_type=jnp.float32)
+        seen = (jnp.arange(slots) <= positions[:, :, None])[:, None, :, None]
+        scores = jnp.where(seen, scores * (key_scales / math.sqrt(dim)), -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1) * value_scales
+        found = jnp.einsum("bktgs,bksd->btkgd", weights.astype(query.dtype), values)
+        return found[:, :, :, :group].reshape(query.shape)
+
+
+def _scaled(
+    stored: Stored, dtype: DTypeLike
+) -> tuple[Float[Array, "B K S D"], Float[Array, "B K 1 1 S"] | float]:
+    """Vectors, and what each is to be multiplied by."""
+    if isinstance(stored, Quantised):
+        scales = stored.scales[..., 0]
+        return stored.integers.astype(dtype), scales[:, :, None, None]
+    return stored.astype(dtype), 1.0

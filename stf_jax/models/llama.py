@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from stf_jax.config import RopeScaling, TextConfig
-from stf_jax.models.cache import CacheDType, KVCache
+from stf_jax.models.cache import CacheDType, KVCache, cache_attention
 from stf_jax.models.layers import (
     Init,
     Linear,
@@ -26,7 +26,7 @@ from stf_jax.models.layers import (
     written_gradient,
 )
 from stf_jax.models.lora import LoRAConfig
-from stf_jax.parallel.attention import Mask, attention, cache_attention
+from stf_jax.parallel.attention import Mask, attention
 from stf_jax.parallel.sharding import gathered
 
 # Hidden states, cache, layers done.
@@ -221,7 +221,8 @@ class Llama(nnx.Module):
                 x, cache, index = carry
                 query, key, value = layer.project(x, angles)
                 cache = cache.written(index, key, value, positions=positions)
-                attended = cache_attention(query, *cache.read(index, x.dtype), positions=positions)
+                held = cache.keys[index], cache.values[index]
+                attended = cache_attention(query, *held, positions=positions)
                 return (layer.finish(x, attended), cache, index + 1), None
 
             (x, cache, _), _ = apply_layers(step, (x, cache, 0), unstack(self.layers))

@@ -1,10 +1,9 @@
 """Attention over heads, masked by a rule rather than by an array that the caller builds.
 
-Splash on a TPU, cuDNN on a GPU for 16-bit numbers, XLA elsewhere and against a cache.
+Splash on a TPU, cuDNN on a GPU for 16-bit numbers, XLA elsewhere.
 """
 
 import dataclasses
-import math
 from functools import partial
 
 import jax
@@ -48,10 +47,10 @@ def attention(
     A query that sees no key (padding) gets a finite value that means nothing.
     """
     with jax.named_scope("attention"):
-        platform = _platform()
-        if platform == "tpu":
+        place = platform()
+        if place == "tpu":
             return _per_device(query, key, value, mask)
-        cudnn = platform in ("cuda", "gpu") and query.dtype in (jnp.bfloat16, jnp.float16)
+        cudnn = place in ("cuda", "gpu") and query.dtype in (jnp.bfloat16, jnp.float16)
         seen = mask.array() if mask else None
         query, key, value = (checkpoint_name(array, "attention") for array in (query, key, value))
         found = jax.nn.dot_product_attention(
@@ -60,29 +59,7 @@ def attention(
         return checkpoint_name(found, "attention")
 
 
-def cache_attention(
-    query: Float[Array, "B T N D"],
-    key: Float[Array, "B K S D"],
-    value: Float[Array, "B K S D"],
-    *,
-    positions: Int[Array, "B T"],
-) -> Float[Array, "B T N D"]:
-    """The same against a cache, whose slot p holds position p; a query sees up to its own position.
-
-    With few queries a row this waits for memory: keys and values are read as they lie.
-    """
-    with jax.named_scope("attention"):
-        rows, length, heads, dim = query.shape
-        kv_heads, slots = key.shape[1:3]
-        grouped = query.reshape(rows, length, kv_heads, heads // kv_heads, dim)
-        scores = jnp.einsum("btkgd,bksd->bktgs", grouped, key, preferred_element_type=jnp.float32)
-        seen = (jnp.arange(slots) <= positions[:, :, None])[:, None, :, None]
-        weights = jax.nn.softmax(jnp.where(seen, scores / math.sqrt(dim), -jnp.inf), axis=-1)
-        found = jnp.einsum("bktgs,bksd->btkgd", weights.astype(value.dtype), value)
-        return found.reshape(query.shape)
-
-
-def _platform() -> str:
+def platform() -> str:
     """Where the program will run, which need not be where it is traced."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform

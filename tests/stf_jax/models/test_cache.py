@@ -5,11 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stf_jax.models.cache import CacheDType, KVCache
+from stf_jax.models import cache as module
+from stf_jax.models.cache import CacheDType, KVCache, Quantised, Stored, cache_attention
+from stf_jax.parallel.attention import Mask, attention
+from stf_jax.parallel.sharding import P, make_mesh
 
 
 def random(*shape: int, seed: int = 0) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape)
+
+
+def vectors(stored: Stored) -> np.ndarray:
+    """What is stored, [B K S D]."""
+    if isinstance(stored, Quantised):
+        return np.asarray(stored.integers * stored.scales)
+    return np.asarray(stored, np.float32)
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(None, 0), ("bfloat16", 2**-8), ("int8", 1 / 253)])
@@ -23,7 +33,7 @@ def test_written_row_by_row(dtype: CacheDType | None, error: float) -> None:
     expected[:, :4] = first
     expected[0, 1:4], expected[1, 4:6] = second[0], second[1, :2]
     largest = np.abs(expected).max(axis=-1, keepdims=True)
-    keys, values = (one.swapaxes(1, 2) for one in cache.read(0, jnp.float32))
+    keys, values = (vectors(one).swapaxes(1, 2) for one in (cache.keys[0], cache.values[0]))
     assert (np.abs(keys - expected) <= error * largest).all()
     assert (np.abs(values - 2 * expected) <= 2 * error * largest).all()
 
@@ -33,18 +43,62 @@ def test_rows_move(dtype: CacheDType | None) -> None:
     arrays = (random(4, 5, 3, 8, seed=seed) for seed in (0, 1))
     old, new = (KVCache.of([one], [one], dtype=dtype) for one in arrays)
     moved = old.replaced(jnp.array([2, 4, 0]), new.rows(jnp.array([1, 3, 3]), spec=None), spec=None)
-    rows = np.asarray(moved.read(0, jnp.float32)[0])
-    was, now = (np.asarray(one.read(0, jnp.float32)[0]) for one in (old, new))
+    rows = vectors(moved.keys[0])
+    was, now = (vectors(one.keys[0]) for one in (old, new))
     np.testing.assert_array_equal(rows, np.stack([now[3], was[1], now[1], was[3]]))
 
 
 def test_fewer_slots_leave_the_later_ones() -> None:
     old, new = random(2, 5, 3, 8), random(1, 3, 3, 8, seed=1)
     long, short = (KVCache.of([one], [one], dtype=None) for one in (old, new))
-    rows = long.replaced(jnp.array([1]), short, spec=None).read(0, jnp.float32)[0].swapaxes(1, 2)
+    replaced = long.replaced(jnp.array([1]), short, spec=None)
+    rows = vectors(replaced.keys[0]).swapaxes(1, 2)
     np.testing.assert_array_equal(rows, old.at[1, :3].set(new[0]))
 
 
 def test_zeros_stay_zeros() -> None:
     cache = KVCache.of([jnp.zeros((1, 2, 1, 4))], [jnp.zeros((1, 2, 1, 4))], dtype="int8")
-    assert not np.asarray(cache.read(0, jnp.float32)).any()
+    assert not vectors(cache.keys[0]).any()
+    positions = jnp.zeros((1, 1), jnp.int32)
+    seen = cache_attention(random(1, 1, 1, 4), cache.keys[0], cache.values[0], positions=positions)
+    assert not seen.any()
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize(("dtype", "error"), [(None, 1e-6), ("bfloat16", 2e-2), ("int8", 2e-2)])
+def test_attention(
+    monkeypatch: pytest.MonkeyPatch,
+    platform: str,
+    queries: int,
+    dtype: CacheDType | None,
+    error: float,
+) -> None:
+    """Queries in the midst of a sequence see what they see with all of it at hand."""
+    query, key, value = (
+        random(2, 9, 6, 16),
+        random(2, 9, 2, 16, seed=1),
+        random(2, 9, 2, 16, seed=2),
+    )
+    ones = jnp.ones((2, 9), jnp.int32)
+    mask = Mask(query_segments=ones, key_segments=ones, causal=True)
+    # Each row goes on from a place of its own, with room behind it that nothing may see.
+    positions = jnp.array([[5, 6, 7], [2, 3, 4]])[:, :queries]
+    late = jnp.take_along_axis(query, positions[:, :, None, None], axis=1)
+    wanted = attention(query, key, value, mask=mask)
+    wanted = jnp.take_along_axis(wanted, positions[:, :, None, None], axis=1)
+    room = ((0, 0), (0, 4), (0, 0), (0, 0))
+    cache = KVCache.of(
+        *([jnp.pad(one, room, constant_values=9)] for one in (key, value)), dtype=dtype
+    )
+    held = cache.keys[0], cache.values[0]
+    monkeypatch.setattr(module, "platform", lambda: platform)
+    found = cache_attention(late, *held, positions=positions)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=error)
+    rows, heads = P(("data", "fsdp")), P(("data", "fsdp"), "tensor")
+    with jax.set_mesh(make_mesh(data=2, tensor=2, devices=jax.devices()[:4])):
+        late = jax.device_put(late, P(("data", "fsdp"), None, "tensor"))
+        split = jax.jit(cache_attention)(
+            late, *jax.device_put(held, heads), positions=jax.device_put(positions, rows)
+        )
+    np.testing.assert_allclose(split, found, rtol=0, atol=1e-6)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stf_jax.parallel import attention as module
-from stf_jax.parallel.attention import Mask, attention, cache_attention
+from stf_jax.parallel.attention import Mask, attention
 from stf_jax.parallel.sharding import P, make_mesh
 from stf_jax.parallel.splash import splash_attention
 
@@ -66,7 +66,7 @@ def test_split_over_a_mesh(monkeypatch: pytest.MonkeyPatch, masked: bool) -> Non
     query, key, value, segments, _ = arrays(case, rows=4)
     mask = Mask(query_segments=segments, key_segments=segments, causal=True)
     wanted = attention(query, key, value, mask=mask if masked else None)
-    monkeypatch.setattr(module, "_platform", lambda: "tpu")
+    monkeypatch.setattr(module, "platform", lambda: "tpu")
     interpreted = lambda *given, **options: splash_attention(*given, **options, interpret=True)  # noqa: E731
     monkeypatch.setattr(module, "splash_attention", interpreted)
     rows, heads = P(("data", "fsdp")), P(("data", "fsdp"), None, "tensor")
@@ -80,24 +80,3 @@ def test_split_over_a_mesh(monkeypatch: pytest.MonkeyPatch, masked: bool) -> Non
         assert jax.typeof(found).sharding.spec[:3] == (("data", "fsdp"), None, "tensor")
     real = np.asarray(segments > 0)[..., None, None] if masked else True
     np.testing.assert_allclose(np.where(real, found, 0), np.where(real, wanted, 0), atol=1e-5)
-
-
-def test_against_a_cache() -> None:
-    """Queries in the midst of a sequence see what they see with all of it at hand."""
-    rng = np.random.default_rng(0)
-    query, key, value = (
-        jnp.asarray(rng.standard_normal((2, 9, heads, 16)), jnp.float32) for heads in (6, 2, 2)
-    )
-    ones = jnp.ones((2, 9), jnp.int32)
-    mask = Mask(query_segments=ones, key_segments=ones, causal=True)
-    wanted = attention(query, key, value, mask=mask)
-    # Each row goes on from a place of its own, with room behind it.
-    positions = jnp.array([[5, 6, 7], [2, 3, 4]])
-    late = jnp.take_along_axis(query, positions[:, :, None, None], axis=1)
-    held = [
-        jnp.pad(one, ((0, 0), (0, 4), (0, 0), (0, 0)), constant_values=9) for one in (key, value)
-    ]
-    held = [one.swapaxes(1, 2) for one in held]
-    found = cache_attention(late, *held, positions=positions)
-    expected = jnp.take_along_axis(wanted, positions[:, :, None, None], axis=1)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
