@@ -28,6 +28,9 @@ _GENERATIONS = {
     "v6e": _Generation(prefix="v6e", cores=1, runtime="v2-alpha-tpuv6e"),
 }
 
+# Chips of a slice of v5e or v6e.
+_FLAT = (1, 4, 8, 16, 32, 64, 128, 256)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Slices:
@@ -54,6 +57,11 @@ class Slices:
             topology = Topology.parse(text)
         except ValueError as error:
             raise LaunchError(str(error)) from error
+        if topology.chip.axes == 2 and topology.chips_per_slice not in _FLAT:
+            raise LaunchError(
+                f"nobody rents a slice {topology.slice}: {topology.chip.name} comes in "
+                f"{', '.join(map(str, _FLAT[:-1]))} or {_FLAT[-1]} chips"
+            )
         generation = _GENERATIONS[topology.chip.name]
         cores = topology.chips_per_slice * generation.cores
         return cls(

@@ -116,6 +116,9 @@ def _score(options: argparse.Namespace) -> "list[Result]":
 
 
 def _ask(options: argparse.Namespace) -> "list[Result]":
+    from etils import epath
+
+    from stf_jax.checkpoint import missing
     from stf_jax.eval.hosts import JaxHosts
     from stf_jax.eval.registry import BENCHMARKS, get_benchmark
     from stf_jax.eval.running import ask_together, prepare
@@ -128,6 +131,9 @@ def _ask(options: argparse.Namespace) -> "list[Result]":
     if everything and options.path:
         raise ValueError("--path is for one benchmark; with 'all' lay the files out under --data")
     chosen = list(BENCHMARKS.values()) if everything else [get_benchmark(options.benchmark)]
+    config = _config(options)
+    if not epath.Path(options.model).exists():
+        raise missing(options.model)
     # All of them before the model is loaded: nobody wants to hear of a missing file after hours.
     prepared, problems = [], []
     for one in chosen:
@@ -139,7 +145,6 @@ def _ask(options: argparse.Namespace) -> "list[Result]":
             problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
-    config = _config(options)
     distributed.start(
         options.coordinator, options.processes, options.process, timeout=options.host_timeout
     )

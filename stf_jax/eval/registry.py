@@ -22,5 +22,5 @@ def get_benchmark(name: str) -> Benchmark:
         return BENCHMARKS[name]
     except KeyError:
         raise ValueError(
-            f"unknown benchmark {name!r}: choose one of {', '.join(BENCHMARKS)}"
+            f"unknown benchmark {name!r}: choose one of {', '.join(BENCHMARKS)}; or all"
         ) from None

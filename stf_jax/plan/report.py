@@ -23,7 +23,7 @@ def headline(plan: Plan | InferencePlan) -> str:
         return (
             f"{plan.topology}: {plan.slots} slots, peak {_gib(plan.needed)} of "
             f"{_gib(plan.limit)} a chip; estimated prefill {1e3 * prefill.seconds:.0f} ms for "
-            f"{prefill.rows} prompts, decode {1e3 * decode.seconds:.1f} ms a step at "
+            f"{_prompts(prefill)}, decode {1e3 * decode.seconds:.1f} ms a step at "
             f"{100 * decode.bandwidth:.0f} % of HBM's rate, {plan.tokens_per_second:.0f} tokens/s"
         )
     return (
@@ -111,9 +111,13 @@ def _inference(plan: InferencePlan) -> str:
     return "\n".join([table, *_dearest(plan.phases[-1])])
 
 
+def _prompts(phase: Phase) -> str:
+    return f"{phase.rows} prompt{'s' * (phase.rows > 1)}"
+
+
 def _phase(phase: Phase) -> dict[str, str]:
     what = {
-        "prefill": f"{phase.rows} prompts of {phase.length} positions",
+        "prefill": f"{_prompts(phase)} of {phase.length} positions",
         "insert": f"{phase.rows} questions of {phase.length} tokens",
         "decode": f"the next token of {phase.rows} slots",
     }[phase.name]

@@ -59,7 +59,14 @@ def test_a_slice_at_once(cloud: Cloud, topology: str, accelerator: str, version:
 
 @pytest.mark.parametrize(
     ("topology", "fix"),
-    [("v5e:4x4x4", "a slice of v5e has 2 axes"), ("2xv5e:4x4", "for several use launch xpk")],
+    [
+        ("v5e:4x4x4", "a slice of v5e has 2 axes"),
+        (
+            "v6e:3x3",
+            "nobody rents a slice v6e:3x3: v6e comes in 1, 4, 8, 16, 32, 64, 128 or 256 ch",
+        ),
+        ("2xv5e:4x4", "for several use launch xpk"),
+    ],
 )
 def test_no_such_slice(
     cloud: Cloud, capfd: pytest.CaptureFixture[str], topology: str, fix: str

@@ -97,6 +97,12 @@ def test_the_engine_s_config(
         run("pope", reference / "llava-stf", *arguments)
 
 
+def test_a_model_that_is_not_there_is_named_first(tmp_path: Path) -> None:
+    """Before the files of a benchmark are looked for, which may take long."""
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/model does not exist")):
+        run("pope", tmp_path / "model", "--data", tmp_path, "--out", tmp_path / "out")
+
+
 def test_the_reference_s_answers(reference: Path, model: stf_jax.Model) -> None:
     """The prompt as a benchmark forms it, to the reference's own greedy text."""
     cases = json.loads((reference / "generation.json").read_text())
