@@ -225,7 +225,8 @@ def test_mistakes(arguments: tuple[str, ...], message: str) -> None:
 def test_every_benchmark_is_checked_before_the_model_is_read(data: Path, tmp_path: Path) -> None:
     (data / "gqa" / "data" / "images" / "n1.jpg").unlink()
     write_jsonl(data / "vizwiz" / "llava_test.jsonl", [{"image": "x"}])
-    arguments = ("all", tmp_path / "no-model", "--data", data, "--out", tmp_path / "out")
+    # A folder, and no model.
+    arguments = ("all", tmp_path, "--data", data, "--out", tmp_path / "out")
     with pytest.raises(ValueError, match="1 pictures are not there") as caught:
         run(*arguments)
     assert "line 1 has no question_id, text" in str(caught.value)
