@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+# In the background of a shell Ctrl-C is ignored, and would be by all that the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tests read local files only; a library that tries the network should fail at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # What several tests, test workers or subprocesses need is compiled once in a session.
