@@ -13,6 +13,7 @@ from rich.table import Table
 from stf_jax.demo.arms import all_arms
 from stf_jax.demo.corpus import PICTURES, HeldOut
 from stf_jax.demo.evaluation import Score
+from stf_jax.demo.experiment import FINETUNE_RATE
 from stf_jax.demo.language import TEXT
 from stf_jax.demo.plots import draw_all
 from stf_jax.demo.results import Results
@@ -46,11 +47,12 @@ frozen), {steps[1]} of stage 2 (conversations). The questions:
 
 ![A scene](scene.png)
 
-Two things set AvgPool back here. Neighbouring patches of such a scene have nothing in common,
-which is the hardest case for pooling. And it has LLaVA-1.5's projector, at this size {narrow} wide
-where STF's is {wide:,}, which learns more slowly: LLaVA-1.5 with all its tokens (`--full`) says how
-much of the gap is due to that. In photographs neighbours are alike, and the paper's gap is about
-one point (its table 3).
+Neighbouring patches of such a scene have nothing in common, which is the hardest case for pooling.
+In photographs neighbours are alike, and the paper's gap is about one point (its table 3).
+
+The peak learning rate of stage 1 is each arm's own, since projectors of {narrow} (LLaVA-1.5's,
+AvgPool's) and of {wide:,} (STF's) want different ones: of three, the one with the lowest loss on
+scenes of another seed (`stf_jax.demo.rates`): {rates}. In stage 2 it is {finetune:g} for all.
 
 ![Losses](loss.png)
 
@@ -75,6 +77,10 @@ def write_report(results: Results, asked: Sequence[HeldOut], out: Path) -> None:
         guessed=100 * _guessed(asked),
         narrow=TEXT.width,
         wide=arms["stf_mbtf"].fusion.projector_width,
+        rates=", ".join(
+            f"{arms[arm.name].pretrain_rate:g} for {arm.title}" for arm in results.arms
+        ),
+        finetune=FINETUNE_RATE,
         grid=f"{GRID}x{GRID}",
         train=settings["train_scenes"],
         held_out=settings["held_out_scenes"],

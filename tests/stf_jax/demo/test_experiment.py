@@ -13,11 +13,15 @@ from PIL import Image
 
 from stf_jax.cli import main
 from stf_jax.data.pipeline import TrainingData, TrainingStep
+from stf_jax.demo.arms import all_arms
 from stf_jax.demo.corpus import PICTURES, HeldOut, read_held_out
 from stf_jax.demo.evaluation import scores
 from stf_jax.demo.experiment import DemoError, Interrupted, Settings, run
+from stf_jax.demo.language import TEXT
+from stf_jax.demo.rates import compare
 from stf_jax.demo.report import write_report
 from stf_jax.demo.results import Results
+from stf_jax.demo.tower import VISION
 from stf_jax.train import loop
 
 pytest.importorskip("sklearn")
@@ -66,6 +70,16 @@ def test_interrupted_or_not_one_seed_gives_one_result(
     for arm in SETTINGS.arms:
         assert losses(again, arm) == losses(results, arm)
         assert again.arm(arm).answers == results.arm(arm).answers
+
+
+def test_a_rate_is_judged_by_the_loss_of_stage_1(
+    demo: tuple[Results, Path], tmp_path: Path
+) -> None:
+    results, _ = demo
+    arm = all_arms(VISION, TEXT)["average"]
+    found = compare(arm, tmp_path, rates=[arm.pretrain_rate], settings=SETTINGS)
+    steps = results.arm("average").stages[0]
+    assert found == {arm.pretrain_rate: np.mean([record["loss"] for record in steps])}
 
 
 def test_a_folder_holds_one_run(demo: tuple[Results, Path]) -> None:
