@@ -44,12 +44,12 @@ def all_arms(vision: VisionConfig, text: TextConfig) -> dict[str, Arm]:
             fusion=FusionConfig.average(text_width=text.width, tap=tap),
             pretrain_rate=4e-3,
         ),
-        Arm(name="stf", title="STF", fusion=stf, pretrain_rate=5e-4),
+        Arm(name="stf", title="STF", fusion=stf, pretrain_rate=4e-3),
         Arm(
             name="stf_mbtf",
             title="STF + MBTF",
             fusion=dataclasses.replace(stf, taps=TAPS, mbtf=MBTFConfig(mlp_width=4 * width)),
-            pretrain_rate=5e-4,
+            pretrain_rate=1.5e-3,
         ),
     )
     return {arm.name: arm for arm in arms}

@@ -17,7 +17,7 @@ from stf_jax.demo.experiment import Settings, read_metrics, train_stage
 from stf_jax.demo.language import TEXT
 from stf_jax.demo.tower import VISION
 
-RATES = (5e-4, 1.5e-3, 4e-3)
+RATES = (5e-4, 1.5e-3, 4e-3, 1e-2)
 SETTINGS = Settings(seed=1)
 _LAST = 50  # steps, of whose losses the mean is taken
 

@@ -51,7 +51,7 @@ Neighbouring patches of such a scene have nothing in common, which is the hardes
 In photographs neighbours are alike, and the paper's gap is about one point (its table 3).
 
 The peak learning rate of stage 1 is each arm's own, since projectors of {narrow} (LLaVA-1.5's,
-AvgPool's) and of {wide:,} (STF's) want different ones: of three, the one with the lowest loss on
+AvgPool's) and of {wide:,} (STF's) want different ones: of four, the one with the lowest loss on
 scenes of another seed (`stf_jax.demo.rates`): {rates}. In stage 2 it is {finetune:g} for all.
 
 ![Losses](loss.png)
