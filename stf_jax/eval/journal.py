@@ -1,6 +1,7 @@
 """Replies on their way into the answer file: they come in any order and on any host."""
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -29,23 +30,25 @@ class AnswerLog:
       hosts: each has a log; opening and finishing wait for all of them.
 
     Raises:
-      ValueError: the file holds answers to other questions.
+      ValueError: the file holds answers to other questions, or another run is writing it.
     """
 
     def __init__(self, path: Path, questions: Sequence[Question], *, model_id: str, hosts: Hosts):
         self._path, self._questions = path, questions
         self._model_id, self._hosts = model_id, hosts
-        self._written = count_answered(path, questions) if hosts.number == 0 else 0
-        own = {number: text for part in self._parts() for number, text in _read(part)}
-        said = hosts.gather([self._written, list(own.items())])
+        with contextlib.ExitStack() as files:
+            # Before anything there is mended or taken for left behind.
+            self._file = files.enter_context(_locked(path)) if hosts.number == 0 else None
+            self._written = count_answered(path, questions) if hosts.number == 0 else 0
+            own = {number: text for part in self._parts() for number, text in _read(part)}
+            said = hosts.gather([self._written, list(own.items())])
+            self._files = files.pop_all()
         self._written = said[0][0]
         self._early = {number: text for _, replies in said for number, text in replies}
-        self._files = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         part = self._path.with_name(f"answers.part-{self._hosts.number}.jsonl")
-        self._part = self._opened(part)
-        self._file = self._opened(self._path) if self._hosts.number == 0 else None
+        self._part = self._files.enter_context(part.open("a", encoding="utf-8"))
         self._write_due()
         return self
 
@@ -108,8 +111,21 @@ class AnswerLog:
             if match is not None and int(match[1]) % hosts.count == hosts.number
         ]
 
-    def _opened(self, path: Path) -> IO[str]:
-        return self._files.enter_context(path.open("a", encoding="utf-8"))
+
+def _locked(path: Path) -> IO[str]:
+    """Opened to append, for nobody else at the same time."""
+    file = path.open("a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(
+            f"{path}: another run is writing it; wait for that run, or give another --out"
+        ) from None
+    except OSError:
+        # A file system without locks, as some on a network are.
+        pass
+    return file
 
 
 def _read(part: Path) -> Iterable[tuple[int, str]]:

@@ -82,6 +82,24 @@ def test_sigkill(data: Path, tmp_path: Path) -> None:
     assert result.answers.read_bytes() == whole.answers.read_bytes()
 
 
+def test_two_runs_at_once(data: Path, tmp_path: Path) -> None:
+    """The second is refused, and does the first no harm."""
+    prepared = prepare(POPE, data=data)
+    whole = ask(prepared, Echo(), out=tmp_path / "whole")
+    out, second = tmp_path / "out", Echo()
+
+    class First(Echo):
+        def answer(self, questions: Sequence[Question], decoding: Decoding) -> Iterator[Reply]:
+            for number, reply in enumerate(super().answer(questions, decoding)):
+                if number == 2:
+                    with pytest.raises(ValueError, match="another run is writing it; wait"):
+                        ask(prepared, second, out=out)
+                yield reply
+
+    assert ask(prepared, First(), out=out).answers.read_bytes() == whole.answers.read_bytes()
+    assert second.asked == []
+
+
 def test_limit_then_all(data: Path, tmp_path: Path) -> None:
     tried = ask(prepare(POPE, data=data, limit=2), Echo(), out=tmp_path)
     assert (tried.limit, tried.score.questions, tried.score.missing) == (2, 2, ())
