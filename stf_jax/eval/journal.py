@@ -85,8 +85,11 @@ class AnswerLog:
         for replies in self._hosts.gather(list(self._early.items())):
             self._early |= dict(replies)
         self._write_due()
-        # No reply is deleted before host 0 has it in the file.
-        self._hosts.gather(None)
+        # No reply is deleted before host 0 has it in the file; and none that is still not due, as
+        # when a run with a limit follows one that was killed.
+        written = self._hosts.gather(self._written)[0]
+        if any(number >= written for number in self._early):
+            return
         self._part.truncate(0)
         for part in self._parts():
             os.truncate(part, 0)

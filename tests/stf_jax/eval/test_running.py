@@ -217,6 +217,16 @@ def test_replies_in_another_order(data: Path, tmp_path: Path, name: str) -> None
         }
 
 
+def test_a_try_out_keeps_what_came_early(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        ask(prepare(POPE, data=data), Backwards(stop_after=4), out=tmp_path)
+    ask(prepare(POPE, data=data, limit=1), Echo(), out=tmp_path)
+    rest = Echo()
+    ask(prepare(POPE, data=data), rest, out=tmp_path)
+    assert [one.number for one in rest.asked] == [1]
+    assert not list(tmp_path.glob("answers.part-*"))
+
+
 @pytest.mark.parametrize("number", [0, 3, -1])
 def test_a_reply_that_nobody_asked_for(data: Path, tmp_path: Path, number: int) -> None:
     class Wrong(Echo):
