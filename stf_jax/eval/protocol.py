@@ -50,10 +50,16 @@ def settle(folder: Path, protocol: Mapping[str, Any]) -> None:
     """Stores the protocol of the answers to come, or checks that they go on under the stored one.
 
     Raises:
-      ValueError: the folder's answers were given under another protocol; says what differs.
+      ValueError: the folder's answers were given under another protocol; says what differs. Or
+        nobody knows under which.
     """
     path = folder / NAME
     if not path.exists():
+        if found := [one for one in sorted(folder.glob("answers*.jsonl")) if one.stat().st_size]:
+            raise ValueError(
+                f"{found[0]}: there is no {NAME} that says who answered, and how; score it as it "
+                "is with --answers, or give another --out"
+            )
         write_text(path, json.dumps(protocol, indent=2, ensure_ascii=False) + "\n")
         return
     stored = read_json(path, dict)

@@ -179,12 +179,22 @@ def test_another_protocol(data: Path, tmp_path: Path) -> None:
         ask(prepare(POPE, data=data), Echo(), out=tmp_path)
 
 
+@pytest.mark.parametrize("name", ["answers.jsonl", "answers.part-0.jsonl"])
+def test_answers_without_protocol(data: Path, tmp_path: Path, name: str) -> None:
+    """Nobody's answers are gone on with as this model's."""
+    done = ask(prepare(POPE, data=data, limit=1), Echo(), out=tmp_path / "done")
+    (tmp_path / name).write_bytes(done.answers.read_bytes())
+    with pytest.raises(ValueError, match=f"{name}: there is no protocol.json .* --answers"):
+        ask(prepare(POPE, data=data), Echo(), out=tmp_path)
+    assert [file.name for file in tmp_path.iterdir() if file.is_file()] == [name]
+
+
 def test_answers_of_another_benchmark(data: Path, tmp_path: Path) -> None:
     other = ask(prepare(get_benchmark("vqav2"), data=data), Echo(), out=tmp_path / "vqav2")
     with pytest.raises(ValueError, match=r"3 of 3 answers are to no question .*20, 10, 40"):
         score_file(GQA, other.answers, data=data)
     out = tmp_path / "gqa"
-    out.mkdir()
+    ask(prepare(GQA, data=data, limit=1), Echo(), out=out)
     (out / "answers.jsonl").write_bytes(other.answers.read_bytes())
     with pytest.raises(ValueError, match=r"line 1 \(question 20\) does not answer question 1"):
         ask(prepare(GQA, data=data), Echo(), out=out)
