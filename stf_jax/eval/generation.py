@@ -38,8 +38,9 @@ class ModelAnswerer:
         self._model, self._slots, self._dtype = model, slots, dtype
 
     def describe(self) -> dict[str, Any]:
-        """Image mode, vision tokens and dtypes."""
+        """Weights, image mode, vision tokens and dtypes."""
         return {
+            "weights": self._model.engine.program.checksum(),
             "image_mode": self._model.image_processor.mode,
             "image_size": self._model.image_processor.image_size,
             "tokens_per_image": self._model.config.tokens_per_image,

@@ -5,6 +5,7 @@ Every shape is a bucket, so calling again with the same shapes compiles nothing.
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
 
 from stf_jax.batch import Batch
 from stf_jax.infer.sampling import Sampling, sample
@@ -105,6 +106,15 @@ class Program:
         self._admit = jax.jit(self._admitted, static_argnames="greedy", donate_argnums=1)
         self._resume = jax.jit(self._resumed, static_argnames="greedy", donate_argnums=1)
         self._decode = jax.jit(self._decoded, static_argnames="greedy", donate_argnums=1)
+
+    def checksum(self) -> str:
+        """Of every weight as the devices have it, whatever the mesh; it tells models apart."""
+        digest = hashlib.sha256()
+        with self._on_mesh():
+            for path, leaf in jax.tree_util.tree_leaves_with_path(self._parameters):
+                told = f"{jax.tree_util.keystr(path)} {leaf.shape} {int(_bit_sum(leaf))}\n"
+                digest.update(told.encode())
+        return digest.hexdigest()[:16]
 
     @property
     def row_multiple(self) -> int:
@@ -326,6 +336,17 @@ class Program:
         end = jnp.isin(token, jnp.asarray(self.config.text.eos_ids))
         full = position >= self.config.text.max_positions
         return end | full | (count >= limits["max_new_tokens"])
+
+
+@jax.jit
+def _bit_sum(weights: Array) -> UInt[Array, ""]:
+    """The sum of a hash of each value's bits, modulo 2**32 and so the same in any order."""
+    bits = jax.lax.bitcast_convert_type(weights, f"uint{8 * weights.dtype.itemsize}")
+    # The multiply-and-shift of MurmurHash3.
+    mixed = bits.astype(jnp.uint32)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+    return (mixed ^ (mixed >> 16)).sum(dtype=jnp.uint32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,6 +21,7 @@ from stf_jax.eval.generation import ModelAnswerer
 from stf_jax.eval.questions import Decoding, Question
 from stf_jax.eval.registry import BENCHMARKS, get_benchmark
 from stf_jax.eval.running import prepare
+from stf_jax.parallel.sharding import make_mesh
 from tests.stf_jax.eval.miniature import write_jsonl
 
 
@@ -149,6 +151,19 @@ def test_pictures_are_taken_as_they_are_stored(
     ]
     list(answerer(model).answer(questions, Decoding(max_new_tokens=1)))
     assert seen == [(40, 30)] * 2
+
+
+def test_another_model_of_the_same_name(reference: Path, model: stf_jax.Model) -> None:
+    """Its weights tell it apart, wherever they lie, so that no answers of two are mixed."""
+    told = answerer(model).describe()
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    spread = stf_jax.load(reference / "llava-stf", mesh=mesh)
+    assert answerer(spread).describe() == told
+    other = stf_jax.load(reference / "llava-stf")
+    parameters = other.engine.program._parameters
+    leaves, tree = jax.tree.flatten(parameters)
+    other.engine.program._parameters = jax.tree.unflatten(tree, [-leaves[0], *leaves[1:]])
+    assert answerer(other).describe()["weights"] != told["weights"]
 
 
 def test_questions_longer_than_the_context(model: stf_jax.Model) -> None:
