@@ -39,6 +39,12 @@ def read_answers(path: Path) -> list[AnswerRecord]:
     lines = read_jsonl(path, ("question_id", "text"))
     if odd := [str(line["question_id"]) for line in lines if not isinstance(line["text"], str)]:
         raise ValueError(f"{path}: the 'text' of {name_some(odd)} is no string; answer them again")
+    odd = [str(one["question_id"]) for one in lines if not isinstance(one.get("prompt", ""), str)]
+    if odd:
+        raise ValueError(
+            f"{path}: the 'prompt' of {name_some(odd)} is no string; put the question there, or "
+            "leave the field out"
+        )
     return [
         AnswerRecord(
             question_id=line["question_id"], prompt=line.get("prompt", ""), text=line["text"]

@@ -9,6 +9,7 @@ from typing import Any
 
 _NAMED = 5
 _BLOCK = 1 << 20
+_KINDS = {str: "text", list: "list", int: "whole number"}
 
 
 def read_text(path: Path) -> str:
@@ -71,6 +72,19 @@ def check_fields(path: Path, entries: Sequence[tuple[str, Any]], fields: Sequenc
             problems.append(f"{place} is no object")
         elif missing := [field for field in fields if field not in entry]:
             problems.append(f"{place} has no {', '.join(missing)}")
+    if problems:
+        raise ValueError(f"{path}: {name_some(problems)}; check that it is the official file")
+
+
+def check_kinds(path: Path, entries: Sequence[tuple[str, Any]], kinds: Mapping[str, type]) -> None:
+    """Raises ValueError naming the entries (place, content) with a field that is no such kind."""
+    problems = [
+        f"the {field} of {place} is no {_KINDS[kind]}"
+        for place, entry in entries
+        for field, kind in kinds.items()
+        # A bool is an int, and never meant to be.
+        if type(entry[field]) is not kind
+    ]
     if problems:
         raise ValueError(f"{path}: {name_some(problems)}; check that it is the official file")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from stf_jax.eval.answers import AnswerRecord, by_id, pair
 from stf_jax.eval.benchmark import Benchmark, Paths, Score, published
-from stf_jax.eval.files import check_fields, read_json, write_json
+from stf_jax.eval.files import check_fields, check_kinds, read_json, write_json
 from stf_jax.eval.questions import read_llava_questions
 
 
@@ -17,6 +17,7 @@ def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -
     path = paths["annotations"]
     truth = read_json(path, dict)
     check_fields(path, list(truth.items()), ("answer",))
+    check_kinds(path, list(truth.items()), {"answer": str})
     paired = pair(list(truth), answers, key=by_id, answered_only=answered_only)
     right = sum(_prediction(answer) == truth[one]["answer"] for one, answer in paired.answers)
     questions = len(paired.answers) + len(paired.missing)

@@ -1,7 +1,6 @@
 """MMBench dev, in English and in Chinese: lettered options, asked in every rotation."""
 
 import base64
-import binascii
 import csv
 import functools
 import re
@@ -81,7 +80,7 @@ def _question(path: Path, number: int, row: dict[str, Any], ending: str) -> Ques
     text = "\n".join(lines)
     try:
         picture = base64.b64decode(row["image"], validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         raise ValueError(
             f"{path}: the picture of index {row['index']} is no base64 ({error}); fetch it again"
         ) from error

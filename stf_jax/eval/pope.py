@@ -7,7 +7,7 @@ from typing import Any
 
 from stf_jax.eval.answers import AnswerRecord, by_id, pair
 from stf_jax.eval.benchmark import Benchmark, Paths, Score, published
-from stf_jax.eval.files import read_jsonl
+from stf_jax.eval.files import check_kinds, read_jsonl
 from stf_jax.eval.questions import read_llava_questions
 
 CATEGORIES = ("random", "popular", "adversarial")
@@ -68,6 +68,8 @@ def _labels(paths: Paths) -> dict[str, tuple[str, bool]]:
     for category, questions in asked.items():
         path = paths["annotations"] / f"coco_pope_{category}.json"
         truth = read_jsonl(path, ("image", "text", "label"))
+        named = [(f"line {number}", one) for number, one in enumerate(truth, start=1)]
+        check_kinds(path, named, {"text": str, "label": str})
         _check_same(path, questions, truth)
         for question, one in zip(questions, truth, strict=True):
             labels[str(question["question_id"])] = category, one["label"] != "no"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from stf_jax.data.conversation import IMAGE_MARKER
-from stf_jax.eval.files import read_jsonl
+from stf_jax.eval.files import check_kinds, name_some, read_jsonl
 
 # What the reference appends to a question with lettered options.
 OPTION_LETTER = "Answer with the option's letter from the given choices directly."
@@ -79,9 +79,13 @@ def read_llava_questions(paths: Mapping[str, Path]) -> list[Question]:
     """LLaVA's jsonl `paths["questions"]` (`question_id, image, text`) about `paths["images"]`.
 
     Raises:
-      ValueError: unreadable, empty, or a line without one of these fields.
+      ValueError: unreadable, empty, a line without one of these fields, or with something else than
+        text in one.
     """
-    fields = ("question_id", "image", "text")
+    path = paths["questions"]
+    lines = read_jsonl(path, ("question_id", "image", "text"))
+    named = [(f"question {line['question_id']}", line) for line in lines]
+    check_kinds(path, named, {"image": str, "text": str})
     return [
         Question(
             number=number,
@@ -90,8 +94,22 @@ def read_llava_questions(paths: Mapping[str, Path]) -> list[Question]:
             prompt=image_prompt(line["text"]),
             images=(paths["images"] / line["image"],),
         )
-        for number, line in enumerate(read_jsonl(paths["questions"], fields))
+        for number, line in enumerate(lines)
     ]
+
+
+def check_markers(path: Path, questions: Sequence[Question]) -> None:
+    """Raises ValueError naming the questions of `path` that ask for pictures they have not."""
+    names = [
+        str(one.question_id)
+        for one in questions
+        if one.prompt.count(IMAGE_MARKER) != len(one.images)
+    ]
+    if names:
+        raise ValueError(
+            f"{path}: {len(names)} questions have {IMAGE_MARKER} in their text "
+            f"({name_some(names)}), which is put before each of them anyway; take it out"
+        )
 
 
 def missing_pictures(questions: Sequence[Question]) -> list[Path]:

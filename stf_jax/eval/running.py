@@ -12,7 +12,7 @@ from stf_jax.eval.benchmark import Benchmark, Score
 from stf_jax.eval.files import check_there, name_some, write_text
 from stf_jax.eval.hosts import Alone, Hosts
 from stf_jax.eval.journal import AnswerLog, share
-from stf_jax.eval.questions import Answerer, Question, missing_pictures
+from stf_jax.eval.questions import Answerer, Question, check_markers, missing_pictures
 
 ANSWERS = "answers.jsonl"
 SCORES = "scores.json"
@@ -94,6 +94,7 @@ def prepare(
     _check_limit(limit)
     located = _located(benchmark, (*benchmark.to_ask, *benchmark.to_score), data, paths)
     questions = benchmark.read(located)
+    check_markers(located["questions"], questions)
     if lost := missing_pictures(questions[:limit]):
         raise ValueError(
             f"{benchmark.name}: {len(lost)} pictures are not there "

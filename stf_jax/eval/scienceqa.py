@@ -8,7 +8,7 @@ from typing import Any
 from stf_jax.data.conversation import IMAGE_MARKER
 from stf_jax.eval.answers import AnswerRecord, by_id, pair
 from stf_jax.eval.benchmark import Benchmark, Paths, Score, published
-from stf_jax.eval.files import check_fields, name_some, read_json
+from stf_jax.eval.files import check_fields, check_kinds, name_some, read_json
 from stf_jax.eval.questions import OPTION_LETTER, Decoding, Question, image_prompt
 
 _LETTERS = "ABCDE"
@@ -21,10 +21,15 @@ _MISSING_IMAGES = "SQA-I leaves out what has no answer, as the reference's scrip
 def _read(paths: Paths) -> list[Question]:
     path = paths["questions"]
     entries = read_json(path, list)
+    if not entries:
+        raise ValueError(f"{path}: empty; fetch it again")
     named = _named(entries)
     check_fields(path, named, ("id", "conversations"))
+    check_kinds(path, named, {"conversations": list})
+    check_kinds(path, [one for one in named if "image" in one[1]], {"image": str})
     first_turns = [(place, next(iter(entry["conversations"]), None)) for place, entry in named]
     check_fields(path, first_turns, ("value",))
+    check_kinds(path, first_turns, {"value": str})
     return [_question(number, entry, paths["images"]) for number, entry in enumerate(entries)]
 
 
@@ -64,16 +69,16 @@ def _chosen(text: str, choices: int) -> int | None:
 def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -> Score:
     split = read_json(paths["splits"], dict)
     problems = read_json(paths["problems"], dict)
-    if "test" not in split:
+    if not isinstance(split.get("test"), list):
         raise ValueError(f"{paths['splits']}: has no split 'test'; fetch the official file again")
     if lost := [one for one in split["test"] if one not in problems]:
         raise ValueError(
             f"{paths['problems']}: lacks {name_some(lost)} of the test split; take both files from "
             "the same release"
         )
-    check_fields(
-        paths["problems"], [(one, problems[one]) for one in split["test"]], ("choices", "answer")
-    )
+    named = [(one, problems[one]) for one in split["test"]]
+    check_fields(paths["problems"], named, ("choices", "answer"))
+    check_kinds(paths["problems"], named, {"choices": list, "answer": int})
     paired = pair(split["test"], answers, key=by_id, answered_only=answered_only)
     right, right_images, images = 0, 0, 0
     for one, answer in paired.answers:

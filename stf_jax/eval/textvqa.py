@@ -8,7 +8,7 @@ from typing import Any
 from stf_jax.eval.answers import AnswerRecord, pair
 from stf_jax.eval.benchmark import Benchmark, Paths, Score, published
 from stf_jax.eval.evalai import normalise_answer
-from stf_jax.eval.files import check_fields, read_json
+from stf_jax.eval.files import check_fields, check_kinds, read_json
 from stf_jax.eval.questions import read_llava_questions
 
 _PEOPLE = 10
@@ -46,9 +46,11 @@ def _truth(paths: Paths) -> list[dict[str, Any]]:
     path = paths["annotations"]
     content = read_json(path, dict)
     check_fields(path, [("it", content)], ("data",))
+    check_kinds(path, [("it", content)], {"data": list})
     entries = content["data"]
     named = [(f"entry {number}", entry) for number, entry in enumerate(entries, start=1)]
     check_fields(path, named, ("image_id", "question", "answers"))
+    check_kinds(path, named, {"question": str, "answers": list})
     if short := [name for name, entry in named if len(entry["answers"]) != _PEOPLE]:
         raise ValueError(
             f"{path}: {short[0]} has not {_PEOPLE} answers; fetch TextVQA_0.5.1_val.json again"

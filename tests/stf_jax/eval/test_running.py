@@ -324,6 +324,8 @@ def test_a_file_that_lies_elsewhere(data: Path, tmp_path: Path) -> None:
         ('{"question_id": 1, "text": "?"}\n{"text": "?"}', "line 1 has no image, line 2 has no q"),
         ('{"question_id": 1, "text"\n', "line 1 is not valid JSON"),
         ("[1]\n", "line 1 is no object"),
+        ('{"question_id": 1, "image": null, "text": 2}', "the image of question 1 is no text, "),
+        ('{"question_id": 1, "image": "n1.jpg", "text": "<image>?"}', "have <image> in their text"),
         (b"\xff\xfe", "not UTF-8"),
     ],
 )
@@ -341,6 +343,32 @@ def test_unofficial_question_files(data: Path, content: Any, message: str) -> No
     [
         ("gqa", "gqa/data/testdev_balanced_questions.json", {"201": {}}, "201 has no answer"),
         ("gqa", "gqa/data/testdev_balanced_questions.json", [], "a list where a dict is expected"),
+        ("gqa", "gqa/data/testdev_balanced_questions.json", {"1": {"answer": 1}}, "is no text"),
+        ("scienceqa", "scienceqa/llava_test_CQM-A.json", [], "empty; fetch"),
+        (
+            "scienceqa",
+            "scienceqa/llava_test_CQM-A.json",
+            [{"id": 1, "image": None, "conversations": None}],
+            "the conversations of entry 1 is no list",
+        ),
+        (
+            "scienceqa",
+            "scienceqa/problems.json",
+            {one: {"choices": ["x"], "answer": "0"} for one in "47"},
+            "the answer of 4 is no whole number",
+        ),
+        (
+            "textvqa",
+            "textvqa/TextVQA_0.5.1_val.json",
+            {"data": [{"image_id": "a", "question": None, "answers": None}]},
+            "the question of entry 1 is no text, the answers of entry 1 is no list",
+        ),
+        (
+            "pope",
+            "pope/coco/coco_pope_random.json",
+            {"image": "v.jpg", "text": None, "label": "no"},
+            "the text of line 1 is no text",
+        ),
         ("scienceqa", "scienceqa/problems.json", {}, "lacks 4, 7 of the test split"),
         ("scienceqa", "scienceqa/pid_splits.json", {}, "has no split 'test'"),
         ("scienceqa", "scienceqa/llava_test_CQM-A.json", [{"id": 1}], "entry 1 has no conv"),
@@ -394,6 +422,13 @@ def test_an_answer_that_is_no_text(data: Path, tmp_path: Path) -> None:
     write_jsonl(path, [{"question_id": "201", "text": None}])
     with pytest.raises(ValueError, match="the 'text' of 201 is no string"):
         score_file(GQA, path, data=data)
+
+
+def test_a_prompt_that_is_no_text(data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    write_jsonl(path, [{"question_id": "4", "prompt": None, "text": "A"}])
+    with pytest.raises(ValueError, match="the 'prompt' of 4 is no string"):
+        score_file(get_benchmark("scienceqa"), path, data=data)
 
 
 def test_textvqa_needs_the_prompt(data: Path, tmp_path: Path) -> None:
