@@ -1,12 +1,13 @@
 """What every benchmark is made of: files, questions, a score, a submission."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stf_jax.eval.answers import AnswerRecord, by_id, pair
-from stf_jax.eval.files import read_jsonl
+from stf_jax.eval.files import name_some, read_jsonl
 from stf_jax.eval.questions import Decoding, Question
 
 # By role ("questions", "images", "annotations", ...).
@@ -90,7 +91,11 @@ def published(*figures: float | None) -> dict[str, float | None]:
 
 def score_on_server(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -> Score:
     """No figures, since nobody but the server knows the truth; only what has no answer."""
-    asked = [str(line["question_id"]) for line in read_jsonl(paths["questions"], ("question_id",))]
+    path = paths["questions"]
+    asked = [str(line["question_id"]) for line in read_jsonl(path, ("question_id",))]
+    # The server takes an answer for each id.
+    if twice := [one for one, count in Counter(asked).items() if count > 1]:
+        raise ValueError(f"{path}: has {name_some(twice)} more than once; fetch it again")
     paired = pair(asked, answers, key=by_id, answered_only=answered_only)
     return Score(
         figures={},

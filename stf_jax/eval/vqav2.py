@@ -4,24 +4,39 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stf_jax.eval.answers import AnswerRecord, by_id
-from stf_jax.eval.benchmark import Benchmark, Paths, published, score_on_server
+from stf_jax.eval.benchmark import Benchmark, Paths, Score, published, score_on_server
 from stf_jax.eval.evalai import normalise_answer
 from stf_jax.eval.files import name_some, read_jsonl, write_json
 from stf_jax.eval.questions import read_llava_questions
 
 
-def _submit(paths: Paths, answers: Sequence[AnswerRecord], folder: Path) -> Path:
-    """A JSON list of {question_id, answer} for every test question, "" where it is not asked."""
-    texts = {by_id(answer): normalise_answer(answer.text) for answer in answers}
+def _every(paths: Paths, answers: Sequence[AnswerRecord]) -> list[int | str]:
+    """The ids of all test questions, among which are those answered."""
     every = [line["question_id"] for line in read_jsonl(paths["test_questions"], ("question_id",))]
     known = set(map(str, every))
-    if left := [one for one in texts if one not in known]:
+    if left := [one for one in map(by_id, answers) if one not in known]:
         raise ValueError(
             f"{paths['test_questions']}: lacks {len(left)} questions that are answered "
             f"({name_some(left)}); it must be the whole of test2015"
         )
+    return every
+
+
+def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -> Score:
+    score = score_on_server(paths, answers, answered_only)
+    # Before hours of asking, too.
+    _every(paths, answers)
+    return score
+
+
+def _submit(paths: Paths, answers: Sequence[AnswerRecord], folder: Path) -> Path:
+    """A JSON list of {question_id, answer} for every test question, "" where it is not asked."""
+    texts = {by_id(answer): normalise_answer(answer.text) for answer in answers}
     out = folder / "vqav2_upload.json"
-    write_json(out, [{"question_id": one, "answer": texts.get(str(one), "")} for one in every])
+    write_json(
+        out,
+        [{"question_id": one, "answer": texts.get(str(one), "")} for one in _every(paths, answers)],
+    )
     return out
 
 
@@ -37,6 +52,6 @@ VQAV2 = Benchmark(
     to_score=("questions", "test_questions"),
     published=published(78.5, 77.0, 78.1),
     read=read_llava_questions,
-    score=score_on_server,
+    score=_score,
     submit=_submit,
 )

@@ -343,6 +343,12 @@ def test_unofficial_question_files(data: Path, content: Any, message: str) -> No
     [
         ("gqa", "gqa/data/testdev_balanced_questions.json", {"201": {}}, "201 has no answer"),
         ("gqa", "gqa/data/testdev_balanced_questions.json", [], "a list where a dict is expected"),
+        (
+            "vqav2",
+            "vqav2/llava_vqav2_mscoco_test2015.jsonl",
+            {"question_id": 10},
+            r"lacks 2 questions that are answered \(20, 40\)",
+        ),
         ("gqa", "gqa/data/testdev_balanced_questions.json", {"1": {"answer": 1}}, "is no text"),
         ("scienceqa", "scienceqa/llava_test_CQM-A.json", [], "empty; fetch"),
         (
@@ -394,6 +400,16 @@ def test_unofficial_annotations(
     (data / place).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         prepare(BENCHMARKS[name], data=data)
+
+
+def test_a_question_id_twice_on_the_server(data: Path) -> None:
+    """One answer would stand for two questions."""
+    path = data / "vizwiz" / "llava_test.jsonl"
+    first = json.loads(path.read_text().splitlines()[0])
+    with path.open("a") as file:
+        file.write(json.dumps(first | {"text": "Another?"}) + "\n")
+    with pytest.raises(ValueError, match=r"has VizWiz_test_1\.jpg more than once"):
+        prepare(get_benchmark("vizwiz"), data=data)
 
 
 def test_pope_annotations_of_other_questions(data: Path) -> None:
