@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
-from stf_jax.infer.program import Limits, Program, Questions
+from stf_jax.infer.program import Limits, Program, Questions, checked_new
 from stf_jax.infer.prompts import Prompt, bucket, pad_prompts
 from stf_jax.infer.sampling import Sampling
 from stf_jax.models.cache import CacheDType, KVCache
@@ -111,7 +111,7 @@ class Engine:
                     state,
                     limits,
                     stopped=np.isin(np.arange(slots), free),
-                    every=every,
+                    every=min(every, limits.max_new_tokens),
                     enough=enough,
                 )
                 # While the devices decode.
@@ -129,10 +129,8 @@ class Engine:
 
     def _checked(self, prompts: Sequence[Prompt], max_new_tokens: int) -> int:
         """The limit, no higher than the context, after a look at every prompt."""
-        whole = isinstance(max_new_tokens, int | np.integer)
-        if not whole or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; give 1 or more, a whole number")
         room = self.config.text.max_positions
+        most = checked_new(max_new_tokens, room=room)
         longest = max((len(prompt.ids) for prompt in prompts), default=0)
         if longest >= room:
             raise ValueError(
@@ -141,7 +139,7 @@ class Engine:
             )
         if any(prompt.ids[-1] == IMAGE_TOKEN_ID for prompt in prompts):
             raise ValueError("a prompt ends in a picture; put text behind it")
-        return min(max_new_tokens, room)
+        return most
 
 
 def batch_sizes(slots: int, *, multiple: int) -> tuple[int, int]:

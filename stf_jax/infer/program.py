@@ -374,3 +374,15 @@ class Limits:
             "seed": np.uint32(self.sampling.seed),
             "max_new_tokens": np.int32(self.max_new_tokens),
         }
+
+
+def checked_new(max_new_tokens: int, *, room: int) -> int:
+    """How many tokens an answer may have, no more than the context has room for.
+
+    Raises:
+        ValueError: none wanted, or no whole number.
+    """
+    whole = isinstance(max_new_tokens, int | np.integer)
+    if not whole or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; give 1 or more, a whole number")
+    return min(max_new_tokens, room)

@@ -100,6 +100,20 @@ def test_mistakes_change_nothing(model: stf_jax.Model) -> None:
     assert chat.history == []
 
 
+@pytest.mark.parametrize("new", [0, -100_000])
+def test_no_tokens_wanted(model: stf_jax.Model, new: int) -> None:
+    with pytest.raises(ValueError, match=f"max_new_tokens is {new}; give 1 or more"):
+        Chat(model, max_new_tokens=new)
+
+
+def test_more_tokens_than_the_context_has(model: stf_jax.Model) -> None:
+    """Neither memory nor a number of 32 bits is asked to hold so many."""
+    assert next(Chat(model, max_new_tokens=3_000_000_000).ask("Hello")) is not None
+    request = stf_jax.Request(prompt="word " * 4000)
+    (answer,) = model.generate([request], template="plain", max_new_tokens=3_000_000_000)
+    assert answer.prompt_tokens + len(answer.token_ids) <= model.config.text.max_positions + 1
+
+
 def test_on_the_command_line(
     reference: Path,
     tmp_path: Path,
