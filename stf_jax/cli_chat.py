@@ -1,6 +1,7 @@
 """The verb `stf-jax chat`."""
 
 import argparse
+import io
 import json
 import shlex
 import sys
@@ -58,9 +59,14 @@ def _chat(options: argparse.Namespace) -> None:
     )
     for image in options.image:
         chat.show(image)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # A line that is no UTF-8 is no reason to lose the conversation either.
+        sys.stdin.reconfigure(errors="surrogateescape")
     sys.stderr.write("Ask, or /help.\n")
     while (line := _read()) is not None:
         try:
+            if any("\ud800" <= one <= "\udfff" for one in line):
+                raise ValueError("this line is not UTF-8; write it again, or convert what is piped")
             if line.startswith("/"):
                 if not _command(chat, line):
                     return
@@ -96,7 +102,10 @@ def _answer(chat: "Chat", question: str) -> None:
 
 def _command(chat: "Chat", line: str) -> bool:
     """Obeys; False to leave."""
-    name, *arguments = shlex.split(line)
+    try:
+        name, *arguments = shlex.split(line)
+    except ValueError:
+        raise ValueError(f'{line!r} has a quote that does not end; write "it\'s.png"') from None
     match name, arguments:
         case "/image", [path]:
             chat.show(path)
@@ -109,6 +118,10 @@ def _command(chat: "Chat", line: str) -> bool:
             return False
         case "/help", []:
             sys.stderr.write(f"{_HELP}\n")
+        case "/image" | "/save", _:
+            raise ValueError(f"{name} takes one FILE, in quotes if there is a space in its name")
+        case "/restart" | "/quit" | "/help", _:
+            raise ValueError(f"{name} takes nothing behind it")
         case _:
             raise ValueError(f"{line!r} is no command; /help lists them")
     return True

@@ -126,6 +126,11 @@ def test_on_the_command_line(
         "How many cats?",
         "/image nowhere.png",
         "/what",
+        "/image",
+        "/image a cat.png",
+        "/image it's.png",
+        "/restart now",
+        "caf\udce9",
         f"/save '{saved}'",
         "/restart",
         "/quit",
@@ -142,6 +147,12 @@ def test_on_the_command_line(
     assert record["conversations"][0] == {"from": "human", "value": "<image>\nHow many cats?"}
     assert said.out.strip() == record["conversations"][1]["value"]
     errors = [line for line in said.err.splitlines() if line.startswith("error")]
-    assert len(errors) == 2
     assert "nowhere.png" in errors[0]
-    assert errors[1] == "error: '/what' is no command; /help lists them"
+    assert errors[1:] == [
+        "error: '/what' is no command; /help lists them",
+        "error: /image takes one FILE, in quotes if there is a space in its name",
+        "error: /image takes one FILE, in quotes if there is a space in its name",
+        """error: "/image it's.png" has a quote that does not end; write "it's.png\"""",
+        "error: /restart takes nothing behind it",
+        "error: this line is not UTF-8; write it again, or convert what is piped",
+    ]
