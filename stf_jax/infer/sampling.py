@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
+# What is less may be zero to the device.
+_COLDEST = 1e-30
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -69,7 +72,9 @@ def sample(
     seed: UInt[Array, ""],
 ) -> Int[Array, "B"]:
     """One token a row, the `step`-th of its answer; seed and step alone decide the noise."""
-    kept = likely(logits / temperature, top_k=top_k, top_p=top_p)
+    # At a temperature next to nothing all but the best become minus infinity, and none infinity.
+    below = logits - logits.max(axis=-1, keepdims=True)
+    kept = likely(below / jnp.maximum(temperature, _COLDEST), top_k=top_k, top_p=top_p)
     seeded = jax.random.key(seed)
 
     def gumbel(step: Int[Array, ""]) -> Float[Array, "V"]:

@@ -47,6 +47,13 @@ def test_frequencies(seeds: np.ndarray, steps: np.ndarray, temperature: float) -
     assert scipy.stats.chisquare(found, expected).pvalue > 0.01
 
 
+@pytest.mark.parametrize("temperature", [1e-20, 1e-38, 1e-50])
+def test_next_to_greedy(temperature: float) -> None:
+    """Where a logit over the temperature is beyond float32, and where the temperature is below."""
+    tokens = draw(LOGITS * 10, seeds=MANY[:100], steps=ZEROS[:100], temperature=temperature)
+    assert (tokens == 0).all()
+
+
 def test_truncated_frequencies() -> None:
     """Of 0.4, 0.3, 0.2, 0.1: top-k 3 leaves 4/9, 3/9, 2/9, of which top-p 0.7 leaves two."""
     logits = np.log(np.array([0.1, 0.4, 0.2, 0.3], np.float32))
