@@ -5,10 +5,10 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Any, Self
 
 from stf_jax.eval.answers import answer_line, count_answered
 from stf_jax.eval.hosts import Hosts
@@ -28,23 +28,42 @@ class AnswerLog:
       questions: all of the benchmark's.
       model_id: goes into every line.
       hosts: each has a log; opening and finishing wait for all of them.
+      mark: host 0's, of the protocol. It goes with every early reply: a host's own folder has no
+        other sign of what its replies were given under.
 
     Raises:
-      ValueError: the file holds answers to other questions, or another run is writing it.
+      ValueError: the file holds answers to other questions, a host early replies under another
+        protocol, or another run is writing.
     """
 
-    def __init__(self, path: Path, questions: Sequence[Question], *, model_id: str, hosts: Hosts):
+    def __init__(
+        self,
+        path: Path,
+        questions: Sequence[Question],
+        *,
+        model_id: str,
+        hosts: Hosts,
+        mark: str,
+    ):
         self._path, self._questions = path, questions
         self._model_id, self._hosts = model_id, hosts
         with contextlib.ExitStack() as files:
             # Before anything there is mended or taken for left behind.
             self._file = files.enter_context(_locked(path)) if hosts.number == 0 else None
             self._written = count_answered(path, questions) if hosts.number == 0 else 0
-            own = {number: text for part in self._parts() for number, text in _read(part)}
-            said = hosts.gather([self._written, list(own.items())])
+            own = [(str(part), *line) for part in self._parts() for line in _read(part)]
+            said = hosts.gather([self._written, mark, own])
+            self._mark = said[0][1]
+            for _, _, lines in said:
+                strange = [part for part, *line in lines if line[2:] != [self._mark]]
+                if strange:
+                    raise ValueError(
+                        f"{strange[0]}: the replies there were given under another protocol; give "
+                        "another --out, or delete that file on its host"
+                    )
             self._files = files.pop_all()
         self._written = said[0][0]
-        self._early = {number: text for _, replies in said for number, text in replies}
+        self._early = {number: text for _, _, lines in said for _, number, text, _ in lines}
 
     def __enter__(self) -> Self:
         part = self._path.with_name(f"answers.part-{self._hosts.number}.jsonl")
@@ -76,7 +95,7 @@ class AnswerLog:
             raise ValueError(f"a reply came to question {reply.number}, which was not asked")
         self._early[reply.number] = reply.text
         if self._file is None or reply.number > self._written:
-            self._part.write(json.dumps([reply.number, reply.text]) + "\n")
+            self._part.write(json.dumps([reply.number, reply.text, self._mark]) + "\n")
             self._part.flush()
         self._write_due()
 
@@ -131,13 +150,11 @@ def _locked(path: Path) -> IO[str]:
     return file
 
 
-def _read(part: Path) -> Iterable[tuple[int, str]]:
-    """The replies of a part, whose last line a kill may have cut short."""
+def _read(part: Path) -> list[list[Any]]:
+    """[number, text, mark] of a part's replies; a kill may have cut its last line short."""
     data = part.read_bytes()
     os.truncate(part, data.rfind(b"\n") + 1)
-    return [
-        tuple(json.loads(line)) for line in data.splitlines(keepends=True) if line[-1:] == b"\n"
-    ]
+    return [json.loads(line) for line in data.splitlines(keepends=True) if line[-1:] == b"\n"]
 
 
 def share(questions: Sequence[Question], hosts: Hosts) -> list[Question]:

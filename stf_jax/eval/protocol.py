@@ -1,5 +1,6 @@
 """Under which conditions questions were answered; without them a score compares with nothing."""
 
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -68,6 +69,11 @@ def settle(folder: Path, protocol: Mapping[str, Any]) -> None:
             f"{path}: the answers there were given under another protocol "
             f"({'; '.join(different)}); give another --out, or delete that folder to ask again"
         )
+
+
+def mark(protocol: Mapping[str, Any]) -> str:
+    """A few letters that stand for a protocol."""
+    return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _differences(stored: Any, now: Any, name: str = "") -> list[str]:

@@ -178,11 +178,15 @@ def ask_together(
     """
     benchmark, path = prepared.benchmark, out / ANSWERS
     out.mkdir(parents=True, exist_ok=True)
+    mark = ""
     if hosts.number == 0:
         first = prepared.questions[0]
-        protocol.settle(out, protocol.describe(benchmark, prepared.paths, first, answerer))
+        described = protocol.describe(benchmark, prepared.paths, first, answerer)
+        protocol.settle(out, described)
+        mark = protocol.mark(described)
     asked = share(prepared.questions[: prepared.limit], hosts)
-    with AnswerLog(path, prepared.questions, model_id=answerer.model_id, hosts=hosts) as log:
+    questions, model_id = prepared.questions, answerer.model_id
+    with AnswerLog(path, questions, model_id=model_id, hosts=hosts, mark=mark) as log:
         rest = [one for one in asked if not log.is_answered(one)]
         done = len(asked) - len(rest)
         if progress:

@@ -295,6 +295,25 @@ def test_several_hosts(data: Path, tmp_path: Path, shared: bool) -> None:
     assert not list(tmp_path.rglob("answers.part-*"))
 
 
+def test_another_model_s_replies_on_a_host(data: Path, tmp_path: Path) -> None:
+    """Its folder has no protocol beside them; all hosts hear of it, none waits for another."""
+    prepared = prepare(get_benchmark("mme"), data=data)
+    said, barrier = [None] * 2, threading.Barrier(2, timeout=20)
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "answers.part-1.jsonl").write_text('[2, "Yes", "other"]\n')
+
+    def one(number: int) -> str:
+        hosts = Together(number, said, barrier)
+        with pytest.raises(ValueError, match="were given under another protocol") as caught:
+            ask_together(prepared, Echo(), out=tmp_path / str(number), hosts=hosts)
+        return str(caught.value)
+
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(one, range(2))
+    assert first == second
+    assert str(tmp_path / "1" / "answers.part-1.jsonl") in first
+
+
 def test_missing_pictures_are_listed_before_the_first_question(data: Path) -> None:
     (data / "vizwiz" / "test" / "VizWiz_test_1.jpg").unlink()
     (data / "vizwiz" / "test" / "VizWiz_test_0.jpg").unlink()
