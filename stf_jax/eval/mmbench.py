@@ -12,7 +12,7 @@ from typing import Any
 
 from stf_jax.eval.answers import AnswerRecord, by_id, pair
 from stf_jax.eval.benchmark import Benchmark, Paths, Score, published
-from stf_jax.eval.files import check_fields, write_whole
+from stf_jax.eval.files import check_fields, name_some, write_whole
 from stf_jax.eval.questions import OPTION_LETTER, Decoding, Question, image_prompt
 
 _LETTERS = "ABCD"
@@ -107,12 +107,18 @@ def named_letter(text: str) -> str | None:
 def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -> Score:
     rows = _rows(paths["questions"])
     truth = {str(row["index"]): row.get("answer") for row in rows}
+    odd = [f"{one} ({answer})" for one, answer in truth.items() if answer not in tuple(_LETTERS)]
+    # The test split keeps its answers on the server, all of them.
+    if odd and any(truth.values()):
+        raise ValueError(
+            f"{paths['questions']}: no letter of {_LETTERS} is the answer of index "
+            f"{name_some(odd)}; fetch it again"
+        )
     paired = pair(list(truth), answers, key=by_id, answered_only=answered_only)
     questions = len(paired.answers) + len(paired.missing)
     unread = sum(named_letter(answer.text) is None for _, answer in paired.answers)
     figures: dict[str, Any] = {"answers_without_letter": unread}
     headline = None
-    # The test split keeps its answers on the server.
     if all(truth.values()):
         right = dict.fromkeys(paired.missing, False)
         right |= {one: named_letter(answer.text) == truth[one] for one, answer in paired.answers}

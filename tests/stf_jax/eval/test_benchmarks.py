@@ -272,6 +272,17 @@ def test_mmbench_letters(text: str, letter: str | None) -> None:
     assert named_letter(text) == letter
 
 
+@pytest.mark.parametrize("answer", ["", "a"])
+def test_mmbench_with_an_odd_truth(data: Path, answer: str) -> None:
+    """One blank does not hide the score, nor does a letter that nobody can name lower it."""
+    first, *rest = mmbench_rows()
+    write_tsv(data / "mmbench" / "mmbench_dev_20230712.tsv", [first | {"answer": answer}, *rest])
+    with pytest.raises(
+        ValueError, match=r"no letter of ABCD is the answer of index 5 \((None|a)\)"
+    ):
+        run("mmbench", data)
+
+
 def test_mmbench_damaged(data: Path) -> None:
     path = data / "mmbench" / "mmbench_dev_20230712.tsv"
     rows = mmbench_rows()
