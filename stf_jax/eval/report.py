@@ -13,7 +13,8 @@ def render(results: Sequence[Result]) -> str:
     rows: list[tuple[str, ...]] = [("", "this model", *SYSTEMS)]
     for result in results:
         benchmark = BENCHMARKS[result.benchmark]
-        here = "on the server" if result.score.headline is None else f"{result.score.headline:.1f}"
+        unknown = "on the server" if benchmark.submit else "-"
+        here = unknown if result.score.headline is None else f"{result.score.headline:.1f}"
         there = ("-" if one is None else f"{one:.1f}" for one in benchmark.published.values())
         rows.append((benchmark.title, here, *there))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

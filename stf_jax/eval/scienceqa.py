@@ -15,6 +15,9 @@ _LETTERS = "ABCDE"
 # The last dot is the reference's: any character but a newline.
 _SENTENCE = re.compile(r"The answer is ([A-Z]).")
 
+_NO_IMAGES = (
+    f"no SQA-I, since no answer's prompt has {IMAGE_MARKER}, by which it knows the pictures"
+)
 _MISSING_IMAGES = "SQA-I leaves out what has no answer, as the reference's script does"
 
 
@@ -102,7 +105,7 @@ def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -
         headline=image_accuracy,
         questions=questions,
         missing=paired.missing,
-        note=_MISSING_IMAGES if paired.missing else "",
+        note=_NO_IMAGES if not images else _MISSING_IMAGES if paired.missing else "",
     )
 
 

@@ -459,6 +459,15 @@ def test_an_answer_that_is_no_text(data: Path, tmp_path: Path) -> None:
         score_file(GQA, path, data=data)
 
 
+def test_no_server_has_what_no_answer_shows(data: Path, tmp_path: Path) -> None:
+    """SQA-I of an answer file without prompts is not to be had, from a server either."""
+    path = tmp_path / "answers.jsonl"
+    write_jsonl(path, [{"question_id": "4", "text": "A"}, {"question_id": "7", "text": "A"}])
+    table = render([score_file(get_benchmark("scienceqa"), path, data=data)])
+    assert table.splitlines()[1].split()[:2] == ["SQA-I", "-"]
+    assert "no SQA-I, since no answer's prompt has <image>" in table
+
+
 def test_a_prompt_that_is_no_text(data: Path, tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     write_jsonl(path, [{"question_id": "4", "prompt": None, "text": "A"}])
