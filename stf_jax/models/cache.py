@@ -143,7 +143,9 @@ def cache_attention(
     with jax.named_scope("attention"):
         rows, length, heads, dim = query.shape
         keys, key_scales = _scaled(key, query.dtype)
-        values, value_scales = _scaled(value, query.dtype)
+        # A weight times a scale may be too small for float16.
+        small = isinstance(value, Quantised) and query.dtype == jnp.float16
+        values, value_scales = _scaled(value, jnp.bfloat16 if small else query.dtype)
         kv_heads, slots = keys.shape[1:3]
         group = heads // kv_heads
         grouped = query.reshape(rows, length, kv_heads, group, dim)
@@ -154,8 +156,8 @@ def cache_attention(
         seen = (jnp.arange(slots) <= positions[:, :, None])[:, None, :, None]
         scores = jnp.where(seen, scores * (key_scales / math.sqrt(dim)), -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1) * value_scales
-        found = jnp.einsum("bktgs,bksd->btkgd", weights.astype(query.dtype), values)
-        return found[:, :, :, :group].reshape(query.shape)
+        found = jnp.einsum("bktgs,bksd->btkgd", weights.astype(values.dtype), values)
+        return found[:, :, :, :group].reshape(query.shape).astype(query.dtype)
 
 
 def _scaled(

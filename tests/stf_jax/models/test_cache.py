@@ -64,6 +64,21 @@ def test_zeros_stay_zeros() -> None:
     assert not seen.any()
 
 
+def test_long_contexts_in_float16() -> None:
+    """A four-thousandth of the attention times a small scale is below what float16 tells apart."""
+    slots = 4096
+    key, value = (
+        (random(1, slots, 1, 16, seed=seed) * 0.02 + 0.01).astype(jnp.float16) for seed in (1, 2)
+    )
+    cache = KVCache.of([key], [value], dtype="int8")
+    query, positions = random(1, 1, 1, 16) * 0.1, jnp.full((1, 1), slots - 1)
+    held = cache.keys[0], cache.values[0]
+    wanted = cache_attention(query, *held, positions=positions)
+    found = cache_attention(query.astype(jnp.float16), *held, positions=positions)
+    assert found.dtype == jnp.float16
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=0.01 * float(abs(wanted).max()))
+
+
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize(("dtype", "error"), [(None, 1e-6), ("bfloat16", 2e-2), ("int8", 2e-2)])
