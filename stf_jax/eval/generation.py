@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stf_jax.data.conversation import get_template, render_prompt
-from stf_jax.data.images import load_image
+from stf_jax.data.images import ImageError, load_image
 from stf_jax.data.tokenizer import encode_prompt, expand_images
 from stf_jax.eval.files import name_some
 from stf_jax.eval.questions import Decoding, Question, Reply
@@ -103,7 +103,11 @@ class ModelAnswerer:
             name = (
                 str(image) if isinstance(image, Path) else f"the picture of {question.question_id}"
             )
-            out[...] = processor.pixels(load_image(image, name=name))
+            picture = load_image(image, name=name)
+            try:
+                out[...] = processor.pixels(picture)
+            except ImageError as error:
+                raise ImageError(f"{name}: {error}") from error
         return pixels
 
     def _check_lengths(self, questions: Sequence[Question], prompts: "Sequence[Prompt]") -> None:

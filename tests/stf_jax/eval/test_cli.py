@@ -182,6 +182,14 @@ def test_a_damaged_picture_is_named(model: stf_jax.Model) -> None:
         next(answerer(model).answer([bad], Decoding()))
 
 
+def test_a_picture_too_thin_is_named(model: stf_jax.Model, tmp_path: Path) -> None:
+    path = tmp_path / "thin.png"
+    Image.new("RGB", (1, 60_000)).save(path)
+    bad = Question(number=0, question_id=7, text="", prompt="<image>\n?", images=(path,))
+    with pytest.raises(ImageError, match=r"thin\.png: a picture of 1x60000 is too long and thin"):
+        next(answerer(model).answer([bad], Decoding()))
+
+
 def test_scoring_a_file_imports_no_jax(reference: Path) -> None:
     files = reference / "eval"
     arguments = ["eval", "pope", "--answers", str(files / "pope_answers.jsonl")]
