@@ -36,13 +36,13 @@ def all_arms(vision: VisionConfig, text: TextConfig) -> dict[str, Arm]:
             name="llava",
             title="LLaVA-1.5",
             fusion=FusionConfig.llava(text_width=text.width, tap=tap),
-            pretrain_rate=4e-3,
+            pretrain_rate=1e-2,
         ),
         Arm(
             name="average",
             title="AvgPool",
             fusion=FusionConfig.average(text_width=text.width, tap=tap),
-            pretrain_rate=4e-3,
+            pretrain_rate=1e-2,
         ),
         Arm(name="stf", title="STF", fusion=stf, pretrain_rate=4e-3),
         Arm(

@@ -235,8 +235,8 @@ def test_a_table_beside_the_published_rows(
         (("pope", "model", "--answers", "a.jsonl"), "leave out MODEL or --answers"),
         (("all", "--answers", "a.jsonl"), "name it in the place of 'all'"),
         (("all", "model", "--out", "o", "--path", "images=i"), "--path is for one benchmark"),
-        (("pope", "model", "--out", "o", "--path", "images"), "ROLE=PATH"),
-        (("pope", "model", "--out", "o"), "where are questions, images, annotations"),
+        (("pope", ".", "--out", "o", "--path", "images"), "ROLE=PATH"),
+        (("pope", ".", "--out", "o"), "where are questions, images, annotations"),
         (("vqa", "model", "--out", "o"), "unknown benchmark 'vqa'"),
     ],
 )
