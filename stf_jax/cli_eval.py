@@ -134,6 +134,8 @@ def _ask(options: argparse.Namespace) -> "list[Result]":
     config = _config(options)
     if not epath.Path(options.model).exists():
         raise missing(options.model)
+    if options.out.is_file():
+        raise ValueError(f"{options.out} is a file; give --out a folder")
     # All of them before the model is loaded: nobody wants to hear of a missing file after hours.
     prepared, problems = [], []
     for one in chosen:

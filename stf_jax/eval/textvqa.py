@@ -55,6 +55,8 @@ def _truth(paths: Paths) -> list[dict[str, Any]]:
         raise ValueError(
             f"{path}: {short[0]} has not {_PEOPLE} answers; fetch TextVQA_0.5.1_val.json again"
         )
+    if odd := [name for name, entry in named if {*map(type, entry["answers"])} != {str}]:
+        raise ValueError(f"{path}: an answer of {odd[0]} is no text; fetch it again")
     return entries
 
 

@@ -139,6 +139,13 @@ def test_textvqa_pairs_by_question(data: Path) -> None:
     assert result.score.figures["accuracy"] == pytest.approx((nike + 0 + else_) / 3, abs=1e-12)
 
 
+def test_textvqa_an_answer_that_is_a_number(data: Path) -> None:
+    path = data / "textvqa" / "TextVQA_0.5.1_val.json"
+    path.write_text(path.read_text().replace('"1999"', "1999"))
+    with pytest.raises(ValueError, match="an answer of entry 2 is no text; fetch it again"):
+        run("textvqa", data, {"a": "Nike", "b": "Else."})
+
+
 def test_textvqa_other_order_of_lines(data: Path, tmp_path: Path) -> None:
     """The question stands second where the OCR tokens come first."""
     path = tmp_path / "answers.jsonl"

@@ -238,6 +238,7 @@ def test_a_table_beside_the_published_rows(
         (("pope", ".", "--out", "o", "--path", "images"), "ROLE=PATH"),
         (("pope", ".", "--out", "o"), "where are questions, images, annotations"),
         (("vqa", "model", "--out", "o"), "unknown benchmark 'vqa'"),
+        (("pope", ".", "--out", __file__), "is a file; give --out a folder"),
     ],
 )
 def test_mistakes(arguments: tuple[str, ...], message: str) -> None:
