@@ -127,7 +127,9 @@ def test_the_programs_that_answer(inference: str, topology: str) -> None:
     # Decoding does a matmul with every weight of the language model for each slot.
     parameters = parameter_count(Llava.abstract(LlavaConfig.tiny()).text)
     matmuls = 2 * 16 * (parameters - text.padded_vocab_size * text.width) / chips
-    assert matmuls * 0.9 < plan["phases"][-1]["hardware_flops"] < matmuls * 2
+    # And two for each slot's keys and values, eight rows at a time.
+    matmuls += 2 * 2 * 16 * 8 * 128 * vectors / 2 / chips
+    assert matmuls * 0.9 < plan["phases"][-1]["hardware_flops"] < matmuls * 1.3
 
 
 @needs_compiler
