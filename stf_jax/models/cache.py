@@ -16,8 +16,8 @@ from stf_jax.parallel.attention import platform
 # How keys and values are kept; None is the dtype that they are computed in.
 CacheDType = Literal["bfloat16", "int8"]
 
-# The least rows that a TPU gives to its matrix unit. Fewer go through the vector unit, which takes
-# three times as long; so one query is taken eight times (docs/tpu.md, "Decode").
+# The least rows that a TPU gives to its matrix unit. Fewer go through the vector unit, which by the
+# compiler's estimate takes three times as long; so a query is taken eight times (docs/tpu.md).
 _MATRIX_ROWS = 8
 
 
