@@ -3,9 +3,10 @@
 from typing import Any
 
 from stf_jax.plan.chips import Topology
-from stf_jax.plan.hlo import Collective, Work, analyse, largest_gather
+from stf_jax.plan.collectives import Collective
 from stf_jax.plan.kernels import kernel_flops
 from stf_jax.plan.request import Traffic
+from stf_jax.plan.work import Work, analyse, largest_gather
 
 # Of the published rate that a Pallas kernel's matmuls are taken to reach; see docs/tpu.md.
 KERNEL_RATE = 0.5
@@ -37,7 +38,8 @@ def measure(
     dcn = {one: times for one, times in work.collectives.items() if one.dcn}
     links = {one: times for one, times in work.collectives.items() if not one.dcn}
     # A chip alone has no links.
-    seconds = {one: one.traffic / topology.rate * times for one, times in links.items()}
+    seconds = {one: one.traffic / topology.rate for one in links}
+    exposed = {one: one.exposed(seconds[one], chip.clock) for one in links}
     return {
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
@@ -46,16 +48,22 @@ def measure(
         "cycles_seconds": work.cycles.total() / chip.clock,
         "kernel_seconds": in_kernels / chip.flops / KERNEL_RATE,
         "matmul_seconds": hardware / chip.flops,
-        "collective_seconds": sum(seconds.values()),
-        "exposed_seconds": sum(time for one, time in seconds.items() if not one.overlapped),
+        "collective_seconds": sum(seconds[one] * times for one, times in links.items()),
+        "exposed_seconds": sum(exposed[one] * times for one, times in links.items()),
         "dcn_seconds": sum(one.traffic / chip.dcn * times for one, times in dcn.items()),
-        "traffic": (*_traffic(links, ""), *_traffic(dcn, "DCN ")),
+        "traffic": (
+            *_traffic(links, {one: exposed[one] / seconds[one] for one in links if seconds[one]}),
+            *_traffic(dcn, dict.fromkeys(dcn, 1.0), network="DCN "),
+        ),
         "largest_gather": largest_gather(text),
         "top": tuple(_top(work, chip.clock)),
     }
 
 
-def _traffic(collectives: dict[Collective, int], network: str) -> list[Traffic]:
+def _traffic(
+    collectives: dict[Collective, int], exposed: dict[Collective, float], network: str = ""
+) -> list[Traffic]:
+    """By kind; `exposed` is the part of each that nothing overlaps."""
     kinds = sorted({one.kind for one in collectives})
     made = []
     for kind in kinds:
@@ -66,9 +74,7 @@ def _traffic(collectives: dict[Collective, int], network: str) -> list[Traffic]:
                 kind=f"{network}{kind}",
                 count=sum(here.values()),
                 bytes=sum(one.traffic * times for one, times in here.items()),
-                exposed=sum(
-                    one.traffic * times for one, times in here.items() if not one.overlapped
-                ),
+                exposed=sum(one.traffic * exposed[one] * times for one, times in here.items()),
                 largest=largest.bytes,
                 what=f"{largest.shape} {largest.source}",
             )

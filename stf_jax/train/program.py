@@ -22,13 +22,25 @@ from stf_jax.train.distributed import BatchLayout
 from stf_jax.train.optimizer import Parameters, make_optimizer, split_trained
 from stf_jax.train.step import Step, TrainState, init_state, make_step
 
-# The sum of gradients over the chips runs beside the matmuls; by itself the compiler joins several
-# (here those above 16 MiB stay alone) and waits for them. It offers this on v5e only.
-V5E_OPTIONS = {
-    "xla_jf_crs_combiner_threshold_in_bytes": str(2**24),
-    "xla_enable_async_all_reduce": "true",
-    "xla_tpu_enable_async_collective_fusion": "true",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
+# By the kind of device. Matmuls get more of its vector memory than the 16 MiB that the compiler
+# takes; collectives run beside them where it can be had, in a way of each generation's own.
+COMPILER_OPTIONS = {
+    "TPU v5 lite": {
+        "xla_tpu_scoped_vmem_limit_kib": "65536",
+        # By itself the compiler joins several sums (here those above 16 MiB stay alone) and waits.
+        "xla_jf_crs_combiner_threshold_in_bytes": str(2**24),
+        "xla_enable_async_all_reduce": "true",
+        "xla_tpu_enable_async_collective_fusion": "true",
+        "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
+    },
+    "TPU v5": {"xla_tpu_scoped_vmem_limit_kib": "49152"},
+    "TPU v6 lite": {
+        "xla_tpu_scoped_vmem_limit_kib": "98304",
+        # The SparseCore runs them.
+        "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+        "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
+        "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
+    },
 }
 
 
@@ -61,7 +73,7 @@ class TrainProgram:
         lowered: Any = self.step.lower(self.state, self.frozen, self.batch)  # type: ignore[attr-defined]
         mesh = self.layout.mesh
         devices = jax.devices() if mesh is None else mesh.devices.flat
-        chip = V5E_OPTIONS if devices[0].device_kind == "TPU v5 lite" else {}
+        chip = COMPILER_OPTIONS.get(devices[0].device_kind, {})
         return lowered.compile({**chip, **options})
 
 

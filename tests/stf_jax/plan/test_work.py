@@ -1,10 +1,13 @@
 """Sums over the call graph of an optimised module, on text such as the TPU compiler writes."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from stf_jax.plan.hlo import UnreadableProgram, analyse, largest_gather
+from stf_jax.plan.hlo import UnreadableProgram
+from stf_jax.plan.work import analyse, largest_gather
 
 CYCLES = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
 
@@ -86,12 +89,45 @@ def test_collectives_once_a_turn_and_by_their_group() -> None:
     found = {one.kind: (one, times) for one, times in work.collectives.items()}
     assert found.keys() == {"all-gather", "all-reduce"}
     gather, times = found["all-gather"]
-    assert (times, gather.bytes, gather.group, gather.overlapped) == (5, 8 * 8 * 2, 4, True)
+    assert (times, gather.bytes, gather.group, gather.beside) == (5, 8 * 8 * 2, 4, math.inf)
     assert gather.traffic == 8 * 8 * 2 * 3 / 4
     total, times = found["all-reduce"]
-    assert (times, total.bytes, total.group, total.overlapped) == (5, 16 * 32 * 4, 2, False)
+    assert (times, total.bytes, total.group, total.beside) == (5, 16 * 32 * 4, 2, 0)
     assert total.traffic == 16 * 32 * 4 * 2 / 2
     assert largest_gather(MODULE) == 64
+
+
+OFFLOADED = f"""HloModule jit_step, is_scheduled=true
+
+%inside (p: bf16[8,128]) -> bf16[64,128] {{
+  %p = bf16[8,128]{{1,0:T(8,128)(2,1)}} parameter(0)
+  ROOT %all-gather.1 = bf16[64,128]{{1,0:T(8,128)(2,1)}} all-gather(%p), channel_id=1, replica_groups=mesh['axis_0'=8] {{'axis_0'}}, dimensions={{0}}
+}}, execution_thread="sparsecore"
+
+%async_computation (p: bf16[8,128]) -> bf16[64,128] {{
+  %p = bf16[8,128] parameter(0)
+  ROOT %custom-call.1 = bf16[64,128] custom-call(%p), custom_call_target="TODO(b/1)", called_computations={{%inside}}
+}}, execution_thread="sparsecore"
+
+ENTRY %main (p: bf16[8,128]) -> bf16[64,128] {{
+  %p = bf16[8,128] parameter(0)
+  %call-start = ((), (), s32[8192]) async-start(), async_execution_thread="sparsecore", calls=%async_computation
+  %a = bf16[8,128] fusion(%p), kind=kLoop, {CYCLES % 50}
+  %call-update = ((bf16[8,128]), bf16[64,128], s32[8192]) async-update(%call-start, %a)
+  %b = bf16[8,128] fusion(%p), kind=kLoop, {CYCLES % 300}
+  ROOT %call-done = bf16[64,128] async-done(%call-update)
+}}
+"""  # noqa: E501
+
+
+def test_a_collective_that_the_sparsecore_runs_beside_other_work() -> None:
+    """It begins when it has its operand, and what runs until it ends hides that much of it."""
+    work = analyse(OFFLOADED, devices=8)
+    ((gather, times),) = work.collectives.items()
+    assert (gather.kind, gather.bytes, gather.group, times) == ("all-gather", 64 * 128 * 2, 8, 1)
+    assert gather.beside == 300
+    assert gather.exposed(seconds=5.0, clock=100) == 2
+    assert gather.exposed(seconds=2.0, clock=100) == 0
 
 
 def test_a_loop_without_end_is_not_guessed() -> None:

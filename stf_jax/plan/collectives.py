@@ -1,0 +1,117 @@
+"""What chips tell each other, as the text of a compiled program has it."""
+
+import dataclasses
+import math
+import re
+
+from stf_jax.plan.hlo import Instruction, UnreadableProgram, byte_count, short
+
+# What goes between slices is no collective to a chip: its host sends and receives.
+_BETWEEN_SLICES = {
+    "ALL_GATHER": "all-gather",
+    "ALL_REDUCE": "all-reduce",
+    "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all",
+    "ONE_TO_ONE": "collective-permute",
+}
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Collective:
+    """One collective instruction.
+
+    Attributes:
+        kind: of `COLLECTIVES`.
+        bytes: of the whole array, in one chip's view: gathered, or before it is scattered.
+        group: chips that take part.
+        beside: cycles of other work that the compiler runs meanwhile; infinite where it says only
+            that there is some.
+        source: where in the program it comes from.
+        shape: of the result.
+        dcn: whether it goes from slice to slice over the data centre's network.
+    """
+
+    kind: str
+    bytes: int
+    group: int
+    beside: float
+    source: str
+    shape: str
+    dcn: bool = False
+
+    @property
+    def traffic(self) -> float:
+        """Bytes that a chip receives, or its host for it."""
+        if self.kind == "collective-permute":
+            return self.bytes
+        rounds = 2 if self.kind == "all-reduce" else 1
+        return rounds * self.bytes * (self.group - 1) / self.group
+
+    def exposed(self, seconds: float, clock: float) -> float:
+        """How many of its seconds the chip waits for it."""
+        return max(0.0, seconds - self.beside / clock)
+
+
+def collective(
+    one: Instruction, shapes: dict[str, str], devices: int, *, starts: bool, scattered: bool
+) -> Collective:
+    """Of an instruction that is one.
+
+    Args:
+        one: the instruction.
+        shapes: of its operands.
+        devices: of a slice.
+        starts: its computation only starts it.
+        scattered: its computation keeps a part of what is summed.
+    """
+    kind = one.opcode.removesuffix("-start")
+    size = byte_count(one.shape)
+    if one.opcode == "collective-permute-start":
+        size //= 2
+    elif one.opcode.endswith("-start"):
+        size -= sum(byte_count(shapes.get(name, "")) for name in one.operands)
+    if kind == "reduce-scatter":
+        size *= _group(one, devices)
+    return Collective(
+        kind="reduce-scatter" if scattered and kind == "all-reduce" else kind,
+        bytes=size,
+        group=_group(one, devices),
+        beside=math.inf if starts or one.opcode.endswith("-start") else 0,
+        source=one.source,
+        shape=short(one.shape),
+    )
+
+
+def between_slices(one: Instruction, slices: int) -> Collective:
+    """Of a `recv` that waits for another slice.
+
+    Raises:
+        UnreadableProgram: its kind is not known.
+    """
+    found = one.attribute("_xla_megascale_transfer_type", r'"(\w+)"')
+    if found not in _BETWEEN_SLICES:
+        raise UnreadableProgram(f"{one.name} goes between slices in an unknown way, {found}")
+    kind, shape = _BETWEEN_SLICES[found], short(one.shape)
+    scattered = slices if kind == "reduce-scatter" else 1
+    return Collective(
+        kind=kind,
+        bytes=byte_count(shape) * scattered,
+        group=slices,
+        beside=0,
+        source=one.source,
+        shape=shape,
+        dcn=True,
+    )
+
+
+def _group(one: Instruction, devices: int) -> int:
+    """Chips in a group, in whichever of its three forms it is written."""
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", one.rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found.group(2)))
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", one.rest):
+        return int(found.group(1))
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", one.rest):
+        return found.group(1).count(",") + 1
+    return devices

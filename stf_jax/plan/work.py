@@ -1,0 +1,204 @@
+"""What a compiled program does: cycles, matmul FLOPs and collectives over the whole call graph.
+
+The text of an optimised module gives `estimated_cycles` for each fusion, once. Here every
+instruction counts as often as it runs: a loop's body times the loop's trip count.
+"""
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+
+from stf_jax.plan.collectives import COLLECTIVES, Collective, between_slices, collective
+from stf_jax.plan.hlo import (
+    Instruction,
+    UnreadableProgram,
+    dimensions,
+    element_counts,
+    parse,
+    shapes_of,
+    short,
+)  # fmt: skip
+
+_IN_BRACES = r"\{%?([\w.\-]+)"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a chip does in one call, summed over the call graph.
+
+    Attributes:
+        cycles: by where an instruction comes from and the shape of its result.
+        flops: of matmuls outside kernels.
+        kernels: calls of Pallas kernels, by the instruction and its operands' shapes.
+        collectives: and how often each runs.
+    """
+
+    cycles: Counter[tuple[str, str]]
+    flops: float
+    kernels: Counter[tuple[Instruction, tuple[str, ...]]]
+    collectives: Counter[Collective]
+
+
+def analyse(text: str, *, devices: int, slices: int = 1, one_turn: bool = False) -> Work:
+    """Sums over the call graph of an optimised module.
+
+    Args:
+        text: `as_text()` of a compiled program.
+        devices: that it runs on, in each slice.
+        slices: of them.
+        one_turn: sums over one turn of the program's only loop instead.
+
+    Raises:
+        UnreadableProgram: a loop whose trip count cannot be seen, or not just one.
+    """
+    entry, computations = parse(text)
+    if one_turn:
+        entry = _only_loop(computations[entry])
+    cycles: Counter[tuple[str, str]] = Counter()
+    kernels: Counter[tuple[Instruction, tuple[str, ...]]] = Counter()
+    collectives: Counter[Collective] = Counter()
+    flops = 0.0
+    for computation, times in _calls(entry, computations, 1):
+        instructions = computations[computation]
+        shapes = shapes_of(instructions)
+        targets = {one.attribute("custom_call_target", '"([^"]*)"') for one in instructions}
+        # An asynchronous collective appears in the fusions that start, carry and end it.
+        counted = computation.find("async_collective") < 0 and "AsyncCollectiveDone" not in targets
+        starts = "AsyncCollectiveStart" in targets
+        for one in instructions:
+            if one.cycles:
+                cycles[one.source, short(one.shape)] += one.cycles * times
+            if one.opcode in ("dot", "convolution"):
+                flops += times * _matmul(one, shapes)
+            elif one.attribute("custom_call_target", '"([^"]*)"') == "tpu_custom_call":
+                given = tuple(shapes[name] for name in one.operands if name in shapes)
+                kernels[one, given] += times
+            elif one.opcode.removesuffix("-start") in COLLECTIVES and (counted or starts):
+                scattered = "all-reduce-scatter" in computation
+                found = collective(one, shapes, devices, starts=starts, scattered=scattered)
+                collectives[found] += times
+            elif one.opcode == "recv" and "xla_megascale_transfer_type" in one.rest:
+                collectives[between_slices(one, slices)] += times
+        for found in _offloaded(instructions, computations, devices):
+            collectives[found] += times
+    return Work(cycles=cycles, flops=flops, kernels=kernels, collectives=collectives)
+
+
+def largest_gather(text: str) -> int:
+    """Elements of the largest array that an all-gather makes."""
+    _, computations = parse(text)
+    gathers = (
+        one for body in computations.values() for one in body if one.opcode.startswith("all-gather")
+    )
+    return max((max(element_counts(one.shape), default=0) for one in gathers), default=0)
+
+
+def _calls(
+    name: str, computations: dict[str, list[Instruction]], times: int
+) -> Iterator[tuple[str, int]]:
+    """Every computation that runs, and how often, once for each place it is called from."""
+    yield name, times
+    for one in computations[name]:
+        if one.opcode == "while":
+            body, condition = one.attribute("body"), one.attribute("condition")
+            if body is None or condition is None:
+                raise UnreadableProgram(f"the loop {one.name} has no body")
+            yield from _calls(body, computations, times * _trips(one, condition, computations))
+        elif one.opcode == "conditional":
+            # One of them runs; which is not known, and all are counted.
+            names = re.findall(r"(?:_computation=|computations=\{|, )%([\w.\-]+)", one.rest)
+            for branch in {name for name in names if name in computations}:
+                yield from _calls(branch, computations, times)
+        else:
+            called = one.attribute("calls") or (
+                one.attribute("to_apply") if one.opcode == "call" else None
+            )
+            if called:
+                yield from _calls(called, computations, times)
+
+
+def _offloaded(
+    instructions: list[Instruction], computations: dict[str, list[Instruction]], devices: int
+) -> Iterator[Collective]:
+    """The collectives that a computation leaves to the SparseCore, which takes one at a time."""
+    clock, begun = 0, dict[str, tuple[str, int]]()
+    for one in instructions:
+        clock += one.cycles
+        if one.opcode == "async-start":
+            begun[one.name] = one.attribute("calls") or "", clock
+        elif one.opcode == "async-update":
+            # Only now it has its operands.
+            begun[one.name] = begun[one.operands[0]][0], clock
+        elif one.opcode == "async-done":
+            called, at = begun[one.operands[0]]
+            for call in computations.get(called, ()):
+                body = computations.get(call.attribute("called_computations", _IN_BRACES) or "", [])
+                shapes = shapes_of(body)
+                for inner in body:
+                    if inner.opcode in COLLECTIVES:
+                        found = collective(inner, shapes, devices, starts=False, scattered=False)
+                        yield dataclasses.replace(found, beside=clock - at)
+
+
+def _only_loop(instructions: list[Instruction]) -> str:
+    """The body of the only loop of a computation."""
+    loops = [one for one in instructions if one.opcode == "while"]
+    body = loops[0].attribute("body") if len(loops) == 1 else None
+    if body is None:
+        raise UnreadableProgram(f"one loop is expected; the program has {len(loops)}")
+    return body
+
+
+def _trips(loop: Instruction, condition: str, computations: dict[str, list[Instruction]]) -> int:
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
+    if known:
+        return int(known.group(1))
+    constants = [
+        int(found.group(1))
+        for name, _ in _calls(condition, computations, 1)
+        for one in computations[name]
+        if one.opcode == "constant" and (found := re.match(r"(\d+)\)", one.rest))
+    ]
+    if not constants:
+        raise UnreadableProgram(f"the trip count of the loop {loop.name} cannot be seen")
+    return max(constants)
+
+
+def _matmul(one: Instruction, shapes: dict[str, str]) -> float:
+    """FLOPs of a dot or of a convolution, which is how the TPU compiler writes a dot."""
+    if one.opcode == "dot":
+        left = dimensions(shapes[one.operands[0]])
+        axes = one.attribute("lhs_contracting_dims", r"\{([\d,]*)\}") or ""
+        contracted = math.prod(left[int(axis)] for axis in axes.split(",") if axis)
+        return 2.0 * contracted * math.prod(dimensions(one.shape))
+    left, kernel = (dimensions(shapes[name]) for name in one.operands[:2])
+    out = dimensions(one.shape)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest)
+    if labels is None:
+        raise UnreadableProgram(f"the convolution {one.name} has no labels")
+    inputs, kernels, outputs = labels.groups()
+    result = 2.0 * out[outputs.index("b")] * out[outputs.index("f")] * kernel[kernels.index("i")]
+    window = one.attribute("window", r"\{([^}]*)\}") or ""
+    settings = dict(part.split("=") for part in window.split())
+    for axis in range(len(inputs) - 2):
+        label = str(axis)
+        result *= _pairs(
+            left[inputs.index(label)],
+            kernel[kernels.index(label)],
+            out[outputs.index(label)],
+            {name: value.split("x")[axis] for name, value in settings.items()},
+        )
+    return result
+
+
+def _pairs(size: int, kernel: int, out: int, window: dict[str, str]) -> int:
+    """How many products one spatial axis has; padding and the holes of a dilation have none."""
+    stride, dilation = int(window.get("stride", 1)), int(window.get("rhs_dilate", 1))
+    holes = int(window.get("lhs_dilate", 1))
+    low = int(window.get("pad", "0_0").split("_")[0])
+    at = np.arange(out)[:, None] * stride - low + np.arange(kernel)[None, :] * dilation
+    return int(((at >= 0) & (at <= (size - 1) * holes) & (at % holes == 0)).sum())
