@@ -16,6 +16,7 @@ from stf_jax.eval.questions import Answerer, Question, check_markers, missing_pi
 
 ANSWERS = "answers.jsonl"
 SCORES = "scores.json"
+TRY_OUT_SCORES = "scores.first-{}.json"
 
 _NAMED = 20
 
@@ -151,7 +152,8 @@ def ask(
     Args:
       prepared: by `prepare`.
       answerer: the model.
-      out: a folder for `answers.jsonl`, `protocol.json`, `scores.json` and the submission.
+      out: a folder for `answers.jsonl`, `protocol.json`, `scores.json` (of a limit of N
+        `scores.first-N.json`) and the submission.
       progress: called after each answer.
 
     Raises:
@@ -219,7 +221,8 @@ def score_file(
       answers: the jsonl.
       data: as for `prepare`; pictures are not needed.
       paths: by role, what lies elsewhere.
-      out: a folder for `scores.json` and the submission; none are written by default.
+      out: a folder for the scores, named as by `ask`, and the submission; none are written by
+        default.
       limit: take only the first so many answers, and call nothing missing.
 
     Raises:
@@ -257,5 +260,7 @@ def _finish(
     )
     if out is not None:
         text = json.dumps(result.to_json(), indent=2, ensure_ascii=False)
-        write_text(out / SCORES, f"{text}\n")
+        # A try-out leaves the scores of all questions alone.
+        name = SCORES if limit is None else TRY_OUT_SCORES.format(limit)
+        write_text(out / name, f"{text}\n")
     return result

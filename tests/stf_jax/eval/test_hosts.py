@@ -39,7 +39,7 @@ def test_two_processes_are_one_evaluation(
     assert lines == [(0, line) for line in scores]
     alone, host = tmp_path / "alone" / "mme", tmp_path / "host0" / "mme"
     assert (host / "answers.jsonl").read_bytes() == (alone / "answers.jsonl").read_bytes()
-    assert (host / "scores.json").exists()
+    assert (host / "scores.first-6.json").exists()
     assert not list(tmp_path.rglob("answers.part-*"))
 
 

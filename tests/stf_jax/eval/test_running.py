@@ -120,8 +120,20 @@ def test_limit_then_all(data: Path, tmp_path: Path) -> None:
 def test_no_submission_of_a_part(data: Path, tmp_path: Path) -> None:
     result = ask(prepare(get_benchmark("vizwiz"), data=data, limit=1), Echo(), out=tmp_path)
     assert result.submission is None
-    assert {file.name for file in tmp_path.iterdir()} >= {"answers.jsonl", "scores.json"}
-    assert not list(tmp_path.glob("*upload*"))
+    names = ["answers.jsonl", "eval", "protocol.json", "scores.first-1.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
+
+
+def test_a_try_out_leaves_the_scores_of_all_alone(data: Path, tmp_path: Path) -> None:
+    """Asked or scored from a file, its own are beside them, a file for each limit."""
+    whole = ask(prepare(POPE, data=data), Echo(), out=tmp_path)
+    scores = (tmp_path / "scores.json").read_bytes()
+    tried = ask(prepare(POPE, data=data, limit=2), Echo(), out=tmp_path)
+    again = score_file(POPE, whole.answers, data=data, out=tmp_path, limit=4)
+    assert (tmp_path / "scores.json").read_bytes() == scores
+    for result in (tried, again):
+        stored = json.loads((tmp_path / f"scores.first-{result.limit}.json").read_text())
+        assert stored == json.loads(json.dumps(result.to_json()))
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
