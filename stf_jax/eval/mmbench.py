@@ -6,7 +6,7 @@ import functools
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from stf_jax.eval.questions import OPTION_LETTER, Decoding, Question, image_prom
 _LETTERS = "ABCD"
 _ROTATION = 1_000_000
 _NEEDED = ("index", "question", "hint", "image", *_LETTERS)
+_OPTIONAL = ("answer", "category", "l2-category", "source", "split", "comment")
 
 # The server's table: these columns go, and the answer stands at this place.
 _DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
@@ -106,6 +107,7 @@ def named_letter(text: str) -> str | None:
 
 def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -> Score:
     rows = _rows(paths["questions"])
+    _check_columns(paths["questions"], rows[0])
     truth = {str(row["index"]): row.get("answer") for row in rows}
     odd = [f"{one} ({answer})" for one, answer in truth.items() if answer not in tuple(_LETTERS)]
     # The test split keeps its answers on the server, all of them.
@@ -138,6 +140,17 @@ def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -
         missing=paired.missing,
         note=_LOCAL if headline is not None else "",
     )
+
+
+def _check_columns(path: Path, columns: Collection[str]) -> None:
+    """Tells the test split, which need have no answers, from a table whose answers are misspelt."""
+    strange = [one for one in columns if one not in (*_NEEDED, *_OPTIONAL)]
+    if strange and "answer" not in columns:
+        raise ValueError(
+            f"{path}: the header has no answer and an unknown {', '.join(map(repr, strange))}; "
+            "write answer if that is what it holds, or else leave it out (known are "
+            f"{', '.join((*_NEEDED, *_OPTIONAL))})"
+        )
 
 
 def _submit(paths: Paths, answers: Sequence[AnswerRecord], folder: Path, *, name: str) -> Path:

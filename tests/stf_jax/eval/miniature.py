@@ -52,10 +52,12 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def write_tsv(path: Path, rows: Sequence[dict[str, str]]) -> None:
+def write_tsv(
+    path: Path, rows: Sequence[dict[str, str]], columns: Sequence[str] = TSV_COLUMNS
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, TSV_COLUMNS, dialect="excel-tab", lineterminator="\n")
+        writer = csv.DictWriter(file, columns, dialect="excel-tab", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

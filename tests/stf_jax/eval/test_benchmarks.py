@@ -12,7 +12,15 @@ from stf_jax.eval.mmbench import named_letter
 from stf_jax.eval.mme import says
 from stf_jax.eval.registry import BENCHMARKS, get_benchmark
 from stf_jax.eval.running import Result, ask, prepare, score_file
-from tests.stf_jax.eval.miniature import SHORT, Echo, mmbench_rows, png, write_jsonl, write_tsv
+from tests.stf_jax.eval.miniature import (
+    SHORT,
+    TSV_COLUMNS,
+    Echo,
+    mmbench_rows,
+    png,
+    write_jsonl,
+    write_tsv,
+)
 
 LETTER = "Answer with the option's letter from the given choices directly."
 
@@ -252,13 +260,32 @@ def test_mmbench_spreadsheet(data: Path) -> None:
     assert {cell.data_type for row in table for cell in row} == {"s", "n"}
 
 
-def test_mmbench_without_truth(data: Path) -> None:
-    """The test split: no column of answers, so no figures, and a table to submit."""
-    rows = [row | {"answer": ""} for row in mmbench_rows()]
-    write_tsv(data / "mmbench" / "mmbench_dev_20230712.tsv", rows)
+@pytest.mark.parametrize("column", [True, False])
+def test_mmbench_without_truth(data: Path, column: bool) -> None:
+    """The test split: no answers, so no figures, and a table to submit."""
+    columns = [one for one in TSV_COLUMNS if column or one != "answer"]
+    rows = [{one: row.get(one, "") for one in columns} for row in mmbench_rows()]
+    rows = [row | {"answer": ""} if column else row for row in rows]
+    write_tsv(data / "mmbench" / "mmbench_dev_20230712.tsv", rows, columns)
     result = run("mmbench", data)
     assert result.score.headline is None
     assert result.submission is not None
+
+
+def test_mmbench_with_a_misspelt_truth(data: Path) -> None:
+    """It is not taken for the test split, whose scores only the server knows."""
+    path = data / "mmbench" / "mmbench_dev_20230712.tsv"
+    path.write_text(path.read_text().replace("\tanswer\t", "\tAnswer\t", 1))
+    with pytest.raises(
+        ValueError, match=r"no answer and an unknown 'Answer'; write answer if .*known are index"
+    ):
+        questions("mmbench", data)
+
+
+def test_mmbench_with_a_column_of_its_own(data: Path) -> None:
+    path = data / "mmbench" / "mmbench_dev_20230712.tsv"
+    path.write_text(path.read_text().replace("\tsource\t", "\torigin\t", 1))
+    assert run("mmbench", data).score.headline is not None
 
 
 @pytest.mark.parametrize(
