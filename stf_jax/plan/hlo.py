@@ -57,7 +57,7 @@ class Instruction:
         return "/".join(parts) or self.opcode
 
 
-_NOISE = ("while", "body", "closed_call", "checkpoint", "rematted_computation")
+_NOISE = ("while", "body", "closed_call", "checkpoint", "rematted_computation", "eval_jaxpr")
 
 
 def parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:
