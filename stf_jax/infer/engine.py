@@ -6,6 +6,7 @@ taking over the cache of its prefix. A round is: admit questions to free slots, 
 devices until enough slots are free again, look at the tokens. The next pictures are read meanwhile.
 """
 
+import contextlib
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,8 @@ _REFILL = 4
 # Questions are short; to pad them to the buckets of whole prompts would double their cost.
 LEAST_QUESTION = 16
 _READERS = 4
+# Slots are numbered in int32.
+_MOST_SLOTS = np.iinfo(np.int32).max
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -79,20 +82,22 @@ class Engine:
             share: whether prompts about the same pictures share the cache of their prefix.
 
         Raises:
-            ValueError: no tokens or no slots wanted, a prompt that leaves no room for any token, or
-                one that ends in a picture.
+            ValueError: no tokens or no slots wanted, more slots than there is memory for, a prompt
+                that leaves no room for any token, or one that ends in a picture.
         """
         limits = Limits(sampling=sampling, max_new_tokens=self._checked(prompts, max_new_tokens))
-        if slots < 1:
-            raise ValueError(f"slots is {slots}; give 1 or more")
+        if not 1 <= slots <= _MOST_SLOTS:
+            raise ValueError(f"slots is {slots}; give 1 to {_MOST_SLOTS}")
         if not prompts:
             return
         slots, rows = batch_sizes(slots, multiple=self.program.row_multiple)
         longest = max(len(prompt.ids) for prompt in prompts) + limits.max_new_tokens
         context = bucket(min(longest, self.config.text.max_positions))
-        state = self.program.start(slots=slots, context=context, new=bucket(limits.max_new_tokens))
-        free, taken, seen = deque(range(slots)), dict[int, int](), np.zeros(slots, int)
-        with ThreadPoolExecutor(_READERS) as readers:
+        with _enough_memory(slots, context), ThreadPoolExecutor(_READERS) as readers:
+            state = self.program.start(
+                slots=slots, context=context, new=bucket(limits.max_new_tokens)
+            )
+            free, taken, seen = deque(range(slots)), dict[int, int](), np.zeros(slots, int)
             groups = _groups(prompts, share=share)
             feed = _Feed(self.program, prompts, groups, rows, readers=readers)
             while taken or feed.more:
@@ -140,6 +145,21 @@ class Engine:
         if any(prompt.ids[-1] == IMAGE_TOKEN_ID for prompt in prompts):
             raise ValueError("a prompt ends in a picture; put text behind it")
         return most
+
+
+@contextlib.contextmanager
+def _enough_memory(slots: int, context: int) -> Iterator[None]:
+    """Within it, what no device has memory for is one line that says what to change."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(
+            f"{slots} slots of {context} positions do not fit into the memory of a device; give "
+            "fewer slots, a cache of int8 or a larger mesh "
+            f"({str(error).strip().partition(chr(10))[0]})"
+        ) from error
 
 
 def batch_sizes(slots: int, *, multiple: int) -> tuple[int, int]:

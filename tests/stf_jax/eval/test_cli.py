@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 import stf_jax
+from stf_jax.cli import main
 from stf_jax.cli_eval import INCOMPLETE, add_eval
 from stf_jax.data.images import ImageError, ImageProcessor, load_image
 from stf_jax.eval.generation import ModelAnswerer
@@ -97,6 +98,31 @@ def test_the_engine_s_config(
     arguments = ("--data", data, "--out", tmp_path, "--config", path, *options)
     with pytest.raises(ValueError, match=re.escape(message)):
         run("pope", reference / "llava-stf", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("slots", "message"),
+    [
+        # More than any process has addresses for, and more than can be counted.
+        (2**31 - 1, "2147483647 slots of 256 positions do not fit into the memory of a device"),
+        (10**20, "slots is 100000000000000000000; give 1 to 2147483647"),
+    ],
+)
+def test_more_slots_than_there_is_memory_for(
+    reference: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    slots: int,
+    message: str,
+) -> None:
+    """One line, and the run goes on with fewer."""
+    arguments = ["eval", "pope", str(reference / "llava-stf"), "--data", str(data)]
+    arguments += ["--out", str(tmp_path / "out"), "--slots"]
+    assert main([*arguments, str(slots)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
+    assert main([*arguments, "2"]) == 0
 
 
 def test_a_model_that_is_not_there_is_named_first(tmp_path: Path) -> None:
