@@ -3,13 +3,16 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 _NAMED = 5
 _BLOCK = 1 << 20
 _KINDS = {str: "text", list: "list", int: "whole number"}
+# JSON can name half a surrogate pair, such as \ud800 alone, which no UTF-8 can hold.
+_HALF = re.compile(r"[\ud800-\udfff]")
 
 
 def read_text(path: Path) -> str:
@@ -26,7 +29,7 @@ def read_json(path: Path, kind: type) -> Any:
     """What a JSON file holds, which must be a `kind` (dict or list).
 
     Raises:
-      ValueError: unreadable, no JSON, or of another kind.
+      ValueError: unreadable, no JSON, of another kind, or with text that is no valid unicode.
     """
     try:
         content = json.loads(read_text(path))
@@ -37,6 +40,7 @@ def read_json(path: Path, kind: type) -> Any:
             f"{path}: holds a {type(content).__name__} where a {kind.__name__} is expected; "
             "check that it is the official file"
         )
+    _check_unicode(path, _halves(content))
     return content
 
 
@@ -44,7 +48,8 @@ def read_jsonl(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     """One object a line, each with `fields`; empty lines are skipped.
 
     Raises:
-      ValueError: unreadable, empty, a line that is no JSON object, or one without a field.
+      ValueError: unreadable, empty, a line that is no JSON object, or one without a field or with
+        text that is no valid unicode.
     """
     entries: list[tuple[str, Any]] = []
     # Not splitlines(), which would also cut at the odd line separators inside a string.
@@ -61,7 +66,29 @@ def read_jsonl(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     if not entries:
         raise ValueError(f"{path}: empty; fetch it again")
     check_fields(path, entries, fields)
+    _check_unicode(path, (half for place, entry in entries for half in _halves(entry, place)))
     return [entry for _, entry in entries]
+
+
+def _halves(content: Any, *place: str) -> Iterator[str]:
+    """Where in what JSON holds there is half a surrogate pair."""
+    if isinstance(content, dict):
+        for name, value in content.items():
+            yield from _halves(name, *place, "a name")
+            yield from _halves(value, *place, name)
+    elif isinstance(content, list):
+        for number, value in enumerate(content, start=1):
+            yield from _halves(value, *place, f"entry {number}")
+    elif isinstance(content, str) and _HALF.search(content):
+        yield ", ".join(place)
+
+
+def _check_unicode(path: Path, halves: Iterable[str]) -> None:
+    if found := list(halves):
+        raise ValueError(
+            f"{path}: half a surrogate pair, which is no valid unicode, stands in "
+            f"{name_some(found)}; mend it or fetch the file again"
+        )
 
 
 def check_fields(path: Path, entries: Sequence[tuple[str, Any]], fields: Sequence[str]) -> None:

@@ -358,6 +358,10 @@ def test_a_file_that_lies_elsewhere(data: Path, tmp_path: Path) -> None:
         ('{"question_id": 1, "image": null, "text": 2}', "the image of question 1 is no text, "),
         ('{"question_id": 1, "image": "n1.jpg", "text": "<image>?"}', "have <image> in their text"),
         (b"\xff\xfe", "not UTF-8"),
+        (
+            r'{"question_id": 1, "image": "n1.jpg", "text": "A \ud83d\ude00 or a \ud83d?"}',
+            "half a surrogate pair, which is no valid unicode, stands in line 1, text; mend it",
+        ),
     ],
 )
 def test_unofficial_question_files(data: Path, content: Any, message: str) -> None:
@@ -387,6 +391,12 @@ def test_unofficial_question_files(data: Path, content: Any, message: str) -> No
             "scienceqa/llava_test_CQM-A.json",
             [{"id": 1, "image": None, "conversations": None}],
             "the conversations of entry 1 is no list",
+        ),
+        (
+            "scienceqa",
+            "scienceqa/llava_test_CQM-A.json",
+            [{"id": 1, "conversations": [{"value": "Why?"}, {"value": "A \ud800"}]}],
+            "stands in entry 1, conversations, entry 2, value; mend it",
         ),
         (
             "scienceqa",
@@ -431,6 +441,13 @@ def test_unofficial_annotations(
     (data / place).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         prepare(BENCHMARKS[name], data=data)
+
+
+def test_a_surrogate_pair_that_is_whole(data: Path) -> None:
+    """As `json.dumps` writes what is beyond 16 bits."""
+    path = data / "gqa" / "llava_gqa_testdev_balanced.jsonl"
+    path.write_text(path.read_text().replace("Is it red", r"Is \ud83d\ude00 red"))
+    assert prepare(GQA, data=data).questions[0].text.startswith("Is \N{GRINNING FACE} red")
 
 
 def test_a_question_id_twice_on_the_server(data: Path) -> None:
