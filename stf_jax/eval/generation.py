@@ -40,7 +40,7 @@ class ModelAnswerer:
     def describe(self) -> dict[str, Any]:
         """Weights, image mode, vision tokens and dtypes."""
         return {
-            "weights": self._model.engine.program.checksum(),
+            "weights": self._model.engine.program.checksum,
             "image_mode": self._model.image_processor.mode,
             "image_size": self._model.image_processor.image_size,
             "tokens_per_image": self._model.config.tokens_per_image,

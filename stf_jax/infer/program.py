@@ -5,6 +5,7 @@ Every shape is a bucket, so calling again with the same shapes compiles nothing.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
 from typing import Any
@@ -107,6 +108,7 @@ class Program:
         self._resume = jax.jit(self._resumed, static_argnames="greedy", donate_argnums=1)
         self._decode = jax.jit(self._decoded, static_argnames="greedy", donate_argnums=1)
 
+    @functools.cached_property
     def checksum(self) -> str:
         """Of every weight as the devices have it, whatever the mesh; it tells models apart."""
         digest = hashlib.sha256()

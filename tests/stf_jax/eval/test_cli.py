@@ -22,6 +22,7 @@ from stf_jax.eval.generation import ModelAnswerer
 from stf_jax.eval.questions import Decoding, Question
 from stf_jax.eval.registry import BENCHMARKS, get_benchmark
 from stf_jax.eval.running import prepare
+from stf_jax.infer import program
 from stf_jax.parallel.sharding import make_mesh
 from tests.stf_jax.eval.miniature import write_jsonl
 
@@ -190,6 +191,22 @@ def test_another_model_of_the_same_name(reference: Path, model: stf_jax.Model) -
     leaves, tree = jax.tree.flatten(parameters)
     other.engine.program._parameters = jax.tree.unflatten(tree, [-leaves[0], *leaves[1:]])
     assert answerer(other).describe()["weights"] != told["weights"]
+
+
+def test_the_weights_are_read_once(reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not again for each benchmark: 7B take their time."""
+    read: list[jax.Array] = []
+
+    def bit_sum(weights: jax.Array) -> int:
+        read.append(weights)
+        return 1
+
+    monkeypatch.setattr(program, "_bit_sum", bit_sum)
+    fresh = stf_jax.load(reference / "llava-stf")
+    told = [answerer(fresh).describe() for _ in range(2)]
+    assert told[0] == told[1]
+    leaves = jax.tree.leaves(fresh.engine.program._parameters)
+    assert [id(one) for one in read] == [id(one) for one in leaves]
 
 
 def test_questions_longer_than_the_context(model: stf_jax.Model) -> None:
