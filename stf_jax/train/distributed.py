@@ -123,6 +123,11 @@ class BatchLayout:
         return 1 if self.mesh is None else int(np.prod([self.mesh.shape[a] for a in BATCH_AXES]))
 
     @property
+    def rows_per_device(self) -> int:
+        """Of a micro-batch."""
+        return self.rows // self.micro_batches // self._parts
+
+    @property
     def _shape(self) -> tuple[int, int]:
         return self.micro_batches, self.rows // self.micro_batches
 

@@ -22,26 +22,39 @@ from stf_jax.train.distributed import BatchLayout
 from stf_jax.train.optimizer import Parameters, make_optimizer, split_trained
 from stf_jax.train.step import Step, TrainState, init_state, make_step
 
-# By the kind of device. Matmuls get more of its vector memory than the 16 MiB that the compiler
-# takes; collectives run beside them where it can be had, in a way of each generation's own.
-COMPILER_OPTIONS = {
+# What each kind of device needs so that collectives run beside matmuls.
+_OVERLAP = {
     "TPU v5 lite": {
-        "xla_tpu_scoped_vmem_limit_kib": "65536",
         # By itself the compiler joins several sums (here those above 16 MiB stay alone) and waits.
         "xla_jf_crs_combiner_threshold_in_bytes": str(2**24),
         "xla_enable_async_all_reduce": "true",
         "xla_tpu_enable_async_collective_fusion": "true",
         "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
     },
-    "TPU v5": {"xla_tpu_scoped_vmem_limit_kib": "49152"},
     "TPU v6 lite": {
-        "xla_tpu_scoped_vmem_limit_kib": "98304",
         # The SparseCore runs them.
         "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
         "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
         "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
     },
 }
+# KiB of vector memory for a matmul, where the compiler takes 16 MiB. With few tokens those do, and
+# more only hides less of the collectives.
+_VECTOR_MEMORY = {"TPU v5 lite": 65536, "TPU v5": 49152, "TPU v6 lite": 98304}
+_MANY_TOKENS = 4096
+
+
+def compiler_options(device_kind: str, *, tokens: int) -> dict[str, str]:
+    """What the compiler is asked for, as docs/tpu.md explains.
+
+    Args:
+        device_kind: as JAX names it.
+        tokens: of a micro-batch, on one device.
+    """
+    options = dict(_OVERLAP.get(device_kind, {}))
+    if tokens >= _MANY_TOKENS and device_kind in _VECTOR_MEMORY:
+        options["xla_tpu_scoped_vmem_limit_kib"] = str(_VECTOR_MEMORY[device_kind])
+    return options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +86,8 @@ class TrainProgram:
         lowered: Any = self.step.lower(self.state, self.frozen, self.batch)  # type: ignore[attr-defined]
         mesh = self.layout.mesh
         devices = jax.devices() if mesh is None else mesh.devices.flat
-        chip = COMPILER_OPTIONS.get(devices[0].device_kind, {})
+        tokens = self.layout.rows_per_device * self.batch.ids.shape[-1]
+        chip = compiler_options(devices[0].device_kind, tokens=tokens)
         return lowered.compile({**chip, **options})
 
 

@@ -75,9 +75,11 @@ def test_a_small_model_on_each_generation(config: str, topology: str) -> None:
     assert 0 < plan["arguments"] < plan["peak"] < 2**28 < plan["limit"]
     assert 0 < plan["mfu"] < 0.1
     assert plan["hardware_flops"] * 4 > sum(plan["model_flops"].values())
-    kinds = {one["kind"] for one in plan["traffic"]}
-    assert "all-gather" in kinds
-    assert kinds & {"all-reduce", "reduce-scatter"}
+    traffic = {one["kind"]: one for one in plan["traffic"]}
+    assert traffic.keys() & {"all-reduce", "reduce-scatter"}
+    gathers = traffic["all-gather"]
+    # v6e leaves them to its SparseCore, and has other work meanwhile.
+    assert gathers["exposed"] < gathers["bytes"] or not topology.startswith("v6e")
 
 
 @needs_compiler
