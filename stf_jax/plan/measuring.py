@@ -52,7 +52,8 @@ def measure(
         "exposed_seconds": sum(exposed[one] * times for one, times in links.items()),
         "dcn_seconds": sum(one.traffic / chip.dcn * times for one, times in dcn.items()),
         "traffic": (
-            *_traffic(links, {one: exposed[one] / seconds[one] for one in links if seconds[one]}),
+            # In a group of one chip nothing is sent.
+            *_traffic(links, {one: exposed[one] / (seconds[one] or 1) for one in links}),
             *_traffic(dcn, dict.fromkeys(dcn, 1.0), network="DCN "),
         ),
         "largest_gather": largest_gather(text),

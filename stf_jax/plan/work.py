@@ -21,7 +21,7 @@ from stf_jax.plan.hlo import (
     parse,
     shapes_of,
     short,
-)  # fmt: skip
+)
 
 _IN_BRACES = r"\{%?([\w.\-]+)"
 
@@ -130,18 +130,28 @@ def _offloaded(
         clock += one.cycles
         if one.opcode == "async-start":
             begun[one.name] = one.attribute("calls") or "", clock
-        elif one.opcode == "async-update":
-            # Only now it has its operands.
-            begun[one.name] = begun[one.operands[0]][0], clock
-        elif one.opcode == "async-done":
+        elif one.opcode in ("async-update", "async-done"):
+            if one.operands[0] not in begun:
+                raise UnreadableProgram(f"where {one.name} was started cannot be seen")
             called, at = begun[one.operands[0]]
-            for call in computations.get(called, ()):
-                body = computations.get(call.attribute("called_computations", _IN_BRACES) or "", [])
-                shapes = shapes_of(body)
-                for inner in body:
-                    if inner.opcode in COLLECTIVES:
-                        found = collective(inner, shapes, devices, starts=False, scattered=False)
-                        yield dataclasses.replace(found, beside=clock - at)
+            if one.opcode == "async-update":
+                # Only now it has its operands.
+                begun[one.name] = called, clock
+            else:
+                for found in _inside(called, computations, devices):
+                    yield dataclasses.replace(found, beside=clock - at)
+
+
+def _inside(
+    called: str, computations: dict[str, list[Instruction]], devices: int
+) -> Iterator[Collective]:
+    """The collectives in what an asynchronous computation hands on."""
+    for call in computations.get(called, ()):
+        body = computations.get(call.attribute("called_computations", _IN_BRACES) or "", [])
+        shapes = shapes_of(body)
+        for one in body:
+            if one.opcode in COLLECTIVES:
+                yield collective(one, shapes, devices, starts=False, scattered=False)
 
 
 def _only_loop(instructions: list[Instruction]) -> str:

@@ -194,3 +194,8 @@ def test_one_turn_of_the_only_loop() -> None:
     assert work.cycles == {("decoder/dot_general", "f32[16,32]"): 100}
     with pytest.raises(UnreadableProgram, match="has 0"):
         analyse("ENTRY %main (p: f32[]) -> f32[] {\n}\n", devices=1, one_turn=True)
+
+
+def test_a_collective_whose_start_is_elsewhere_is_not_guessed() -> None:
+    with pytest.raises(UnreadableProgram, match=r"where call-update was started"):
+        analyse(OFFLOADED.replace("async-update(%call-start, ", "async-update(%p, "), devices=8)
