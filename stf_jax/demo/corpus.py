@@ -40,9 +40,10 @@ def write_corpus(out: Path, *, train: int, held_out: int, seed: int) -> None:
             _save(scene, scans, rng, folder / PICTURES / name)
             asked = scenes.questions(scene, rng, of_each=MOST)
             entry = {"id": name, "image": name}
-            captions.append(
-                entry | {"conversations": [*scenes.conversation([(REQUEST, scene.caption(rng))])]}
-            )
+            captions += [
+                entry | {"conversations": [*scenes.conversation([(REQUEST, caption(scene, rng))])]}
+                for caption in scenes.CAPTIONS.values()
+            ]
             turns = scenes.shuffled(asked, rng)
             conversations.append(entry | {"conversations": [*scenes.conversation(turns)]})
         rng, scans = np.random.default_rng([seed, 1]), Scans.load("test")

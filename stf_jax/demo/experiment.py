@@ -49,7 +49,7 @@ class Settings:
 
     Attributes:
         arms: names, in the order of the report.
-        train_scenes: pictures, each with a caption and a conversation.
+        train_scenes: pictures, each with a caption of every kind and a conversation.
         held_out_scenes: with two questions of each kind.
         steps: of stage 1 and of stage 2.
         rows: of a batch.
@@ -59,7 +59,7 @@ class Settings:
     arms: tuple[str, ...] = ("average", "stf_mbtf")
     train_scenes: int = 2000
     held_out_scenes: int = 200
-    steps: tuple[int, int] = (600, 250)
+    steps: tuple[int, int] = (600, 500)
     rows: int = 8
     seed: int = 0
 
@@ -152,7 +152,7 @@ def train_stage(stage: int, arm: Arm, settings: Settings, out: Path) -> Path:
             "image_mode": "pad",
             "sequence_length": 256,
             "batch_size": settings.rows,
-            "images_per_row": (3, 1)[stage - 1],
+            "images_per_row": (4, 1)[stage - 1],
             "seed": settings.seed,
             "workers": 0,
         },

@@ -30,7 +30,7 @@ from stf_jax.data.conversation import get_template
 from stf_jax.data.encoding import encode_conversation, expand_conversation
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID, Tokenizer
 from stf_jax.demo import scenes
-from stf_jax.demo.scenes import GRID, KINDS, NAMES, Scene
+from stf_jax.demo.scenes import CAPTIONS, GRID, KINDS, MOST, NAMES, Scene
 from stf_jax.models.layers import Init
 from stf_jax.models.llama import Llama
 
@@ -94,24 +94,22 @@ class Phase:
         steps: of the optimiser.
         rows: of a batch, a scene each.
         length: tokens of a row.
-        captions: the rows of a batch that are captions; the others are conversations.
-        questions: of each kind in a conversation.
+        texts: what the rows are, in turn: of `CAPTIONS`, or "questions".
         rate: the peak learning rate.
     """
 
     steps: int
     rows: int
     length: int
-    captions: int
-    questions: int
+    texts: Sequence[str]
     rate: float
 
 
 # Captions first, in which nearly every word must be looked up: so it is learnt ten times faster
 # than from questions.
 PHASES = (
-    Phase(steps=900, rows=24, length=72, captions=24, questions=0, rate=3e-3),
-    Phase(steps=400, rows=10, length=216, captions=2, questions=3, rate=2e-3),
+    Phase(steps=5000, rows=24, length=80, texts=[*CAPTIONS], rate=3e-3),
+    Phase(steps=1600, rows=10, length=256, texts=[*CAPTIONS, *["questions"] * 7], rate=2e-3),
 )
 _EVERY = 200  # steps between two reports
 
@@ -212,19 +210,21 @@ def read_rows(
     *,
     window: int,
     kinds: Sequence[str] = KINDS,
+    of_each: int = MOST,
 ) -> tuple[Batch, Seen]:
-    """Random scenes, one a row: captions, then conversations with questions of `kinds`."""
+    """Random scenes, one a row; conversations have so many questions of each of `kinds`."""
     shape = (phase.rows, phase.length)
     ids, labels = np.zeros(shape, np.int32), np.full(shape, IGNORED_LABEL, np.int32)
     segments, slots = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
     drawn = [Scene.draw(rng) for _ in range(phase.rows)]
     for row, scene in enumerate(drawn):
-        template = get_template("plain" if row < phase.captions else "v1")
-        if row < phase.captions:
-            turns = [("", scene.caption(rng))]
-        else:
-            asked = scenes.questions(scene, rng, of_each=phase.questions)
+        text = phase.texts[row % len(phase.texts)]
+        if text == "questions":
+            asked = scenes.questions(scene, rng, of_each=of_each)
             turns = scenes.shuffled([one for one in asked if one.kind in kinds], rng)
+        else:
+            turns = [("", CAPTIONS[text](scene, rng))]
+        template = get_template("v1" if text == "questions" else "plain")
         encoded = encode_conversation(
             tokenizer, list(scenes.conversation(turns)), template=template, num_images=1
         )
@@ -294,9 +294,9 @@ def train_language(
 def _exam(tokenizer: Tokenizer, graph: nnx.GraphDef, *, seed: int) -> Callable[[nnx.State], str]:
     """How many single questions of each kind are answered with a code for one, for four cells."""
     rng = np.random.default_rng([seed, 1])
-    single = Phase(steps=0, rows=100, length=64, captions=0, questions=1, rate=0)
+    single = Phase(steps=0, rows=100, length=64, texts=["questions"], rate=0)
     asked = {
-        (kind, window): read_rows(tokenizer, single, rng, window=window, kinds=[kind])
+        (kind, window): read_rows(tokenizer, single, rng, window=window, kinds=[kind], of_each=1)
         for kind in KINDS
         for window in (1, 2)
     }

@@ -106,10 +106,12 @@ def _prefill(results: Results) -> Figure:
 
 
 def _scene(results: Results, asked: Sequence[HeldOut], out: Path) -> Figure:
-    """The scene about which the arms disagree most, with their answers."""
+    """The scene about which the arms disagree most, with their answers to one question a kind."""
     by_picture: dict[str, list[int]] = {}
     for number, one in enumerate(asked):
-        by_picture.setdefault(one.picture, []).append(number)
+        asked_already = by_picture.setdefault(one.picture, [])
+        if len(asked_already) < len(KINDS):
+            asked_already.append(number)
 
     def disagreement(numbers: list[int]) -> int:
         return sum(len({arm.answers[number] for arm in results.arms}) for number in numbers)

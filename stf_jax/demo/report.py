@@ -16,6 +16,7 @@ from stf_jax.demo.evaluation import Score
 from stf_jax.demo.experiment import FINETUNE_RATE
 from stf_jax.demo.language import TEXT
 from stf_jax.demo.plots import draw_all
+from stf_jax.demo.rates import RATES
 from stf_jax.demo.results import Results
 from stf_jax.demo.scenes import GRID, KINDS
 from stf_jax.demo.tower import VISION
@@ -38,8 +39,8 @@ with reading the picture, tower and fusion, in batches of 100. Training time is 
 Scenes of {grid} cells with handwritten digits (scikit-learn's) in four colours, digits everywhere
 of other size and place. A patch of the tower covers one cell, a fused token four.
 {train:,} scenes to train on; {held_out:,} held out, composed of other scans. Every arm has the same
-tower, language model, data, seed and steps: {steps[0]} of stage 1 (captions, the language model
-frozen), {steps[1]} of stage 2 (conversations). The questions:
+tower, language model, data, seed and steps: {steps[0]} of stage 1 (captions of each scene's cells,
+neighbours and counts; the language model frozen), {steps[1]} of stage 2 (conversations). The questions:
 
 | kind | for example |
 | --- | --- |
@@ -51,8 +52,9 @@ Neighbouring patches of such a scene have nothing in common, which is the hardes
 In photographs neighbours are alike, and the paper's gap is about one point (its table 3).
 
 The peak learning rate of stage 1 is each arm's own, since projectors of {narrow} (LLaVA-1.5's,
-AvgPool's) and of {wide:,} (STF's) want different ones: of four, the one with the lowest loss on
-scenes of another seed (`stf_jax.demo.rates`): {rates}. In stage 2 it is {finetune:g} for all.
+AvgPool's) and of {wide:,} (STF's) want different ones: of {choice}, the one
+with the lowest loss on scenes of another seed (`stf_jax.demo.rates`): {rates}.
+In stage 2 it is {finetune:g} for all.
 
 ![Losses](loss.png)
 
@@ -77,6 +79,7 @@ def write_report(results: Results, asked: Sequence[HeldOut], out: Path) -> None:
         guessed=100 * _guessed(asked),
         narrow=TEXT.width,
         wide=arms["stf_mbtf"].fusion.projector_width,
+        choice=", ".join(f"{rate:g}" for rate in RATES),
         rates=", ".join(
             f"{arms[arm.name].pretrain_rate:g} for {arm.title}" for arm in results.arms
         ),

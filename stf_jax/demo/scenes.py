@@ -31,9 +31,12 @@ TEXTS = {
     "colour": "Which colour is in {}?",
     "cell": "What is in {}?",
     "pair": "What is in {}?",
+    "left": "What is left of the {}?",
+    "above": "What is above the {}?",
+    "count": "How many digits are {}?",
 }
 KINDS = tuple(TEXTS)
-MOST = 3  # questions of a kind about one scene
+MOST = 2  # questions of a kind about one scene
 
 # Words, each of which the tokenizer has as one token: a small model learns from them much faster.
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -58,12 +61,27 @@ class Scene:
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "Scene":
         """A random scene, with digits enough to ask about."""
-        shape = (GRID, GRID)
-        filled = np.zeros(shape, bool)
-        while filled.sum() < MOST:
-            filled = rng.random(shape) < _FILLED
-        digits, colours = rng.integers(10, size=shape), rng.integers(len(NAMES), size=shape)
-        return cls(digits=np.where(filled, digits, EMPTY), colours=np.where(filled, colours, EMPTY))
+        while True:
+            filled = rng.random((GRID, GRID)) < _FILLED
+            digits, colours = (rng.integers(n, size=filled.shape) for n in (10, len(NAMES)))
+            scene = cls(
+                digits=np.where(filled, digits, EMPTY), colours=np.where(filled, colours, EMPTY)
+            )
+            if all(len(scene.cells(kind)) >= MOST for kind in ("digit", "left", "above")):
+                return scene
+
+    def cells(self, kind: str) -> Int[np.ndarray, "N 2"]:
+        """Row and column of the cells that a question of a kind can be about.
+
+        What has a cell to the left, or above, goes by its digit, which is there only once.
+        """
+        known = self.digits != EMPTY
+        if kind in ("cell", "pair"):
+            known[:] = True
+        if kind in ("left", "above"):
+            known &= (self.digits[..., None] == self.digits.ravel()).sum(-1) == 1
+            known[(slice(None), 0) if kind == "left" else 0] = False
+        return np.argwhere(known)
 
     def digit(self, row: int, column: int) -> str:
         """The word for the digit that is there."""
@@ -79,10 +97,43 @@ class Scene:
             return "nothing"
         return f"{self.colour(row, column)} {self.digit(row, column)}"
 
+    def left(self, row: int, column: int) -> str:
+        """The cell to the left and what is there: "BX red seven"."""
+        return self.named_cell(row, column - 1)
+
+    def above(self, row: int, column: int) -> str:
+        """The cell above and what is there."""
+        return self.named_cell(row - 1, column)
+
+    def named_cell(self, row: int, column: int) -> str:
+        """Where and what: "BX red seven", or "BX nothing"."""
+        return f"{name(row, column)} {self.cell(row, column)}"
+
+    def count(self, digit: int) -> str:
+        """The word for how many cells hold a digit."""
+        return DIGITS[(self.digits == digit).sum()]
+
     def caption(self, rng: np.random.Generator) -> str:
         """The whole scene in words, cell by cell in random order."""
         cells = rng.permutation([(row, column) for row in range(GRID) for column in range(GRID)])
-        return ", ".join(f"{name(*at)} {self.cell(*at)}" for at in cells)
+        return ", ".join(self.named_cell(*at) for at in cells)
+
+    def neighbours(self, rng: np.random.Generator) -> str:
+        """What is left of some digits and above some: "left eight BX red seven, above two ..."."""
+        facts = [
+            f"{kind} {self.digit(*at)} {getattr(self, kind)(*at)}"
+            for kind in ("left", "above")
+            for at in self.cells(kind)
+        ]
+        return ", ".join(rng.permutation(facts)[:7])
+
+    def counts(self, rng: np.random.Generator) -> str:
+        """How often each digit is there: "seven two, one zero, ..."."""
+        return ", ".join(f"{DIGITS[digit]} {self.count(digit)}" for digit in rng.permutation(10))
+
+
+# Three captions of a scene, one each of all that can be asked.
+CAPTIONS = {"cells": Scene.caption, "neighbours": Scene.neighbours, "counts": Scene.counts}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,15 +146,20 @@ class Question:
 
 
 def ask(scene: Scene, kind: str, rng: np.random.Generator, *, count: int) -> list[Question]:
-    """Random questions of a kind, `MOST` at most, no two about the same cell."""
-    known = (scene.digits != EMPTY) | (kind in ("cell", "pair"))
+    """Random questions of a kind, `MOST` at most, no two about the same cell or digit."""
+    if kind == "count":
+        return [
+            Question(kind=kind, text=TEXTS[kind].format(DIGITS[digit]), answer=scene.count(digit))
+            for digit in rng.permutation(10)[:count]
+        ]
     of_each = 2 if kind == "pair" else 1
-    cells = rng.permutation(np.argwhere(known))[: of_each * count].reshape(count, of_each, 2)
-    say = {"digit": scene.digit, "colour": scene.colour}.get(kind, scene.cell)
+    cells = rng.permutation(scene.cells(kind))[: of_each * count].reshape(count, of_each, 2)
+    called = scene.digit if kind in ("left", "above") else name
+    say = scene.cell if kind == "pair" else getattr(scene, kind)
     return [
         Question(
             kind=kind,
-            text=TEXTS[kind].format(", ".join(name(*at) for at in about)),
+            text=TEXTS[kind].format(", ".join(called(*at) for at in about)),
             answer=", ".join(say(*at) for at in about),
         )
         for about in cells

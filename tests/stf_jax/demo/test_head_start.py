@@ -10,6 +10,7 @@ from convert import import_checkpoint
 from stf_jax.demo import head_start
 from stf_jax.demo.arms import all_arms
 from stf_jax.demo.language import TEXT, Phase
+from stf_jax.demo.scenes import CAPTIONS
 from stf_jax.demo.tower import VISION
 
 pytest.importorskip("sklearn")
@@ -17,7 +18,8 @@ pytestmark = pytest.mark.slow
 
 
 def test_makes_what_the_converter_imports(tmp_path: Path) -> None:
-    shape: Any = {"rows": 2, "length": 216, "captions": 1, "questions": 3, "rate": 1e-3}
+    texts = [*CAPTIONS, "questions"]
+    shape: Any = {"rows": len(texts), "length": 256, "texts": texts, "rate": 1e-3}
     head_start.make(tmp_path, tower_steps=2, scenes=8, phases=[Phase(steps=2, **shape)])
     written = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
     kept = {path.relative_to(head_start.DATA) for path in head_start.DATA.rglob("*.*")}

@@ -31,13 +31,39 @@ def test_answers_are_true() -> None:
         scene = Scene.draw(random)
         held = cells(scene)
         for question in scenes.questions(scene, random, of_each=2):
-            start, _, about = question.text.rstrip("?").partition(" in ")
-            said = [held[cell] for cell in about.split(", ")]
-            part = {"Which digit is": slice(1, 2), "Which colour is": slice(0, 1)}.get(start)
-            assert len(said) == (2 if question.kind == "pair" else 1)
-            assert question.answer == ", ".join(" ".join(words[part or slice(2)]) for words in said)
+            text = question.text.rstrip("?")
+            if question.kind in ("left", "above"):
+                start, _, digit = text.partition(
+                    {"left": " of the ", "above": " the "}[question.kind]
+                )
+                assert start == f"What is {question.kind}"
+                ((row, column),) = [cell for cell, words in held.items() if words[-1] == digit]
+                if question.kind == "left":
+                    column = "WXYZ"["WXYZ".index(column) - 1]
+                else:
+                    row = "ABCD"["ABCD".index(row) - 1]
+                assert question.answer == " ".join([row + column, *held[row + column]])
+            elif question.kind == "count":
+                digit = text.removeprefix("How many digits are ")
+                there = sum(words[-1] == digit for words in held.values())
+                assert question.answer == scenes.DIGITS[there]
+            else:
+                start, _, about = text.partition(" in ")
+                said = [held[cell] for cell in about.split(", ")]
+                part = {"Which digit is": slice(1, 2), "Which colour is": slice(0, 1)}.get(start)
+                assert len(said) == (2 if question.kind == "pair" else 1)
+                words = [" ".join(one[part or slice(2)]) for one in said]
+                assert question.answer == ", ".join(words)
             kinds.append(question.kind)
     assert kinds == [*KINDS] * 100
+
+
+def test_who_has_no_neighbour_is_not_asked_about() -> None:
+    """Nor a digit that comes twice, which no question could name."""
+    digits = np.array([[1, 2, -1, 2], [3, -1, 4, 5], [-1, 6, 7, 8], [9, 0, 0, -1]])
+    scene = Scene(digits=digits, colours=np.where(digits < 0, -1, 0))
+    assert [digits[*at] for at in scene.cells("left")] == [4, 5, 6, 7, 8]
+    assert [digits[*at] for at in scene.cells("above")] == [3, 4, 5, 6, 7, 8, 9]
 
 
 def test_no_question_comes_twice() -> None:
@@ -53,7 +79,7 @@ def test_any_kind_comes_first_in_a_conversation() -> None:
         scenes.shuffled(scenes.questions(Scene.draw(random), random, of_each=1), random)[0][0][:7]
         for _ in range(50)
     }
-    assert first == {"Which d", "Which c", "What is"}
+    assert first == {"Which d", "Which c", "What is", "How man"}
 
 
 def test_captions_name_every_cell() -> None:
@@ -63,6 +89,29 @@ def test_captions_name_every_cell() -> None:
         digit, colour = scene.digits[row, column], scene.colours[row, column]
         said = held["ABCD"[row] + "WXYZ"[column]]
         assert said == (["nothing"] if digit < 0 else [NAMES[colour], scenes.DIGITS[digit]])
+
+
+def test_captions_say_what_questions_ask() -> None:
+    """Neighbours and counts, by the answers that `test_answers_are_true` has read back."""
+    random = rng()
+    for _ in range(20):
+        scene = Scene.draw(random)
+        known = {
+            kind: {
+                question.text: question.answer
+                for question in scenes.ask(scene, kind, random, count=len(scene.cells(kind)))
+            }
+            for kind in ("left", "above")
+        }
+        said = scene.neighbours(random).split(", ")
+        assert len(said) == min(7, sum(map(len, known.values())))
+        for kind, digit, neighbour in (one.split(" ", 2) for one in said):
+            assert known[kind][scenes.TEXTS[kind].format(digit)] == neighbour
+        counted = dict(one.split(" ") for one in scene.counts(random).split(", "))
+        asked = scenes.ask(scene, "count", random, count=10)
+        assert {scenes.TEXTS["count"].format(one): counted[one] for one in counted} == {
+            question.text: question.answer for question in asked
+        }
 
 
 def test_pictures_show_the_colours_of_their_cells() -> None:
