@@ -40,7 +40,8 @@ Scenes of {grid} cells with handwritten digits (scikit-learn's) in four colours,
 of other size and place. A patch of the tower covers one cell, a fused token four.
 {train:,} scenes to train on; {held_out:,} held out, composed of other scans. Every arm has the same
 tower, language model, data, seed and steps: {steps[0]} of stage 1 (captions of each scene's cells,
-neighbours and counts; the language model frozen), {steps[1]} of stage 2 (conversations). The questions:
+neighbours and counts; the language model frozen), {steps[1]} of stage 2 (conversations).
+The questions:
 
 | kind | for example |
 | --- | --- |
