@@ -26,7 +26,7 @@ def add_demo(verbs: Verbs) -> None:
     )  # fmt: skip
     size.add_argument(
         "--full", action="store_const", dest="size", const="full",
-        help="all four arms of the paper (two, for about ten minutes)",
+        help="all four arms of the paper; the default is two of them, in about ten minutes",
     )  # fmt: skip
     parser.add_argument("--out", metavar="DIR", type=Path, help="(out/demo-SIZE)")
     parser.add_argument("--seed", type=int, default=0, help="of scenes, weights and order (0)")

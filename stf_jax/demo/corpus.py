@@ -21,7 +21,7 @@ REQUEST = "Describe the picture."
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """A question that no model was trained on, about scans that none has seen."""
+    """A question about a scene that no model was trained on, with scans that none has seen."""
 
     picture: str
     question: Question
@@ -39,13 +39,11 @@ def write_corpus(out: Path, *, train: int, held_out: int, seed: int) -> None:
             name, scene = f"train-{number:05}.jpg", Scene.draw(rng)
             _save(scene, scans, rng, folder / PICTURES / name)
             asked = scenes.questions(scene, rng, of_each=MOST)
-            entry = {"id": name, "image": name}
             captions += [
-                entry | {"conversations": [*scenes.conversation([(REQUEST, caption(scene, rng))])]}
-                for caption in scenes.CAPTIONS.values()
+                _sample(f"{name}-{kind}", name, [(REQUEST, caption(scene, rng))])
+                for kind, caption in scenes.CAPTIONS.items()
             ]
-            turns = scenes.shuffled(asked, rng)
-            conversations.append(entry | {"conversations": [*scenes.conversation(turns)]})
+            conversations.append(_sample(name, name, scenes.shuffled(asked, rng)))
         rng, scans = np.random.default_rng([seed, 1]), Scans.load("test")
         unseen: list[dict[str, Any]] = []
         for number in range(held_out):
@@ -70,6 +68,15 @@ def read_held_out(folder: Path) -> list[HeldOut]:
         HeldOut(**one | {"question": Question(**one["question"])})
         for one in json.loads((folder / HELD_OUT).read_text())
     ]
+
+
+def _sample(identity: str, picture: str, turns: list[tuple[str, str]]) -> dict[str, Any]:
+    """An entry of LLaVA's JSON."""
+    return {
+        "id": identity,
+        "image": picture,
+        "conversations": [*scenes.conversation(turns)],
+    }
 
 
 def _save(scene: Scene, scans: Scans, rng: np.random.Generator, path: Path) -> None:

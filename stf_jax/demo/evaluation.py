@@ -51,7 +51,7 @@ class Cost:
         prompt_tokens: of the longest question, picture included.
         language_flops: of the language model alone, which is where fewer tokens save.
         total_flops: with tower, fusion and projector.
-        seconds: of all of it, the median over several batches, a question.
+        seconds: of all of it, a question: of a batch, the median of several times.
     """
 
     vision_tokens: int

@@ -54,6 +54,9 @@ class Settings:
         steps: of stage 1 and of stage 2.
         rows: of a batch.
         seed: of scenes, new weights and the order of the examples.
+
+    Raises:
+        ValueError: `seed` is negative.
     """
 
     arms: tuple[str, ...] = ("average", "stf_mbtf")
@@ -62,6 +65,10 @@ class Settings:
     steps: tuple[int, int] = (600, 500)
     rows: int = 8
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; give 0 or more")
 
     @classmethod
     def named(cls, size: str, *, seed: int = 0) -> "Settings":
@@ -88,7 +95,7 @@ def run(settings: Settings, out: Path) -> Results:
         DemoError: `out` holds a run of other settings.
         Interrupted: and it can be called again.
     """
-    _claim(out, settings)
+    claim(out, settings)
     arms = all_arms(VISION, TEXT)
     for name in settings.arms:
         for stage in (1, 2):
@@ -150,7 +157,8 @@ def train_stage(stage: int, arm: Arm, settings: Settings, out: Path) -> Path:
             "datasets": [{"path": str(_dataset(out, name))}],
             "template": template,
             "image_mode": "pad",
-            "sequence_length": 256,
+            # Room for four captions with any arm's vision tokens, so that all see the same rows.
+            "sequence_length": (320, 256)[stage - 1],
             "batch_size": settings.rows,
             "images_per_row": (4, 1)[stage - 1],
             "seed": settings.seed,
@@ -167,8 +175,12 @@ def train_stage(stage: int, arm: Arm, settings: Settings, out: Path) -> Path:
     return run_folder
 
 
-def _claim(out: Path, settings: Settings) -> None:
-    """Notes the settings in a new folder; in an old one they must be the same."""
+def claim(out: Path, settings: Settings) -> None:
+    """Notes the settings in a new folder; in an old one they must be the same.
+
+    Raises:
+        DemoError: it holds a run of other settings, or something else.
+    """
     wanted = json.loads(json.dumps(dataclasses.asdict(settings)))
     if (out / SETTINGS).is_file():
         if json.loads((out / SETTINGS).read_text()) != wanted:
@@ -220,7 +232,8 @@ def _build(out: Path, model: Path) -> None:
             "sequence_length": TEXT.max_positions,
             "workers": 1,
         }
-        common = ("--images", images, "--model", model, "--template", template)
+        common: tuple[object, ...] = ("--images", images, "--model", model)
+        common += ("--template", template, "--sequence-length", TEXT.max_positions, "--workers", 1)
         with count_progress(f"Checking {name}") as progress:
             _show("data", "check", *files, *common)
             report = check(files, progress=progress, **shared)

@@ -231,6 +231,8 @@ def read_rows(
         encoded = expand_conversation(
             encoded, tokens_per_image=(GRID // window) ** 2, max_length=phase.length
         )
+        if encoded.truncated:
+            raise ValueError(f"{phase.length} tokens are too few for {text} of a scene")
         end = len(encoded.ids)
         ids[row, :end], segments[row, :end] = encoded.ids, 1
         labels[row, 1:end] = encoded.labels[1:]
@@ -294,7 +296,7 @@ def train_language(
 def _exam(tokenizer: Tokenizer, graph: nnx.GraphDef, *, seed: int) -> Callable[[nnx.State], str]:
     """How many single questions of each kind are answered with a code for one, for four cells."""
     rng = np.random.default_rng([seed, 1])
-    single = Phase(steps=0, rows=100, length=64, texts=["questions"], rate=0)
+    single = Phase(steps=0, rows=100, length=80, texts=["questions"], rate=0)
     asked = {
         (kind, window): read_rows(tokenizer, single, rng, window=window, kinds=[kind], of_each=1)
         for kind in KINDS

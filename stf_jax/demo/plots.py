@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,7 +19,6 @@ COLOURS = {"llava": "#999999", "average": "#E69F00", "stf": "#56B4E9", "stf_mbtf
 
 def draw_all(results: Results, asked: Sequence[HeldOut], out: Path) -> None:
     """Writes accuracy.png, loss.png, prefill.png and scene.png into `out`."""
-    matplotlib.use("agg")
     for name, figure in (
         ("accuracy", _accuracy(results)),
         ("loss", _loss(results)),

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from stf_jax.demo.arms import Arm, all_arms
-from stf_jax.demo.experiment import Settings, read_metrics, train_stage
+from stf_jax.demo.experiment import Settings, claim, read_metrics, train_stage
 from stf_jax.demo.language import TEXT
 from stf_jax.demo.tower import VISION
 
-RATES = (5e-4, 1.5e-3, 4e-3, 1e-2)
+RATES = (5e-4, 1.5e-3, 4e-3, 1e-2, 3e-2)
 SETTINGS = Settings(seed=1)
 _LAST = 50  # steps, of whose losses the mean is taken
 
@@ -33,6 +33,7 @@ def compare(
         rates: the choice.
         settings: with a seed of their own.
     """
+    claim(out, settings)
     losses = {}
     for rate in rates:
         candidate = dataclasses.replace(arm, name=f"{arm.name}-{rate:g}", pretrain_rate=rate)

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from stf_jax.demo.arms import all_arms
 from stf_jax.demo.corpus import PICTURES, HeldOut
-from stf_jax.demo.evaluation import Score
+from stf_jax.demo.evaluation import BATCH, Score
 from stf_jax.demo.experiment import FINETUNE_RATE
 from stf_jax.demo.language import TEXT
 from stf_jax.demo.plots import draw_all
@@ -28,9 +29,10 @@ _TEXT = """# A quarter of the vision tokens: what is lost, and what is not
 {table}
 
 Exact matches in per cent with their 95 % interval (Wilson); a blind answerer who always gives the
-commonest answer of a kind would have {guessed:.1f}. Prefill is one question about one
-picture up to the first token of the answer: the language model's arithmetic, and the measured time
-with reading the picture, tower and fusion, in batches of 100. Training time is that of all steps.
+commonest answer of a kind would have {guessed:.1f}. Prefill is one question about one picture up to
+the first token of the answer: the arithmetic of tower, fusion and language model, that of the
+language model (LLM) alone, and the measured time with reading the picture, in batches of {batch}.
+Training time is that of all steps.
 
 ![Accuracy](accuracy.png)
 
@@ -49,8 +51,11 @@ The questions:
 
 ![A scene](scene.png)
 
-Neighbouring patches of such a scene have nothing in common, which is the hardest case for pooling.
-In photographs neighbours are alike, and the paper's gap is about one point (its table 3).
+Pooling has the hardest case here. Neighbouring patches of such a scene have nothing in common; the
+tower has learnt to say in every patch what is in it, and an average keeps what is in four of them
+better than which is where; and the language model's head start was with codes that keep the four
+places apart, as STF's tokens can and an average cannot. In photographs neighbours are alike, and
+the paper's gap is about one point (its table 3).
 
 The peak learning rate of stage 1 is each arm's own, since projectors of {narrow} (LLaVA-1.5's,
 AvgPool's) and of {wide:,} (STF's) want different ones: of {choice}, the one
@@ -63,8 +68,8 @@ In stage 2 it is {finetune:g} for all.
 
 ## Where it ran
 
-{machine}. Seed {seed}. `results.json` has every number of this page, `ARM/stage2/metrics.jsonl`
-every step, `ARM/answers.json` every answer.
+{machine}. Seed {seed}. `results.json` has the numbers of the table, `ARM/stage1/metrics.jsonl` and
+`ARM/stage2/metrics.jsonl` every step, `ARM/answers.json` every answer.
 """
 
 
@@ -86,6 +91,7 @@ def write_report(results: Results, asked: Sequence[HeldOut], out: Path) -> None:
         ),
         finetune=FINETUNE_RATE,
         grid=f"{GRID}x{GRID}",
+        batch=BATCH,
         train=settings["train_scenes"],
         held_out=settings["held_out_scenes"],
         steps=settings["steps"],
@@ -98,14 +104,15 @@ def write_report(results: Results, asked: Sequence[HeldOut], out: Path) -> None:
 def show_table(results: Results) -> None:
     """The table of the report, on the terminal."""
     header, rows = _cells(results)
-    table = Table(title=None)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in header:
-        table.add_column(name, justify="left" if name == "arm" else "right")
+        heading = name.replace(" ", "\n")
+        table.add_column(heading, justify="left" if name == "arm" else "right")
     for row in rows:
         table.add_row(*row)
-    console = Console()
-    # In a pipe rich would cut columns to 80 characters.
-    Console(width=max(console.width, 130)).print(table)
+    # In a pipe, where it takes 80 characters for the width, rich would cut the columns.
+    needed = Console(width=1000).measure(table).maximum
+    Console(width=max(Console().width, needed)).print(table)
 
 
 def machine() -> str:
@@ -122,13 +129,15 @@ def machine() -> str:
 
 
 def _cells(results: Results) -> tuple[list[str], list[list[str]]]:
-    header = ["arm", "tokens", *KINDS, "all", "prefill MFLOP", "prefill ms", "training s"]
+    costs = ["prefill MFLOP", "LLM MFLOP", "prefill ms", "training s"]
+    header = ["arm", "tokens", *KINDS, "all", *costs]
     rows = [
         [
             arm.title,
             str(arm.cost.vision_tokens),
             *(f"{100 * arm.scores[kind].accuracy:.1f}" for kind in KINDS),
             _with_interval(arm.scores["all"]),
+            f"{arm.cost.total_flops / 1e6:.1f}",
             f"{arm.cost.language_flops / 1e6:.1f}",
             f"{1000 * arm.cost.seconds:.2f}",
             f"{arm.training_seconds:.0f}",

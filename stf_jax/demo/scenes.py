@@ -42,7 +42,7 @@ MOST = 2  # questions of a kind about one scene
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ROWS, COLUMNS = "ABCD", "WXYZ"
 
-# Of the cells that hold a digit.
+# The chance that a cell holds a digit.
 _FILLED = 0.6
 
 
@@ -132,7 +132,7 @@ class Scene:
         return ", ".join(f"{DIGITS[digit]} {self.count(digit)}" for digit in rng.permutation(10))
 
 
-# Three captions of a scene, one each of all that can be asked.
+# The captions of a scene: together they say what can be asked.
 CAPTIONS = {"cells": Scene.caption, "neighbours": Scene.neighbours, "counts": Scene.counts}
 
 
@@ -146,7 +146,10 @@ class Question:
 
 
 def ask(scene: Scene, kind: str, rng: np.random.Generator, *, count: int) -> list[Question]:
-    """Random questions of a kind, `MOST` at most, no two about the same cell or digit."""
+    """Random questions of a kind, no two about the same cell or digit.
+
+    Any scene that is drawn has enough of them for a `count` of `MOST`.
+    """
     if kind == "count":
         return [
             Question(kind=kind, text=TEXTS[kind].format(DIGITS[digit]), answer=scene.count(digit))
@@ -190,7 +193,10 @@ class Scans:
         Raises:
             ValueError: scikit-learn is not installed.
         """
-        from sklearn.datasets import load_digits
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise ValueError("the demo needs scikit-learn: pip install 'stf-jax[demo]'") from error
 
         data = load_digits()
         held_out = np.arange(len(data.target)) % 5 == 0

@@ -1,11 +1,10 @@
-"""The small CLIP of the demo, and how it learns to see: as a captioner that says all words at once.
+"""The small CLIP of the demo, and how it learns to see: by captions, a patch at a time.
 
-Every patch token says what there is to say about its cell in the caption: row, column, digit,
-colour; each word by one linear layer, which is thrown away afterwards. That is the parallel
-captioner of Tschannen et al. 2023 (arXiv 2306.07915), who find captioning as good a teacher of
-vision as CLIP's contrast of pictures with captions. On two cores it learns faster: a batch of a
-hundred pictures is much to caption and little to contrast, and every patch is taught, not the class
-token alone.
+Every patch token says what the caption says of its cell: row, column, digit, colour, by a linear
+layer that is thrown away afterwards. Words are supervised where they belong, which is easier than
+what captioners learn, who find out for themselves (Tschannen et al. 2023, arXiv 2306.07915, find
+captions as good a teacher of vision as CLIP's contrast). On two cores CLIP's own way is too slow: a
+batch of 64 pictures is little to contrast, and teaches the class token alone.
 """
 
 import dataclasses
@@ -47,7 +46,7 @@ class Captioned:
 
 
 class Captioner(nnx.Module):
-    """The tower with a linear layer for each word."""
+    """The tower, and a linear layer with a part for each word."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         init = Init(rngs=rngs)

@@ -1,5 +1,6 @@
 """The whole demo in miniature: deterministic, resumable, its report true, its export PyTorch's."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -19,10 +20,12 @@ from stf_jax.demo.evaluation import scores
 from stf_jax.demo.experiment import DemoError, Interrupted, Settings, run
 from stf_jax.demo.language import TEXT
 from stf_jax.demo.rates import compare
-from stf_jax.demo.report import write_report
+from stf_jax.demo.report import show_table, write_report
 from stf_jax.demo.results import Results
 from stf_jax.demo.tower import VISION
+from stf_jax.processors import load_processors
 from stf_jax.train import loop
+from stf_jax.train.config import TrainConfig
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -72,6 +75,28 @@ def test_interrupted_or_not_one_seed_gives_one_result(
         assert again.arm(arm).answers == results.arm(arm).answers
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_all_arms_see_the_same_rows(demo: tuple[Results, Path], stage: int) -> None:
+    """Uncut, and with 16 vision tokens a picture the same as with 4."""
+    _, out = demo
+    config = TrainConfig.load(out / "average" / f"stage{stage}.yaml").data
+    processors = load_processors(out / "average" / "start")
+    rows = []
+    for tokens_per_image in (4, 16):
+        data = TrainingData(
+            config,
+            tokenizer=processors.tokenizer,
+            image_processor=processors.image_processor,
+            tokens_per_image=tokens_per_image,
+        )
+        plan = data.plan()
+        assert (plan.examples, plan.truncated) == (SETTINGS.train_scenes * (3, 1)[stage - 1], 0)
+        rows.append(data.planner.rows(0))
+    few, many = rows
+    np.testing.assert_array_equal(few.examples, many.examples)
+    np.testing.assert_array_equal(few.offsets, many.offsets)
+
+
 def test_a_rate_is_judged_by_the_loss_of_stage_1(
     demo: tuple[Results, Path], tmp_path: Path
 ) -> None:
@@ -109,6 +134,21 @@ def test_report_says_what_the_run_found(demo: tuple[Results, Path]) -> None:
         assert f"]({name}.png)" in text
         with Image.open(out / f"{name}.png") as image:
             assert min(image.size) > 300
+
+
+def test_the_table_has_a_line_for_each_arm(
+    demo: tuple[Results, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, _ = demo
+    claim = results.arm("stf_mbtf")
+    right = {kind: dataclasses.replace(one, right=one.asked) for kind, one in claim.scores.items()}
+    longest = dataclasses.replace(claim, scores=right)
+    show_table(dataclasses.replace(results, arms=[longest] * 4))
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line.split()[:3] == ["STF", "+", "MBTF"]]) == 4
+    # Heading of two lines, a rule, and space above and below.
+    assert len(lines) == 9
+    assert max(map(len, lines)) < 130
 
 
 def test_missing_packages_are_named(

@@ -3,18 +3,35 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import stf_jax
 from convert import import_checkpoint
-from stf_jax.demo import head_start
+from stf_jax.data.tokenizer import load_tokenizer
+from stf_jax.demo import head_start, scenes
 from stf_jax.demo.arms import all_arms
-from stf_jax.demo.language import TEXT, Phase
-from stf_jax.demo.scenes import CAPTIONS
+from stf_jax.demo.evaluation import LONGEST_ANSWER
+from stf_jax.demo.language import TEXT, Phase, write_tokenizer
+from stf_jax.demo.scenes import CAPTIONS, MOST, Scene
 from stf_jax.demo.tower import VISION
 
 pytest.importorskip("sklearn")
 pytestmark = pytest.mark.slow
+
+
+def test_the_stored_tokenizer_is_that_of_the_scenes(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    for file in tmp_path.iterdir():
+        assert file.read_bytes() == (head_start.LANGUAGE / file.name).read_bytes()
+    tokenizer, rng = load_tokenizer(tmp_path), np.random.default_rng(0)
+    longest = max(
+        # As an answer begins, behind a space, and with the token that ends it.
+        len(tokenizer.encode(f"x {question.answer}")) - len(tokenizer.encode("x")) + 1
+        for _ in range(100)
+        for question in scenes.questions(Scene.draw(rng), rng, of_each=MOST)
+    )
+    assert longest == LONGEST_ANSWER
 
 
 def test_makes_what_the_converter_imports(tmp_path: Path) -> None:

@@ -125,6 +125,16 @@ def test_pictures_show_the_colours_of_their_cells() -> None:
     np.testing.assert_array_equal(nearest, scene.colours)
 
 
+def test_pictures_show_the_digits_of_their_cells() -> None:
+    """With scans that are blank but for those of one digit."""
+    scene = Scene.draw(rng())
+    for digit in range(10):
+        ink = [np.full((1, 8, 8), float(one == digit), np.float32) for one in range(10)]
+        picture = scenes.render(scene, scenes.Scans(ink=ink), rng())
+        cells = picture.reshape(GRID, scenes.CELL, GRID, scenes.CELL, 3).max((1, 3, 4))
+        np.testing.assert_array_equal(cells > 150, scene.digits == digit)
+
+
 def test_scans_are_disjoint_and_complete() -> None:
     train, test = (scenes.Scans.load(split).ink for split in ("train", "test"))
     sizes = [sum(len(ink) for ink in split) for split in (train, test)]
