@@ -42,9 +42,9 @@ def all_arms(vision: VisionConfig, text: TextConfig) -> dict[str, Arm]:
             name="average",
             title="AvgPool",
             fusion=FusionConfig.average(text_width=text.width, tap=tap),
-            pretrain_rate=1e-2,
+            pretrain_rate=3e-2,
         ),
-        Arm(name="stf", title="STF", fusion=stf, pretrain_rate=4e-3),
+        Arm(name="stf", title="STF", fusion=stf, pretrain_rate=1.5e-3),
         Arm(
             name="stf_mbtf",
             title="STF + MBTF",
