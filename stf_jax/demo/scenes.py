@@ -125,6 +125,7 @@ class Scene:
             for kind in ("left", "above")
             for at in self.cells(kind)
         ]
+        # As many as a caption of the cells is long.
         return ", ".join(rng.permutation(facts)[:7])
 
     def counts(self, rng: np.random.Generator) -> str:
