@@ -21,14 +21,14 @@ import time
 import numpy as np
 from etils import epath
 
-import convert
-from convert.dtypes import FLOATS
-from convert.exporter import SHARD_BYTES, split
-from convert.layouts import published
-from convert.mapping import carried, table
-from convert.safetensors_file import SafetensorsWriter, TensorInfo
-from convert.sidecars import llava_sidecars
-from stf_jax.config import LlavaConfig
+from stf_jax.convert import import_checkpoint
+from stf_jax.convert.dtypes import FLOATS
+from stf_jax.convert.exporter import SHARD_BYTES, split
+from stf_jax.convert.layouts import published
+from stf_jax.convert.mapping import carried, table
+from stf_jax.convert.safetensors_file import SafetensorsWriter, TensorInfo
+from stf_jax.convert.sidecars import llava_sidecars
+from stf_jax.systems.base import LlavaConfig
 
 LIMIT = 6 * 2**30
 
@@ -76,7 +76,7 @@ def resident(pid: int) -> int:
 def watched_import(source: pathlib.Path, out: pathlib.Path) -> tuple[float, int]:
     """Seconds and peak resident bytes of an import in a process of its own."""
     process = multiprocessing.get_context("spawn").Process(
-        target=convert.import_checkpoint, args=(source, out)
+        target=import_checkpoint, args=(source, out)
     )
     start = time.perf_counter()
     process.start()

@@ -26,10 +26,8 @@ import torch
 import transformers
 from flax import nnx
 
-from convert import open_source
-from stf_jax.batch import Batch
-from stf_jax.checkpoint import flatten, unflatten
-from stf_jax.config import FusionConfig, LlavaConfig
+from stf_jax.convert import open_source
+from stf_jax.data.batch import Batch
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.infer.engine import Engine
 from stf_jax.infer.prompts import Prompt
@@ -37,6 +35,8 @@ from stf_jax.infer.sampling import GREEDY
 from stf_jax.models.cache import KVCache
 from stf_jax.models.layers import unstack
 from stf_jax.models.llava import Llava
+from stf_jax.store.checkpoint import flatten, unflatten
+from stf_jax.systems.base import FusionConfig, LlavaConfig
 
 HEAD = 128
 IMAGE_ID = 31999

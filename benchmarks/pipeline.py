@@ -36,7 +36,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from stf_jax.data.building import build
+from stf_jax.data.builder import build
 from stf_jax.data.config import DataConfig, DatasetSource
 from stf_jax.data.images import CLIP_MEAN, CLIP_STD, ImageProcessor
 from stf_jax.data.packing import group, pack, shuffled

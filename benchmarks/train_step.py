@@ -17,10 +17,10 @@ import torch
 from flax import nnx
 from forward import IMAGE_ID, Task, build, imported, interleaved, make_torch
 
-from stf_jax.batch import IGNORED_LABEL, Batch
-from stf_jax.checkpoint import flatten
-from stf_jax.config import FusionConfig, LlavaConfig
+from stf_jax.data.batch import IGNORED_LABEL, Batch
 from stf_jax.models.llava import Llava
+from stf_jax.store.checkpoint import flatten
+from stf_jax.systems.base import FusionConfig, LlavaConfig
 from stf_jax.train.optimizer import OptimizerConfig, make_optimizer, split_trained
 from stf_jax.train.step import init_state, make_step
 

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from stf_jax.cli_train import add_hosts
+from stf_jax.cli.train import add_hosts
 
 
 def main() -> int:
@@ -13,7 +13,7 @@ def main() -> int:
     options = parser.parse_args()
     import jax
 
-    from stf_jax.train import distributed
+    from stf_jax.parallel import hosts as distributed
 
     distributed.start(
         options.coordinator, options.processes, options.process, timeout=options.host_timeout

@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from stf_jax.plan.asking import plan
+from stf_jax.plan.client import plan
 from stf_jax.plan.report import headline
 
 ROOT = Path(__file__).parent.parent

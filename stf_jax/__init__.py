@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stf_jax.infer.answers import Answer
+    from stf_jax.infer.load import load
+    from stf_jax.infer.model import Model, Request
     from stf_jax.infer.sampling import Sampling
-    from stf_jax.loading import load
-    from stf_jax.model import Model, Request
 
 __all__ = ["Answer", "Model", "Request", "Sampling", "load"]
 __version__ = importlib.metadata.version("stf-jax")
@@ -23,10 +23,10 @@ __version__ = importlib.metadata.version("stf-jax")
 # Imported when first used, so that `stf-jax --help` need not wait for jax.
 _HOMES = {
     "Answer": "stf_jax.infer.answers",
-    "Model": "stf_jax.model",
-    "Request": "stf_jax.model",
+    "Model": "stf_jax.infer.model",
+    "Request": "stf_jax.infer.model",
     "Sampling": "stf_jax.infer.sampling",
-    "load": "stf_jax.loading",
+    "load": "stf_jax.infer.load",
 }
 
 

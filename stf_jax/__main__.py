@@ -2,7 +2,7 @@
 
 import sys
 
-from stf_jax.cli import main
+from stf_jax.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

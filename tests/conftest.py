@@ -29,8 +29,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from convert import Source, import_checkpoint, open_source
-from stf_jax.batch import Batch
+from stf_jax.convert import Source, import_checkpoint, open_source
+from stf_jax.data.batch import Batch
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 
 DATA = Path(__file__).parent / "data"

@@ -12,15 +12,14 @@ from typing import Any
 import pytest
 from etils.epath.testing import mock_epath
 
-from stf_jax.config import LlavaConfig
 from stf_jax.infer.config import InferenceConfig, is_inference
+from stf_jax.parallel.hosts import BatchLayout
 from stf_jax.parallel.mesh import MeshConfig
-from stf_jax.parallel.sharding import check_divisible
-from stf_jax.plan.asking import plan
 from stf_jax.plan.chips import Topology
+from stf_jax.plan.client import plan
 from stf_jax.plan.request import Plan
+from stf_jax.systems.base import LlavaConfig, check_divisible
 from stf_jax.train.config import TrainConfig
-from stf_jax.train.distributed import BatchLayout
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

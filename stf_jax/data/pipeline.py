@@ -20,14 +20,14 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from stf_jax.batch import Batch
+from stf_jax.data.batch import Batch
 from stf_jax.data.config import DataConfig
 from stf_jax.data.conversation import get_template
 from stf_jax.data.dataset import Dataset, DatasetError
 from stf_jax.data.images import ImageProcessor
 from stf_jax.data.index import Index
-from stf_jax.data.parallel import end_with_parent
-from stf_jax.data.planning import Planner
+from stf_jax.data.planner import Planner
+from stf_jax.data.pool import end_with_parent
 from stf_jax.data.rows import Lost, Row, RowMaker, RowSource
 from stf_jax.data.tokenizer import Tokenizer
 

@@ -9,7 +9,7 @@ from stf_jax.data.conversation import Template
 from stf_jax.data.dataset import Dataset, DatasetError
 from stf_jax.data.encoding import EncodedConversation, encode_conversation, expand_conversation
 from stf_jax.data.images import ImageError, ImageProcessor
-from stf_jax.data.planning import Planner
+from stf_jax.data.planner import Planner
 from stf_jax.data.reference_labels import IGNORED_LABEL
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID, Tokenizer
 

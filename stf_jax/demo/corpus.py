@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from stf_jax.checkpoint import new_directory
 from stf_jax.demo import scenes
 from stf_jax.demo.scenes import MOST, Question, Scans, Scene
+from stf_jax.util.files import new_directory
 
 PICTURES = "pictures"
 CAPTIONS = "captions.json"

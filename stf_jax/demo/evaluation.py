@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 import stf_jax
-from stf_jax import flops
 from stf_jax.demo.corpus import PICTURES, HeldOut
 from stf_jax.demo.scenes import KINDS
+from stf_jax.models import flops
 
 BATCH = 100
 LONGEST_ANSWER = 6  # tokens: two colours, two digits, a comma and the end of sequence

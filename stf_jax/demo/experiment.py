@@ -22,21 +22,21 @@ from typing import Any
 
 import yaml
 
-from convert import export_checkpoint, import_checkpoint
-from stf_jax.config import LlavaConfig
-from stf_jax.data.building import build
-from stf_jax.data.checking import check
-from stf_jax.demo.arms import Arm, all_arms
+from stf_jax.convert import export_checkpoint, import_checkpoint
+from stf_jax.convert.opening import load_processors
+from stf_jax.data.builder import build
+from stf_jax.data.validator import check
 from stf_jax.demo.corpus import CAPTIONS, CONVERSATIONS, PICTURES, read_held_out, write_corpus
 from stf_jax.demo.evaluation import answer_all, read_cost, scores
-from stf_jax.demo.head_start import LANGUAGE, TOWER
 from stf_jax.demo.language import TEXT
+from stf_jax.demo.pretraining import LANGUAGE, TOWER
 from stf_jax.demo.results import ArmResult, Results
 from stf_jax.demo.tower import VISION
-from stf_jax.processors import load_processors
-from stf_jax.progress import count_progress
+from stf_jax.demo.variants import Arm, all_arms
+from stf_jax.systems.base import LlavaConfig
 from stf_jax.train.config import TrainConfig
 from stf_jax.train.loop import train
+from stf_jax.util.progress import count_progress
 
 SETTINGS, SCENES = "settings.json", "scenes"
 FINETUNE_RATE = 5e-4  # the peak learning rate of stage 2, for every arm
@@ -254,7 +254,7 @@ def _export(arm: str, out: Path) -> None:
 
 
 def _config(trained: Path) -> LlavaConfig:
-    from stf_jax.train.run import open_model
+    from stf_jax.store.run import open_model
 
     return open_model(trained).config
 

@@ -23,9 +23,8 @@ import sentencepiece
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from stf_jax.batch import IGNORED_LABEL, Batch
-from stf_jax.checkpoint import flatten, unflatten
-from stf_jax.config import TextConfig
+from stf_jax.config.text import TextConfig
+from stf_jax.data.batch import IGNORED_LABEL, Batch
 from stf_jax.data.conversation import get_template
 from stf_jax.data.encoding import encode_conversation, expand_conversation
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID, Tokenizer
@@ -33,6 +32,7 @@ from stf_jax.demo import scenes
 from stf_jax.demo.scenes import CAPTIONS, GRID, KINDS, MOST, NAMES, Scene
 from stf_jax.models.layers import Init
 from stf_jax.models.llama import Llama
+from stf_jax.store.checkpoint import flatten, unflatten
 
 VOCABULARY = 544
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from stf_jax.demo.arms import Arm, all_arms
 from stf_jax.demo.experiment import Settings, claim, read_metrics, train_stage
 from stf_jax.demo.language import TEXT
 from stf_jax.demo.tower import VISION
+from stf_jax.demo.variants import Arm, all_arms
 
 RATES = (5e-4, 1.5e-3, 4e-3, 1e-2, 3e-2)
 SETTINGS = Settings(seed=1)

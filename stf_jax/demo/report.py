@@ -11,7 +11,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from stf_jax.demo.arms import all_arms
 from stf_jax.demo.corpus import PICTURES, HeldOut
 from stf_jax.demo.evaluation import BATCH, Score
 from stf_jax.demo.experiment import FINETUNE_RATE
@@ -21,6 +20,7 @@ from stf_jax.demo.rates import RATES
 from stf_jax.demo.results import Results
 from stf_jax.demo.scenes import GRID, KINDS
 from stf_jax.demo.tower import VISION
+from stf_jax.demo.variants import all_arms
 
 _TEXT = """# A quarter of the vision tokens: what is lost, and what is not
 

@@ -18,13 +18,13 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from stf_jax.checkpoint import flatten
-from stf_jax.config import VisionConfig
+from stf_jax.config.vision import VisionConfig
 from stf_jax.data.images import ImageProcessor
 from stf_jax.demo import scenes
 from stf_jax.demo.scenes import CELL, GRID, NAMES, SIDE, Scans, Scene
 from stf_jax.models.clip import VisionTower
 from stf_jax.models.layers import Init
+from stf_jax.store.checkpoint import flatten
 
 VISION = VisionConfig(image_size=SIDE, patch_size=CELL, width=96, mlp_width=384, layers=5, heads=4)
 

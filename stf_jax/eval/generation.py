@@ -14,8 +14,8 @@ from stf_jax.eval.files import name_some
 from stf_jax.eval.questions import Decoding, Question, Reply
 
 if TYPE_CHECKING:
+    from stf_jax.infer.model import Model
     from stf_jax.infer.prompts import Prompt
-    from stf_jax.model import Model
 
 # Steps between looks at the answers.
 _EVERY = 16

@@ -6,10 +6,10 @@ from typing import Literal, Self
 
 from etils import epath
 
-from stf_jax.config import LlavaConfig
+from stf_jax.config.yaml import load_config, read_yaml
 from stf_jax.models.cache import CacheDType
 from stf_jax.parallel.mesh import MeshConfig
-from stf_jax.yaml_config import load_config, read_yaml
+from stf_jax.systems.base import LlavaConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

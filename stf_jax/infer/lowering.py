@@ -11,13 +11,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from stf_jax.batch import Batch
-from stf_jax.config import LlavaConfig
+from stf_jax.data.batch import Batch
 from stf_jax.infer.program import Limits, Program, Questions
 from stf_jax.models.cache import CacheDType
 from stf_jax.models.layers import unstack
 from stf_jax.models.llava import Llava
-from stf_jax.parallel.sharding import BATCH_AXES, P, ShardingRules, check_divisible, on_mesh
+from stf_jax.parallel.sharding import BATCH_AXES, P, ShardingRules, on_mesh
+from stf_jax.systems.base import LlavaConfig, check_divisible
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
 
-from stf_jax.batch import Batch
+from stf_jax.data.batch import Batch
 from stf_jax.infer.sampling import Sampling, sample
 from stf_jax.models.cache import CacheDType, KVCache
 from stf_jax.models.layers import unstack

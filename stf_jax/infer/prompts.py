@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from stf_jax.batch import IGNORED_LABEL, Batch
+from stf_jax.data.batch import IGNORED_LABEL, Batch
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 
 

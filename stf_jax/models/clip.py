@@ -12,7 +12,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from stf_jax.config import VisionConfig
+from stf_jax.config.vision import VisionConfig
+from stf_jax.models.attention import attention
 from stf_jax.models.layers import (
     MLP,
     Init,
@@ -23,7 +24,6 @@ from stf_jax.models.layers import (
     quick_gelu,
     stack,
 )
-from stf_jax.parallel.attention import attention
 
 # Hidden state, what is kept of it, layers done.
 Scan = tuple[Float[Array, "B T C"], Float[Array, "_ B T C"], Int[Array, ""]]

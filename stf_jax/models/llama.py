@@ -12,7 +12,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from stf_jax.config import RopeScaling, TextConfig
+from stf_jax.config.text import RopeScaling, TextConfig
+from stf_jax.models.attention import Mask, attention
 from stf_jax.models.cache import CacheDType, KVCache, cache_attention
 from stf_jax.models.layers import (
     Init,
@@ -26,7 +27,6 @@ from stf_jax.models.layers import (
     written_gradient,
 )
 from stf_jax.models.lora import LoRAConfig
-from stf_jax.parallel.attention import Mask, attention
 from stf_jax.parallel.sharding import gathered
 
 # Hidden states, cache, layers done.

@@ -9,15 +9,15 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from stf_jax.batch import IGNORED_LABEL, Batch
-from stf_jax.config import LlavaConfig
-from stf_jax.fusion import Fusion, fused_width
+from stf_jax.data.batch import IGNORED_LABEL, Batch
 from stf_jax.models.cache import CacheDType, KVCache
 from stf_jax.models.clip import VisionTower
 from stf_jax.models.layers import MLP, Init, Remat, gelu
 from stf_jax.models.llama import Llama
 from stf_jax.models.lora import LoRAConfig
 from stf_jax.parallel.sharding import ShardingRules, on_mesh
+from stf_jax.systems import Fusion, fused_width
+from stf_jax.systems.base import LlavaConfig
 
 
 class Llava(nnx.Module):

@@ -14,8 +14,6 @@ from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from stf_jax.config import LlavaConfig
-
 P = PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -120,29 +118,3 @@ def make_mesh(
     inside = (data // slices, fsdp, tensor)
     grid = create_hybrid_device_mesh(inside, (slices, 1, 1), devices=devices)
     return Mesh(grid, AXES, axis_types=types)
-
-
-def check_divisible(config: LlavaConfig, mesh: Mesh) -> None:
-    """Refuses a mesh that does not divide the model.
-
-    Raises:
-        ValueError: lists every size that does not divide, and by which axis.
-    """
-    text, vision, fusion = config.text, config.vision, config.fusion
-    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-    sizes = [
-        ("text.width", text.width, "fsdp", fsdp),
-        ("vision.width", vision.width, "fsdp", fsdp),
-        ("vocabulary (pad it on import)", text.padded_vocab_size, "tensor", tensor),
-        ("text.heads", text.heads, "tensor", tensor),
-        ("text.kv_heads", text.kv_heads, "tensor", tensor),
-        ("text.mlp_width", text.mlp_width, "tensor", tensor),
-        ("vision.heads", vision.heads, "tensor", tensor),
-        ("vision.mlp_width", vision.mlp_width, "tensor", tensor),
-        ("fusion.projector_width", fusion.projector_width, "tensor", tensor),
-    ]
-    if fusion.mbtf:
-        sizes.append(("fusion.mbtf.mlp_width", fusion.mbtf.mlp_width, "tensor", tensor))
-    wrong = [f"{name} {size} by {axis} {by}" for name, size, axis, by in sizes if size % by]
-    if wrong:
-        raise ValueError(f"the mesh does not divide the model: {', '.join(wrong)}")

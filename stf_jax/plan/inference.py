@@ -1,6 +1,6 @@
 """Compiles an engine's programs for chips that are not there, and measures what came out.
 
-Runs in a process of its own, see `stf_jax.plan.asking`.
+Runs in a process of its own, see `stf_jax.plan.client`.
 """
 
 import dataclasses
@@ -14,7 +14,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from stf_jax.config import LlavaConfig
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.infer.config import InferenceConfig
 from stf_jax.infer.engine import LEAST_QUESTION, batch_sizes
@@ -23,10 +22,11 @@ from stf_jax.infer.program import Limits, Questions
 from stf_jax.infer.prompts import Prompt, bucket, pad_prompts
 from stf_jax.infer.sampling import GREEDY
 from stf_jax.plan.chips import Topology
-from stf_jax.plan.compiling import compile_and_read, mesh_of
-from stf_jax.plan.measuring import measure
+from stf_jax.plan.compiler import compile_and_read, mesh_of
+from stf_jax.plan.measure import measure
 from stf_jax.plan.phases import InferencePlan, Phase
 from stf_jax.plan.request import Request
+from stf_jax.systems.base import LlavaConfig
 
 
 def make_inference_plan(request: Request) -> InferencePlan:

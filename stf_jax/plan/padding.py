@@ -2,7 +2,7 @@
 
 from jax.sharding import Mesh
 
-from stf_jax.config import LlavaConfig
+from stf_jax.systems.base import LlavaConfig
 
 # Lanes of a vector register, and the side of the smallest matrix unit.
 _LANES = 128

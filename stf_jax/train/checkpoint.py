@@ -17,8 +17,9 @@ import jax
 import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
 
-from stf_jax.checkpoint import CheckpointError, flatten
+from stf_jax.store.checkpoint import flatten
 from stf_jax.train.step import TrainState
+from stf_jax.util.errors import CheckpointError
 
 # What decides the numbers of a run; recorded to explain them, not to refuse a resumption.
 _VERSIONS = ("stf-jax", "jax", "flax", "optax", "orbax-checkpoint")

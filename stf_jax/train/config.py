@@ -1,26 +1,19 @@
 """What a run is: the training config, read from YAML with keys overridden on the command line."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 from etils import epath
 
-from stf_jax.config import LlavaConfig
+from stf_jax.config.yaml import load_config, read_yaml
 from stf_jax.data.config import DataConfig
 from stf_jax.models.layers import Remat
 from stf_jax.models.lora import LoRAConfig
 from stf_jax.parallel.mesh import MeshConfig
+from stf_jax.systems.base import LlavaConfig
 from stf_jax.train.optimizer import OptimizerConfig, Stage
 from stf_jax.train.step import Normalization
-from stf_jax.yaml_config import load_config, read_yaml
-
-# In these a resumed run may differ: they change where and how it runs, not what it computes. Model
-# and examples are known by what they are, not by where they lie.
-FREE = (
-    "model", "out", "mesh", "remat", "nonfinite", "checkpoint", "log_every", "profile",
-    "data.workers", "data.max_lost", "data.datasets",
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,9 +117,3 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, ready for YAML."""
         return dataclasses.asdict(self)
-
-
-def without_free(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config as plain values, but for `FREE` keys."""
-    data = {key: value for key, value in config["data"].items() if f"data.{key}" not in FREE}
-    return {key: value for key, value in config.items() if key not in FREE} | {"data": data}

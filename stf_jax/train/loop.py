@@ -21,24 +21,25 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from stf_jax import flops
-from stf_jax.checkpoint import NativeCheckpoint, absolute, flatten, unflatten
-from stf_jax.config import LlavaConfig
 from stf_jax.data.pipeline import TrainingData, TrainingStep
+from stf_jax.data.processors import read_processors
+from stf_jax.models import flops
 from stf_jax.models.layers import Init
 from stf_jax.models.llava import Llava
 from stf_jax.models.lora import is_adapter
 from stf_jax.parallel.sharding import ShardingRules, make_mesh
-from stf_jax.processors import extra_files, read_processors
+from stf_jax.store.checkpoint import NativeCheckpoint, extra_files, flatten, unflatten
+from stf_jax.store.run import CHECKPOINTS, CONFIG, FILES, FREE, LOCK, TENSORBOARD, open_model
+from stf_jax.systems.base import LlavaConfig
 from stf_jax.train.checkpoint import Checkpoints
-from stf_jax.train.config import FREE, TrainConfig
+from stf_jax.train.config import TrainConfig
 from stf_jax.train.interruption import Interruption
 from stf_jax.train.metrics import MetricsLog, StepRecord
 from stf_jax.train.optimizer import Parameters, schedule
 from stf_jax.train.program import TrainProgram, make_program
-from stf_jax.train.run import CHECKPOINTS, CONFIG, FILES, LOCK, TENSORBOARD, open_model
 from stf_jax.train.screen import first_screen
 from stf_jax.train.step import Metrics, TrainState, init_state
+from stf_jax.util.files import absolute
 
 Ending = Literal["finished", "interrupted"]
 
@@ -65,7 +66,12 @@ def train(config: TrainConfig) -> Ending:
     first = open_model(config.model)
     _check_architecture(config, first)
     carried = extra_files(first.extras)
-    processors = read_processors(first.extras / "hf", carried, config=first.config)
+    processors = read_processors(
+        first.extras / "hf",
+        carried,
+        text=first.config.text,
+        tokens_per_image=first.config.tokens_per_image,
+    )
     data = TrainingData(
         config.data,
         tokenizer=processors.tokenizer,

@@ -13,7 +13,7 @@ from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from stf_jax.train.run import METRICS, TENSORBOARD
+from stf_jax.store.run import METRICS, TENSORBOARD
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

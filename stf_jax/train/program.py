@@ -11,14 +11,14 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from stf_jax.batch import Batch
-from stf_jax.checkpoint import flatten
-from stf_jax.config import LlavaConfig
+from stf_jax.data.batch import Batch
 from stf_jax.data.images import ImageProcessor
 from stf_jax.models.llava import Llava
-from stf_jax.parallel.sharding import P, ShardingRules, check_divisible
+from stf_jax.parallel.hosts import BatchLayout
+from stf_jax.parallel.sharding import P, ShardingRules
+from stf_jax.store.checkpoint import flatten
+from stf_jax.systems.base import LlavaConfig, check_divisible
 from stf_jax.train.config import TrainConfig
-from stf_jax.train.distributed import BatchLayout
 from stf_jax.train.optimizer import Parameters, make_optimizer, split_trained
 from stf_jax.train.step import Step, TrainState, init_state, make_step
 

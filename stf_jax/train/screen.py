@@ -6,13 +6,13 @@ from typing import Any
 import jax
 from etils import epath
 
-from stf_jax.checkpoint import NativeCheckpoint
 from stf_jax.data.pipeline import DataPlan, TrainingData
 from stf_jax.models.lora import is_adapter
+from stf_jax.store.checkpoint import NativeCheckpoint
+from stf_jax.store.run import CHECKPOINTS, TrainedCheckpoint
 from stf_jax.train.config import TrainConfig
 from stf_jax.train.optimizer import Parameters
 from stf_jax.train.program import TrainProgram
-from stf_jax.train.run import CHECKPOINTS, TrainedCheckpoint
 
 _GIB = 2**30
 

@@ -15,11 +15,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from stf_jax.batch import IGNORED_LABEL, Batch
-from stf_jax.checkpoint import flatten, unflatten
+from stf_jax.data.batch import IGNORED_LABEL, Batch
 from stf_jax.models.layers import Remat
 from stf_jax.models.llava import Llava
 from stf_jax.models.lora import DropoutKey
+from stf_jax.store.checkpoint import flatten, unflatten
 from stf_jax.train.optimizer import Parameters
 
 Normalization = Literal["tokens", "micro_batches"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from stf_jax.data.building import build
+from stf_jax.data.builder import build
 from stf_jax.data.config import DataConfig, DatasetSource
 from stf_jax.data.images import ImageProcessor
 from stf_jax.data.pipeline import TrainingData

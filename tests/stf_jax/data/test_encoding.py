@@ -12,11 +12,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from stf_jax.data.conversation import TEMPLATES, get_template
-from stf_jax.data.encoding import (
-    EncodedConversation,
-    encode_conversation,
-    expand_conversation,
-)
+from stf_jax.data.encoding import EncodedConversation, encode_conversation, expand_conversation
 from stf_jax.data.reference_labels import IGNORED_LABEL
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID, Tokenizer, load_tokenizer
 

@@ -15,7 +15,7 @@ import jsonargparse
 import numpy as np
 import pytest
 
-from stf_jax.batch import Batch
+from stf_jax.data.batch import Batch
 from stf_jax.data.config import DataConfig, DatasetSource
 from stf_jax.data.conversation import get_template
 from stf_jax.data.dataset import DatasetError

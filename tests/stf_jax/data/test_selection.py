@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stf_jax.data.building import build
+from stf_jax.data.builder import build
 from stf_jax.data.config import DatasetSource
 from stf_jax.data.conversation import get_template
 from stf_jax.data.dataset import Dataset, DatasetError, write_shard

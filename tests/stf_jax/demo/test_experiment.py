@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stf_jax.cli import main
+from stf_jax.cli.main import main
+from stf_jax.convert.opening import load_processors
 from stf_jax.data.pipeline import TrainingData, TrainingStep
-from stf_jax.demo.arms import all_arms
 from stf_jax.demo.corpus import PICTURES, HeldOut, read_held_out
 from stf_jax.demo.evaluation import scores
 from stf_jax.demo.experiment import DemoError, Interrupted, Settings, run
@@ -23,7 +23,7 @@ from stf_jax.demo.rates import compare
 from stf_jax.demo.report import show_table, write_report
 from stf_jax.demo.results import Results
 from stf_jax.demo.tower import VISION
-from stf_jax.processors import load_processors
+from stf_jax.demo.variants import all_arms
 from stf_jax.train import loop
 from stf_jax.train.config import TrainConfig
 
@@ -154,7 +154,7 @@ def test_the_table_has_a_line_for_each_arm(
 def test_missing_packages_are_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("stf_jax.cli_demo._installed", lambda module: module != "sklearn")
+    monkeypatch.setattr("stf_jax.cli.demo._installed", lambda module: module != "sklearn")
     assert main(["demo", "--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: the demo needs scikit-learn: pip install")
@@ -165,7 +165,7 @@ def test_missing_packages_are_named(
 def test_pytorch_gives_the_same_answers(demo: tuple[Results, Path]) -> None:
     pytest.importorskip("torch")
     results, out = demo
-    from convert import export_checkpoint
+    from stf_jax.convert import export_checkpoint
 
     export_checkpoint(out / "stf_mbtf" / "stage2", out.parent / "torch", layout="llava-stf")
     asked = read_held_out(out / "scenes")

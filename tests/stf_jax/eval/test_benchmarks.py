@@ -11,7 +11,7 @@ import pytest
 from stf_jax.eval.mmbench import named_letter
 from stf_jax.eval.mme import says
 from stf_jax.eval.registry import BENCHMARKS, get_benchmark
-from stf_jax.eval.running import Result, ask, prepare, score_file
+from stf_jax.eval.runner import Result, ask, prepare, score_file
 from tests.stf_jax.eval.miniature import (
     SHORT,
     TSV_COLUMNS,

@@ -15,13 +15,13 @@ import pytest
 from PIL import Image
 
 import stf_jax
-from stf_jax.cli import main
-from stf_jax.cli_eval import INCOMPLETE, add_eval
+from stf_jax.cli.eval import INCOMPLETE, add_eval
+from stf_jax.cli.main import main
 from stf_jax.data.images import ImageError, ImageProcessor, load_image
 from stf_jax.eval.generation import ModelAnswerer
 from stf_jax.eval.questions import Decoding, Question
 from stf_jax.eval.registry import BENCHMARKS, get_benchmark
-from stf_jax.eval.running import prepare
+from stf_jax.eval.runner import prepare
 from stf_jax.infer import program
 from stf_jax.parallel.sharding import make_mesh
 from tests.stf_jax.eval.miniature import write_jsonl
@@ -240,7 +240,7 @@ def test_scoring_a_file_imports_no_jax(reference: Path) -> None:
     arguments += ["--path", f"annotations={files}", "--json"]
     code = (
         "import argparse, sys\n"
-        "from stf_jax.cli_eval import add_eval\n"
+        "from stf_jax.cli.eval import add_eval\n"
         "parser = argparse.ArgumentParser()\n"
         "add_eval(parser.add_subparsers())\n"
         "options = parser.parse_args(sys.argv[1:])\n"

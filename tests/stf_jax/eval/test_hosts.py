@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from launch.local import LocalRun
-from stf_jax.cli import main
+from stf_jax.cli.main import main
 
 # Each host has a folder of its own, named by the last flag, which the launcher adds.
 HOST = 'number=${!#}; exec "$@" --out "$0/host${number#--process=}"'

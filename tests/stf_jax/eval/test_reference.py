@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from stf_jax.eval.evalai import normalise_answer
 from stf_jax.eval.pope import says_yes
 from stf_jax.eval.registry import get_benchmark
-from stf_jax.eval.running import score_file
+from stf_jax.eval.runner import score_file
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 
 from stf_jax.eval.registry import BENCHMARKS, get_benchmark
 from stf_jax.eval.report import render
-from stf_jax.eval.running import prepare, score_file
+from stf_jax.eval.runner import prepare, score_file
 from tests.stf_jax.eval.miniature import write_jsonl
 
 GQA = get_benchmark("gqa")

@@ -8,7 +8,7 @@ import stf_jax
 from stf_jax import Request
 from stf_jax.data.tokenizer import Tokenizer, load_tokenizer
 from stf_jax.infer.answers import AnswerBuilder
-from stf_jax.model import Model
+from stf_jax.infer.model import Model
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,14 @@ from flax import nnx
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from stf_jax.checkpoint import flatten, unflatten
-from stf_jax.config import LlavaConfig
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.infer.engine import Engine
 from stf_jax.infer.program import Program, Slots
 from stf_jax.infer.prompts import Prompt, bucket
 from stf_jax.infer.sampling import GREEDY, Sampling
 from stf_jax.models.llava import Llava
+from stf_jax.store.checkpoint import flatten, unflatten
+from stf_jax.systems.base import LlavaConfig
 
 TINY = LlavaConfig.tiny()
 # One token in thirty ends an answer, so that the answers of a batch have many lengths.

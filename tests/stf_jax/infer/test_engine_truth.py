@@ -15,8 +15,6 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import stf_jax
-from stf_jax.checkpoint import flatten, unflatten
-from stf_jax.config import LlavaConfig
 from stf_jax.data.conversation import get_template, render_prompt
 from stf_jax.data.images import load_image
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID, encode_prompt, expand_images
@@ -28,6 +26,8 @@ from stf_jax.infer.sampling import GREEDY
 from stf_jax.models.cache import CacheDType
 from stf_jax.models.llava import Llava
 from stf_jax.parallel.sharding import make_mesh
+from stf_jax.store.checkpoint import flatten, unflatten
+from stf_jax.systems.base import LlavaConfig
 
 MESHES = {"fsdp 8": {"fsdp": 8}, "data 2 x tensor 4": {"data": 2, "tensor": 4}}
 

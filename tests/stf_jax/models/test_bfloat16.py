@@ -7,7 +7,7 @@ import pytest
 import transformers
 from flax import nnx
 
-from stf_jax.config import TextConfig
+from stf_jax.config.text import TextConfig
 from stf_jax.models.layers import Init, RMSNorm
 from stf_jax.models.llama import Llama
 

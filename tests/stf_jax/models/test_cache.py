@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from stf_jax.models import cache as module
+from stf_jax.models.attention import Mask, attention
 from stf_jax.models.cache import CacheDType, KVCache, Quantised, Stored, cache_attention
-from stf_jax.parallel.attention import Mask, attention
 from stf_jax.parallel.sharding import P, make_mesh
 
 

@@ -1,6 +1,6 @@
 """The numbers of PyTorch's `transformers`, at random small sizes and with random weights.
 
-Weights always take the way of a user's: `save_pretrained`, then `convert.open_source`.
+Weights always take the way of a user's: `save_pretrained`, then `stf_jax.convert.open_source`.
 """
 
 import json
@@ -18,8 +18,7 @@ from flax import nnx
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from convert import open_source
-from stf_jax.checkpoint import unflatten
+from stf_jax.convert import open_source
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.infer.engine import Engine
 from stf_jax.infer.prompts import Prompt, pad_prompts
@@ -27,6 +26,7 @@ from stf_jax.infer.sampling import GREEDY
 from stf_jax.models.clip import VisionTower
 from stf_jax.models.layers import Init
 from stf_jax.models.llava import Llava
+from stf_jax.store.checkpoint import unflatten
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch

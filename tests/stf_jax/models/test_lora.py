@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from stf_jax.checkpoint import flatten, unflatten
-from stf_jax.config import TextConfig
+from stf_jax.config.text import TextConfig
 from stf_jax.models.layers import Init, Linear
 from stf_jax.models.llama import Llama
 from stf_jax.models.lora import DropoutKey, LoRAConfig, is_adapter, merge
+from stf_jax.store.checkpoint import flatten, unflatten
 
 CONFIG = LoRAConfig(rank=3, alpha=5.0, dropout=0.0)
 

@@ -10,11 +10,11 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from convert.mapping import table
-from stf_jax.batch import Batch
-from stf_jax.checkpoint import flatten, unflatten
+from stf_jax.convert.mapping import table
+from stf_jax.data.batch import Batch
 from stf_jax.models.llava import Llava
 from stf_jax.parallel.sharding import ShardingRules, make_mesh
+from stf_jax.store.checkpoint import flatten, unflatten
 
 Tensors = dict[str, np.ndarray]
 

@@ -15,9 +15,9 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stf_jax.batch import Batch
-from stf_jax.checkpoint import flatten, unflatten
-from stf_jax.config import FusionConfig, LlavaConfig, TextConfig, VisionConfig
+from stf_jax.config.text import TextConfig
+from stf_jax.config.vision import VisionConfig
+from stf_jax.data.batch import Batch
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.infer.engine import Engine
 from stf_jax.infer.prompts import Prompt, pad_prompts
@@ -25,7 +25,9 @@ from stf_jax.infer.sampling import GREEDY, Sampling
 from stf_jax.models.cache import KVCache
 from stf_jax.models.layers import Init, Linear, stack
 from stf_jax.models.llava import Llava
-from stf_jax.parallel.sharding import BATCH_AXES, ShardingRules, check_divisible, make_mesh
+from stf_jax.parallel.sharding import BATCH_AXES, ShardingRules, make_mesh
+from stf_jax.store.checkpoint import flatten, unflatten
+from stf_jax.systems.base import FusionConfig, LlavaConfig, check_divisible
 
 Arrays = dict[str, np.ndarray]
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from stf_jax.cli import main
-from stf_jax.config import LlavaConfig
+from stf_jax.cli.main import main
 from stf_jax.models.layers import parameter_count
 from stf_jax.models.llava import Llava
-from stf_jax.plan import asking
+from stf_jax.plan import client as asking
 from stf_jax.plan.chips import Topology
 from stf_jax.plan.kernels import kernel_flops
+from stf_jax.systems.base import LlavaConfig
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler, libtpu, is not installed"

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from stf_jax.data.building import build
-from stf_jax.processors import load_processors
+from stf_jax.convert.opening import load_processors
+from stf_jax.data.builder import build
 from stf_jax.train.config import TrainConfig
 from tests.corpus import write_corpus
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from stf_jax.checkpoint import CheckpointError, flatten
 from stf_jax.models.llava import Llava
 from stf_jax.parallel.sharding import BATCH_AXES, P, ShardingRules, make_mesh
+from stf_jax.store.checkpoint import flatten
 from stf_jax.train.checkpoint import Checkpoints
 from stf_jax.train.optimizer import OptimizerConfig, make_optimizer, split_trained
 from stf_jax.train.step import TrainState, init_state, make_step
+from stf_jax.util.errors import CheckpointError
 
 CONFIG = {"optimizer": {"learning_rate": 1e-3, "taps": (1, 2)}, "training": {"log_every": 1}}
 

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from launch.local import LocalRun, free_port
+from stf_jax.parallel.hosts import start
 from stf_jax.train.config import TrainConfig
-from stf_jax.train.distributed import start
 from stf_jax.train.loop import train
 
 STF_JAX = [sys.executable, "-W", "ignore", "-m", "stf_jax"]

@@ -12,12 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from stf_jax.checkpoint import open_native
 from stf_jax.data.pipeline import TrainingData, TrainingStep
+from stf_jax.store.checkpoint import open_native
+from stf_jax.store.run import open_model
 from stf_jax.train import loop
 from stf_jax.train.config import TrainConfig
 from stf_jax.train.loop import TrainingError, train
-from stf_jax.train.run import open_model
 
 Config = Callable[..., TrainConfig]
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from stf_jax.parallel.hosts import BatchLayout
 from stf_jax.parallel.sharding import make_mesh
-from stf_jax.train.distributed import BatchLayout
 from stf_jax.train.program import compiler_options
 
 MEMORY = "xla_tpu_scoped_vmem_limit_kib"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from stf_jax.cli import main
+from stf_jax.cli.main import main
 from stf_jax.train.config import TrainConfig
 from stf_jax.train.loop import train
 

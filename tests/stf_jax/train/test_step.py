@@ -10,16 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from stf_jax.batch import Batch
-from stf_jax.checkpoint import flatten
+from stf_jax.data.batch import Batch
 from stf_jax.models.llava import Llava
 from stf_jax.parallel.sharding import BATCH_AXES, P, ShardingRules, make_mesh
-from stf_jax.train.optimizer import (
-    OptimizerConfig,
-    make_optimizer,
-    schedule,
-    split_trained,
-)
+from stf_jax.store.checkpoint import flatten
+from stf_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule, split_trained
 from stf_jax.train.step import init_state, make_step
 
 PEAK = {"pretrain": 1e-3, "finetune": 2e-4}

@@ -1,0 +1,99 @@
+"""`stf-jax convert`: PyTorch checkpoints to native ones and back."""
+
+import argparse
+import sys
+from typing import Any
+
+from stf_jax.cli.verbs import FLOATS, Verbs, add_verb
+
+
+def add_convert(verbs: Verbs) -> None:
+    """Adds the verb."""
+    summary = "PyTorch checkpoints to native ones and back, bit for bit"
+    convert = verbs.add_parser("convert", help=summary, description=summary)
+    actions = convert.add_subparsers(required=True, metavar="import|export|inspect")
+
+    parser = add_verb(actions, "import", _import, "PyTorch -> native")
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        help="LLaVA-STF, LLaVA-1.5, HF Llava, LLaMA, "
+        "or a stage-1 adapter; a directory, for an adapter also the file",
+    )
+    parser.add_argument("out", metavar="OUT", help="the new directory")
+    parser.add_argument("--vision-tower", metavar="DIR", help="CLIP, where SRC has none inside")
+    parser.add_argument("--base", metavar="DIR", help="the language model under an adapter")
+    parser.add_argument(
+        "--fusion",
+        choices=("stf", "llava", "average"),
+        help="what a language model alone gets, with random weights (stf)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of these random weights (0)")
+    parser.add_argument("--dtype", choices=FLOATS, help="of every weight (as they are)")
+    parser.add_argument(
+        "--vocabulary-multiple",
+        type=int,
+        default=1,
+        metavar="N",
+        help="pad the vocabulary to a multiple, so that a mesh divides it (1)",
+    )
+
+    parser = add_verb(actions, "export", _export, "native -> PyTorch")
+    parser.add_argument("source", metavar="SRC", help="a native checkpoint, or a run's directory")
+    parser.add_argument("out", metavar="OUT", help="the new directory")
+    parser.add_argument(
+        "--layout",
+        required=True,
+        choices=("llava-stf", "llava", "hf", "adapter", "native"),
+        help="llava-stf takes models with MBTF, llava those without (LLaVA-1.5's fusion, average); "
+        "hf is LLaVA-1.5 for transformers, adapter mm_projector.bin alone; "
+        "native makes one checkpoint of a run and what it began with",
+    )
+    parser.add_argument("--dtype", choices=FLOATS, help="of every weight (as it came)")
+    parser.add_argument(
+        "--vocabulary",
+        type=int,
+        metavar="N",
+        help="rows of the embedding, one a token or more (as many as came; hf: and its two tokens)",
+    )
+
+    parser = add_verb(
+        actions,
+        "inspect",
+        _inspect,
+        "what a checkpoint is, and whether it is whole; exit status 1 if it is not",
+    )
+    parser.add_argument("source", metavar="SRC", help="a directory or a file of weights")
+    parser.add_argument("--vision-tower", metavar="DIR", help="CLIP, where SRC has none inside")
+    parser.add_argument("--base", metavar="DIR", help="the language model under an adapter")
+
+
+def _import(options: argparse.Namespace) -> None:
+    from etils import epath
+
+    from stf_jax.convert import import_checkpoint
+    from stf_jax.data.processors import unusable
+    from stf_jax.store.checkpoint import extra_files
+
+    import_checkpoint(**_arguments(options))
+    out = epath.Path(options.out)
+    for problem in unusable(out / "hf", extra_files(out)):
+        sys.stderr.write(f"warning: no answers without this: {problem}\n")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from stf_jax.convert import export_checkpoint
+
+    export_checkpoint(**_arguments(options))
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from stf_jax.convert import inspect_checkpoint
+
+    report = inspect_checkpoint(**_arguments(options))
+    sys.stdout.write(f"{report}\n")
+    return 0 if report.problem is None else 1
+
+
+def _arguments(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(options).items() if name != "run"}

@@ -1,0 +1,224 @@
+"""The verb `stf-jax eval`."""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stf_jax.cli.train import add_hosts
+from stf_jax.cli.verbs import FLOATS, Verbs, add_verb
+
+if TYPE_CHECKING:
+    from stf_jax.eval.questions import Answerer
+    from stf_jax.eval.runner import Result
+    from stf_jax.infer.config import InferenceConfig
+    from stf_jax.parallel.mesh import MeshConfig
+
+# Other than those of a mistake, so that a script can tell.
+INCOMPLETE = 3
+
+_ALL = "all"
+
+
+def add_eval(verbs: Verbs) -> None:
+    """Adds `eval`."""
+    parser = add_verb(verbs, "eval", _eval, "the paper's nine benchmarks under its own protocol")
+    parser.epilog = (
+        f"Exit status: 0 if every question has an answer, {INCOMPLETE} if not. "
+        "What was stopped goes on when it is called again."
+    )
+    parser.add_argument(
+        "benchmark",
+        metavar="BENCHMARK",
+        help="vqav2, gqa, vizwiz, scienceqa, textvqa, pope, mme, mmbench, mmbench-cn or all",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help="a native checkpoint or a PyTorch directory"
+    )
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        type=Path,
+        help="where LLaVA's Evaluation.md puts the benchmarks: playground/data/eval",
+    )
+    parser.add_argument(
+        "--path",
+        metavar="ROLE=PATH",
+        action="append",
+        default=[],
+        help="a file or folder that lies elsewhere, such as images=DIR; may be given several times",
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, help="results, in a folder for each benchmark"
+    )
+    parser.add_argument(
+        "--answers", metavar="FILE", type=Path, help="score this answer file; no model is needed"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions (all)")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        type=Path,
+        help="slots, mesh and dtypes, as configs/stf-7b-inference.yaml; the options below go first",
+    )
+    parser.add_argument(
+        "--slots", type=int, metavar="N", help="answers in the making at a time (16)"
+    )
+    parser.add_argument(
+        "--mesh",
+        metavar="AXIS=N,...",
+        help="devices of this host to use: data, fsdp and tensor, such as data=2,tensor=4 (one)",
+    )
+    parser.add_argument(
+        "--cache-dtype", choices=("bfloat16", "int8"), help="of keys and values (as computed)"
+    )
+    parser.add_argument("--dtype", choices=FLOATS, help="(float32 on CPU, else bfloat16)")
+    parser.add_argument("--vision-tower", metavar="DIR", help="CLIP, for a PyTorch directory")
+    add_hosts(parser)
+    parser.add_argument("--json", action="store_true", help="one object a benchmark")
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from stf_jax.eval.report import render
+
+    results = _score(options) if options.answers else _ask(options)
+    if options.json:
+        lines = [json.dumps(result.to_json(), ensure_ascii=False) for result in results]
+        text = "\n".join(lines)
+    else:
+        text = render(results)
+    if results:
+        sys.stdout.write(f"{text}\n")
+    return INCOMPLETE if any(result.score.missing for result in results) else 0
+
+
+def _score(options: argparse.Namespace) -> "list[Result]":
+    from stf_jax.eval.registry import get_benchmark
+    from stf_jax.eval.runner import score_file
+
+    if options.model is not None:
+        raise ValueError("an answer file needs no model; leave out MODEL or --answers")
+    if options.benchmark == _ALL:
+        raise ValueError("an answer file is one benchmark's; name it in the place of 'all'")
+    benchmark = get_benchmark(options.benchmark)
+    return [
+        score_file(
+            benchmark,
+            options.answers,
+            data=options.data,
+            paths=_paths(options),
+            out=options.out and options.out / benchmark.name,
+            limit=options.limit,
+        )
+    ]
+
+
+def _ask(options: argparse.Namespace) -> "list[Result]":
+    from etils import epath
+
+    from stf_jax.eval.hosts import JaxHosts
+    from stf_jax.eval.registry import BENCHMARKS, get_benchmark
+    from stf_jax.eval.runner import ask_together, prepare
+    from stf_jax.parallel import hosts as distributed
+    from stf_jax.util.errors import missing
+    from stf_jax.util.progress import count_progress, unwound_by_sigterm
+
+    if options.model is None or options.out is None:
+        raise ValueError("give MODEL and --out to ask a model, or --answers FILE to score a file")
+    everything = options.benchmark == _ALL
+    if everything and options.path:
+        raise ValueError("--path is for one benchmark; with 'all' lay the files out under --data")
+    chosen = list(BENCHMARKS.values()) if everything else [get_benchmark(options.benchmark)]
+    config = _config(options)
+    if not epath.Path(options.model).exists():
+        raise missing(options.model)
+    if options.out.is_file():
+        raise ValueError(f"{options.out} is a file; give --out a folder")
+    # All of them before the model is loaded: nobody wants to hear of a missing file after hours.
+    prepared, problems = [], []
+    for one in chosen:
+        try:
+            prepared.append(
+                prepare(one, data=options.data, paths=_paths(options), limit=options.limit)
+            )
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    distributed.start(
+        options.coordinator, options.processes, options.process, timeout=options.host_timeout
+    )
+    answerer, hosts = _answerer(options, config), JaxHosts()
+    results = []
+    for ready in prepared:
+        with unwound_by_sigterm(), count_progress(ready.benchmark.title) as progress:
+            out = options.out / ready.benchmark.name
+            results.append(ask_together(ready, answerer, out=out, progress=progress, hosts=hosts))
+    return [result for result in results if result is not None]
+
+
+def _answerer(options: argparse.Namespace, config: "InferenceConfig") -> "Answerer":
+    import jax
+
+    import stf_jax
+    from stf_jax.eval.generation import ModelAnswerer
+    from stf_jax.parallel.sharding import make_mesh
+
+    dtype: Any = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    mesh = None
+    if config.mesh is not None:
+        # Each host has its own.
+        devices = jax.local_devices()
+        mesh = make_mesh(devices=devices, **config.mesh.sizes(len(devices)))
+    model = stf_jax.load(
+        options.model,
+        dtype=dtype,
+        mesh=mesh,
+        vision_tower=options.vision_tower,
+        cache_dtype=config.cache_dtype,
+    )
+    return ModelAnswerer(
+        model,
+        model_id=Path(options.model).name,
+        slots=config.slots,
+        dtype=dtype,
+    )
+
+
+def _config(options: argparse.Namespace) -> "InferenceConfig":
+    """The config's settings, or those of the options where there are any."""
+    from stf_jax.infer.config import InferenceConfig
+
+    config = InferenceConfig.load(options.config) if options.config else InferenceConfig()
+    given = {
+        "slots": options.slots,
+        "dtype": options.dtype,
+        "cache_dtype": options.cache_dtype,
+        "mesh": _mesh(options.mesh),
+    }
+    return replace(config, **{name: value for name, value in given.items() if value is not None})
+
+
+def _mesh(text: str | None) -> "MeshConfig | None":
+    """The mesh that `--mesh` describes."""
+    if text is None:
+        return None
+    from stf_jax.parallel.mesh import MeshConfig
+    from stf_jax.parallel.sharding import AXES
+
+    axes = dict(part.partition("=")[::2] for part in text.split(","))
+    if not set(axes) <= set(AXES) or not all(size.isdecimal() for size in axes.values()):
+        raise ValueError(f"--mesh is {text!r}; write it as {AXES[0]}=2,{AXES[-1]}=4")
+    return MeshConfig(**{"fsdp": 1} | {name: int(size) for name, size in axes.items()})
+
+
+def _paths(options: argparse.Namespace) -> dict[str, Path]:
+    paths = {}
+    for text in options.path:
+        role, equals, path = text.partition("=")
+        if not (role and equals and path):
+            raise ValueError(f"--path is {text!r}; write it as ROLE=PATH, such as images=DIR")
+        paths[role] = Path(path)
+    return paths

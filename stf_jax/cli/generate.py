@@ -1,0 +1,87 @@
+"""`stf-jax generate`: one question to a model."""
+
+import argparse
+import dataclasses
+import json
+import sys
+
+from stf_jax.cli.verbs import FLOATS, Verbs, add_verb
+
+
+def add_generate(verbs: Verbs) -> None:
+    """Adds the verb."""
+    from stf_jax.data.conversation import TEMPLATES
+
+    parser = add_verb(verbs, "generate", _generate, "ask a model about pictures")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a native checkpoint, a PyTorch directory or a run's"
+    )
+    parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a picture; may be given several times",
+    )
+    parser.add_argument(
+        "--prompt",
+        required=True,
+        metavar="TEXT",
+        help="the question; <image> marks where each picture stands (first)",
+    )
+    parser.add_argument(
+        "--template",
+        default="v1",
+        metavar="NAME",
+        help=f"form of the prompt: {', '.join(sorted(TEMPLATES))} (v1)",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="(512)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="(1)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is all tokens (0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a text that ends the answer; may be given several times",
+    )
+    parser.add_argument("--dtype", choices=FLOATS, help="(float32 on CPU, else bfloat16)")
+    parser.add_argument("--vision-tower", metavar="DIR", help="CLIP, for a PyTorch directory")
+    parser.add_argument(
+        "--json", action="store_true", help="one object with text, token ids, counts"
+    )
+
+
+def _generate(options: argparse.Namespace) -> None:
+    import stf_jax
+
+    sampling = stf_jax.Sampling(
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        seed=options.seed,
+    )
+    if sampling.temperature == 0 and (sampling.top_p < 1 or sampling.top_k > 0):
+        raise ValueError(
+            "--top-p and --top-k do nothing at temperature 0, which is greedy; "
+            "add --temperature 1, or leave them out"
+        )
+    model = stf_jax.load(options.model, dtype=options.dtype, vision_tower=options.vision_tower)
+
+    def show(index: int, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    (answer,) = model.generate(
+        [stf_jax.Request(prompt=options.prompt, images=options.image)],
+        template=options.template,
+        max_new_tokens=options.max_new_tokens,
+        sampling=sampling,
+        stop=options.stop,
+        on_text=None if options.json else show,
+    )
+    if options.json:
+        sys.stdout.write(json.dumps(dataclasses.asdict(answer), ensure_ascii=False))
+    sys.stdout.write("\n")

@@ -1,0 +1,80 @@
+"""The command line: each verb is a thin skin over one Python function."""
+
+import argparse
+import glob
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status.
+
+    0 is success; 1 a user's mistake, in one line on stderr (argparse's own are 2); a verb may have
+    others, which its help names.
+    """
+    tpus = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+    if not tpus and importlib.util.find_spec("libtpu"):
+        # Installed for `plan`, libtpu would look for a TPU at length, and complain.
+        os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if glob.glob("/dev/nvidia*") else "cpu")
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if "overrides" in options:
+        options.overrides = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return options.run(options) or 0
+    except BrokenPipeError:
+        # The reader of our output has gone; nothing is left to tell it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ImportError as error:
+        # fsspec's, which looks for it when a path is on gs://.
+        if "gcsfs" not in str(error):
+            raise
+        sys.stderr.write("error: gs:// needs gcsfs: pip install 'stf-jax[gcs]'\n")
+        return 1
+    except (OSError, ValueError) as error:
+        if not _raised_here(error):
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether the message is ours, or the system's; a library's ValueError is a bug to be seen."""
+    frame, _ = list(traceback.walk_tb(error.__traceback__))[-1]
+    # An error from a worker process has our class and no frame of ours.
+    modules = (frame.f_globals["__name__"], type(error).__module__)
+    ours = any(module.partition(".")[0] == "stf_jax" for module in modules)
+    return isinstance(error, OSError) or ours
+
+
+def _parser() -> argparse.ArgumentParser:
+    from stf_jax.cli.chat import add_chat
+    from stf_jax.cli.convert import add_convert
+    from stf_jax.cli.data import add_data
+    from stf_jax.cli.demo import add_demo
+    from stf_jax.cli.eval import add_eval
+    from stf_jax.cli.generate import add_generate
+    from stf_jax.cli.plan import add_plan
+    from stf_jax.cli.train import add_train
+
+    parser = argparse.ArgumentParser(
+        prog="stf-jax", description="LLaVA-STF in JAX: vision-language models with few tokens."
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    add_convert(verbs)
+    add_generate(verbs)
+    add_chat(verbs)
+    add_data(verbs)
+    add_train(verbs)
+    add_demo(verbs)
+    add_eval(verbs)
+    add_plan(verbs)
+    return parser

@@ -1,0 +1,1 @@
+"""What is read from YAML, and what CLIP and LLaMA are."""

@@ -1,0 +1,358 @@
+"""Native -> PyTorch."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, get_args
+
+from etils import epath
+
+from stf_jax.convert.dtypes import FLOATS, Array, DType, FloatName, cast
+from stf_jax.convert.layouts import ExportLayout, PublishedLayout, published
+from stf_jax.convert.mapping import Entry, carried, fusion_entries, is_buffer, table
+from stf_jax.convert.processor import IMAGE_TOKEN, PAD_TOKEN, ImageTokens
+from stf_jax.convert.readers import read_json
+from stf_jax.convert.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorInfo
+from stf_jax.convert.sidecars import hf_sidecars, language_keys, llava_sidecars
+from stf_jax.convert.source import THREADS
+from stf_jax.convert.torch_file import import_torch, write_torch
+from stf_jax.data.processors import read_tokenizer
+from stf_jax.store import checkpoint
+from stf_jax.store.checkpoint import NativeCheckpoint, extra_files
+from stf_jax.store.run import open_model
+from stf_jax.systems.base import FusionConfig, LlavaConfig
+from stf_jax.util.errors import CheckpointError
+from stf_jax.util.files import list_some, new_directory
+from stf_jax.util.progress import byte_progress
+
+# What transformers calls 5GB.
+SHARD_BYTES = 5 * 10**9
+# More than any tensor's entry takes in the header of its file.
+_HEADER_BYTES = 512
+# Keys of a config.json under which ids of tokens stand.
+_TOKEN_KEYS = (
+    "image_token_index",
+    "image_token_id",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Native:
+    """A native checkpoint with what the import noted for the way back."""
+
+    checkpoint: NativeCheckpoint
+    origin: Mapping[str, Any]
+    carried: SafetensorsFile | None
+
+    @property
+    def config(self) -> LlavaConfig:
+        """The model."""
+        return self.checkpoint.config
+
+    @property
+    def hf(self) -> epath.Path:
+        """The files that travel along."""
+        return self.checkpoint.extras / "hf"
+
+    def dtype(self, name: str, entry: Entry) -> DType:
+        """The dtype in which a tensor came, or in which its parameter is stored."""
+        odd = self.origin["dtypes"].get(name)
+        return FLOATS[odd] if odd else self.checkpoint.shapes[entry.native].dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """The tensors of an export, by published name, and what each parameter turns into."""
+
+    infos: Mapping[str, TensorInfo]
+    entries: tuple[Entry, ...]
+    carried: tuple[str, ...]  # canonical names
+
+
+def export_checkpoint(
+    source: epath.PathLike,
+    out: epath.PathLike,
+    *,
+    layout: ExportLayout,
+    dtype: FloatName | None = None,
+    vocabulary: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a native checkpoint, or the model of a run, in a published PyTorch layout.
+
+    What came in through `import_checkpoint` goes out bit for bit, under the published names.
+
+    Args:
+        source: A native checkpoint, or the directory of a run of `stf-jax train`.
+        out: The new directory; it appears under this name only when it is complete.
+        layout: "llava-stf" or "llava" (the vision tower inside), "hf" (for
+            `transformers.LlavaForConditionalGeneration`), or "adapter" (`mm_projector.bin`, what
+            lies between tower and language model; needs PyTorch); or "native", which makes one
+            checkpoint of a run and the models that it began with.
+        dtype: The dtype of every weight; None gives back the one it came in.
+        vocabulary: Rows of the embedding, at least as many as there are tokens; None gives back as
+            many as came, and for "hf" as many more as the image and padding tokens need.
+        shard_bytes: The most that one file holds, unless one tensor is larger.
+
+    Raises:
+        CheckpointError: `source` is no whole native checkpoint or run, `layout` cannot hold the
+            model, or `out` exists.
+    """
+    if layout not in get_args(ExportLayout):
+        raise CheckpointError(
+            f"layout is {layout!r}; supported: {', '.join(get_args(ExportLayout))}"
+        )
+    native = _open(source)
+    if dtype is not None and dtype not in FLOATS:
+        raise CheckpointError(f"dtype is {dtype!r}; supported: {', '.join(FLOATS)}")
+    if layout == "native":
+        if vocabulary is not None:
+            raise CheckpointError("layout native keeps the vocabulary; leave out --vocabulary")
+        _write_native(native.checkpoint, out, None if dtype is None else FLOATS[dtype])
+        return
+    _check_layout(native.config.fusion, layout)
+    known = _known_tokens(native)
+    tokens = _image_tokens(native, layout, known)
+    rows = _rows(native, tokens) if vocabulary is None else vocabulary
+    if rows < (least := _least_rows(native, layout, known, tokens)):
+        raise CheckpointError(
+            f"vocabulary is {rows}, which would cut tokens off; give {least} or more"
+        )
+    plan = _plan(native, layout, rows, None if dtype is None else FLOATS[dtype])
+    sidecars = _sidecars(native, layout, rows, tokens, dtype)
+    if layout == "adapter":
+        import_torch("to write mm_projector.bin")
+    with new_directory(out) as unfinished:
+        if layout == "adapter":
+            _write_adapter(native, plan, unfinished)
+        elif "://" in os.fspath(unfinished):
+            # Shards are filled in the order of the parameters, which takes a local file.
+            with tempfile.TemporaryDirectory() as folder:
+                _write_shards(native, plan, layout, epath.Path(folder), shard_bytes)
+                for file in epath.Path(folder).iterdir():
+                    file.copy(unfinished / file.name)
+        else:
+            _write_shards(native, plan, layout, unfinished, shard_bytes)
+        # config.json comes last: without it, a directory is not taken for a checkpoint.
+        for name in sorted(sidecars, key=lambda name: name == "config.json"):
+            target = unfinished / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(sidecars[name])
+
+
+def _open(source: epath.PathLike) -> Native:
+    opened = open_model(source)
+    pytorch = opened.extras / "pytorch"
+    carried = SafetensorsFile(pytorch / "carried.safetensors")
+    return Native(
+        checkpoint=opened,
+        origin=read_json(pytorch / "origin.json"),
+        carried=carried if carried.path.exists() else None,
+    )
+
+
+def _check_layout(fusion: FusionConfig, layout: str) -> None:
+    right = "llava" if fusion.mbtf is None else "llava-stf"
+    if layout == "hf" and (fusion.mbtf is not None or fusion.reduction != "identity"):
+        raise CheckpointError(
+            "transformers' Llava has one projector over every vision token of a layer, and no "
+            f"place for this fusion ({fusion.reduction}, {len(fusion.taps)} taps); "
+            f"use --layout {right}"
+        )
+    if layout in ("llava", "llava-stf") and layout != right:
+        has = "no MBTF weights" if right == "llava" else "MBTF weights"
+        raise CheckpointError(f"this model has {has}; use --layout {right}")
+
+
+def _known_tokens(native: Native) -> dict[str, int]:
+    """Every token of its tokenizer; none where there is no tokenizer to read."""
+    try:
+        tokenizer = read_tokenizer(native.hf, extra_files(native.checkpoint.extras))
+    except CheckpointError:
+        return {}
+    tokens: dict[str, int] = tokenizer.backend.get_vocab(with_added_tokens=True)
+    return tokens
+
+
+def _image_tokens(native: Native, layout: str, known: Mapping[str, int]) -> ImageTokens | None:
+    """Where a Llava of transformers gets its two tokens; None for all other exports."""
+    if layout != "hf" or native.origin["layout"] == "hf":
+        return None
+    # A tokenizer numbers what is added on from its last token, however many rows there are.
+    after = max(known.values()) + 1 if known else native.origin["vocabulary"]
+    return ImageTokens.among(known, after=after)
+
+
+def _rows(native: Native, tokens: ImageTokens | None) -> int:
+    rows: int = native.origin["vocabulary"]
+    if tokens is None:
+        return rows
+    # 64 is Hugging Face's multiple.
+    return -(-max(rows, tokens.image + 1, tokens.pad + 1) // 64) * 64
+
+
+def _least_rows(
+    native: Native, layout: str, known: Mapping[str, int], tokens: ImageTokens | None
+) -> int:
+    """Below this number of rows, some token would have none."""
+    came: int = native.origin["vocabulary"]
+    if tokens is not None:
+        return max(*known.values(), tokens.image, tokens.pad) + 1
+    if not known:
+        # Nothing says which rows are padding.
+        return came
+    ids = dict(known)
+    hf = read_json(native.hf / "config.json")
+    if layout == "hf":
+        for part in (hf, language_keys(hf)):
+            ids |= {key: part[key] for key in _TOKEN_KEYS if isinstance(part.get(key), int)}
+    else:
+        # LLaVA looks neither of them up: it cuts one out of the text, and masks the other.
+        ids = {token: n for token, n in ids.items() if token not in (IMAGE_TOKEN, PAD_TOKEN)}
+    return min(came, max(ids.values()) + 1)
+
+
+def _plan(native: Native, layout: PublishedLayout, rows: int, dtype: DType | None) -> _Plan:
+    entries = table(native.config, vocabulary=rows)
+    if layout == "adapter":
+        entries = fusion_entries(native.config)
+    missing = [e.native for e in entries if e.native not in native.checkpoint.shapes]
+    infos = {
+        published(name, layout): TensorInfo(entry.shape, dtype or native.dtype(name, entry))
+        for entry in entries
+        for name in (() if entry.native in missing else entry.tensors)
+    }
+    extra: dict[str, TensorInfo] = {}
+    if native.carried is not None and layout != "adapter":
+        # transformers has no place for the buffers of the other layouts, nor they for its.
+        same = (native.origin["layout"] == "hf") == (layout == "hf")
+        extra = {
+            name: TensorInfo(info.shape, dtype)
+            if dtype is not None and not is_buffer(name)
+            else info
+            for name, info in native.carried.infos.items()
+            if same or not is_buffer(name)
+        }
+    if layout == "hf":
+        # It builds the whole tower, of which the model here may hold a part.
+        missing += [name for name in carried(native.config) if name not in extra]
+    if missing:
+        raise CheckpointError(
+            f"{native.checkpoint.path} lacks what layout {layout} needs:\n{list_some(missing)}"
+        )
+    infos |= {published(name, layout): info for name, info in extra.items()}
+    return _Plan(dict(sorted(infos.items(), key=_natural)), entries, tuple(extra))
+
+
+def _natural(item: tuple[str, TensorInfo]) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 10."""
+    return [
+        (int(part or -1), "") if part.isdigit() else (0, part)
+        for part in re.split(r"(\d+)", item[0])
+    ]
+
+
+def _sidecars(
+    native: Native, layout: str, rows: int, tokens: ImageTokens | None, dtype: FloatName | None
+) -> dict[str, bytes]:
+    dtype = dtype or native.origin["cast"]
+    if layout == "hf":
+        return hf_sidecars(native.hf, native.config, rows=rows, tokens=tokens, dtype=dtype)
+    files = llava_sidecars(native.hf, native.config, rows=rows, dtype=dtype)
+    return {"config.json": files["config.json"]} if layout == "adapter" else files
+
+
+def _write_native(source: NativeCheckpoint, out: epath.PathLike, dtype: DType | None) -> None:
+    def leaves() -> Iterator[checkpoint.Leaf]:
+        total = sum(math.prod(leaf.shape) for leaf in source.shapes.values())
+        with byte_progress("Exporting", total=total) as advance:
+            for path, leaf in source.shapes.items():
+                kind = dtype or leaf.dtype
+                yield checkpoint.Leaf(
+                    path=path,
+                    shape=leaf.shape,
+                    dtype=kind,
+                    read=functools.partial(_read, source, path, kind),
+                )
+                advance(math.prod(leaf.shape))
+
+    checkpoint.write(out, config=source.config, leaves=leaves(), extras=source.copy_extras)
+
+
+def _read(source: NativeCheckpoint, name: str, dtype: DType) -> Array:
+    return cast(source.read(name), dtype, name=name)
+
+
+def _write_adapter(native: Native, plan: _Plan, directory: epath.Path) -> None:
+    tensors: dict[str, Array] = {}
+    _each_tensor(native, plan, "adapter", tensors.__setitem__)
+    write_torch(directory / "mm_projector.bin", {name: tensors[name] for name in plan.infos})
+
+
+def _write_shards(
+    native: Native, plan: _Plan, layout: PublishedLayout, directory: epath.Path, limit: int
+) -> None:
+    shards = split(plan.infos, limit)
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        total = len(shards)
+        names = [f"model-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
+    writers: dict[str, SafetensorsWriter] = {}
+    weight_map: dict[str, str] = {}
+    for file, shard in zip(names, shards, strict=True):
+        writer = SafetensorsWriter(directory / file, {name: plan.infos[name] for name in shard})
+        writers |= dict.fromkeys(shard, writer)
+        weight_map |= dict.fromkeys(shard, file)
+    _each_tensor(native, plan, layout, lambda name, array: writers[name].write(name, array))
+    if len(shards) > 1:
+        size = sum(info.nbytes for info in plan.infos.values())
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def split(infos: Mapping[str, TensorInfo], limit: int) -> list[list[str]]:
+    """Names in order, in groups of at most `limit` bytes; a larger tensor is a group of its own."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, info in infos.items():
+        nbytes = info.nbytes + _HEADER_BYTES
+        if groups[-1] and size + nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += nbytes
+    return groups
+
+
+def _each_tensor(
+    native: Native, plan: _Plan, layout: PublishedLayout, put: Callable[[str, Array], None]
+) -> None:
+    """Calls `put` with every tensor under its published name; one parameter in memory at a time."""
+
+    def convert(entry: Entry, name: str, array: Array) -> None:
+        theirs = published(name, layout)
+        tensor = entry.transform.torch(array)
+        put(theirs, cast(tensor, plan.infos[theirs].dtype, name=theirs))
+
+    total = sum(info.nbytes for info in plan.infos.values())
+    with byte_progress("Exporting", total=total) as advance, ThreadPoolExecutor(THREADS) as pool:
+        for entry in plan.entries:
+            array = native.checkpoint.read(entry.native)
+            layers = [array] if entry.layers is None else list(array)
+            names = entry.tensors
+            list(pool.map(convert, [entry] * len(names), names, layers))
+            advance(sum(plan.infos[published(name, layout)].nbytes for name in names))
+        for name in plan.carried:
+            assert native.carried is not None
+            theirs = published(name, layout)
+            put(theirs, cast(native.carried.read(name), plan.infos[theirs].dtype, name=theirs))
+            advance(plan.infos[theirs].nbytes)

@@ -1,0 +1,98 @@
+"""How each published layout spells the canonical names of `stf_jax.convert.mapping`."""
+
+from collections.abc import Iterable
+from typing import Literal
+
+# What a directory of PyTorch weights can be; the first three are whole models.
+Layout = Literal["llava-stf", "llava", "hf", "llama", "clip", "adapter"]
+PublishedLayout = Literal["llava-stf", "llava", "hf", "adapter"]
+ExportLayout = Literal[PublishedLayout, "native"]
+
+_LLAVA = (
+    ("model.vision_tower.vision_tower.vision_model.", "vision_model."),
+    # As saved by transformers 5, whose CLIP has lost a level.
+    ("model.vision_tower.vision_tower.", "vision_model."),
+    ("model.mm_projector_crosslayer.", "mm_projector_crosslayer."),
+    ("model.mm_projector.", "mm_projector."),
+    ("model.", "model."),
+    ("lm_head.", "lm_head."),
+)
+
+# (published prefix, canonical prefix): the first published prefix that fits a name counts, and the
+# first with the canonical prefix is written.
+_PREFIXES: dict[Layout, tuple[tuple[str, str], ...]] = {
+    "llava-stf": _LLAVA,
+    "llava": _LLAVA,
+    "hf": (
+        # On disk, in every release of transformers.
+        ("language_model.model.", "model."),
+        ("language_model.lm_head.", "lm_head."),
+        ("multi_modal_projector.linear_1.", "mm_projector.0."),
+        ("multi_modal_projector.linear_2.", "mm_projector.2."),
+        ("vision_tower.vision_model.", "vision_model."),
+        ("vision_tower.", "vision_model."),
+        # In memory from transformers 4.52 on, and on disk where that was saved as it is.
+        ("model.language_model.", "model."),
+        ("model.multi_modal_projector.linear_1.", "mm_projector.0."),
+        ("model.multi_modal_projector.linear_2.", "mm_projector.2."),
+        ("model.vision_tower.vision_model.", "vision_model."),
+        ("model.vision_tower.", "vision_model."),
+        ("lm_head.", "lm_head."),
+    ),
+    "llama": (("model.", "model."), ("lm_head.", "lm_head.")),
+    "clip": (
+        ("vision_model.", "vision_model."),
+        # A vision model as saved by transformers 5.
+        ("embeddings.", "vision_model.embeddings."),
+        ("pre_layrnorm.", "vision_model.pre_layrnorm."),
+        ("encoder.", "vision_model.encoder."),
+        ("post_layernorm.", "vision_model.post_layernorm."),
+    ),
+    "adapter": (
+        ("model.mm_projector_crosslayer.", "mm_projector_crosslayer."),
+        ("model.mm_projector.", "mm_projector."),
+    ),
+}
+
+# The rest of a whole CLIP: its text tower has no place in a LLaVA.
+_CLIP_TEXT = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+
+
+def recognise(names: Iterable[str]) -> Layout | None:
+    """The layout that spells names like these, if any does."""
+    names = list(names)
+
+    def any_has(part: str) -> bool:
+        return any(part in name for name in names)
+
+    if any_has("multi_modal_projector."):
+        return "hf"
+    language = any_has("model.layers.") or any_has("model.embed_tokens.")
+    if any_has("mm_projector"):
+        if not language:
+            return "adapter"
+        return "llava-stf" if any_has("mm_projector_crosslayer.") else "llava"
+    if language:
+        return "llama"
+    return "clip" if any_has("embeddings.class_embedding") else None
+
+
+def canonical(name: str, layout: Layout) -> str | None:
+    """The canonical name of a published one; None if the layout does not know it."""
+    for published, ours in _PREFIXES[layout]:
+        if name.startswith(published):
+            return ours + name.removeprefix(published)
+    return None
+
+
+def published(name: str, layout: Layout) -> str:
+    """The published name of a canonical one."""
+    for theirs, ours in _PREFIXES[layout]:
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    raise AssertionError(f"{layout} has no name for {name}")
+
+
+def is_ignored(name: str, layout: Layout) -> bool:
+    """Whether a tensor belongs to the layout but not to a LLaVA."""
+    return layout == "clip" and name.startswith(_CLIP_TEXT)

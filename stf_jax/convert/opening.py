@@ -1,0 +1,110 @@
+"""Opens a model wherever it lies: a native checkpoint, a run, or a PyTorch directory."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from etils import epath
+
+from stf_jax.convert.readers import read_json
+from stf_jax.convert.source import Source, open_source
+from stf_jax.data.processors import Processors, read_processors
+from stf_jax.store.checkpoint import extra_files, flatten, is_native, place, unflatten
+from stf_jax.store.run import is_run, open_model
+from stf_jax.systems.base import LlavaConfig
+from stf_jax.util.errors import CheckpointError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpenedModel:
+    """A model on disk, of which only the shapes have been read.
+
+    Attributes:
+        path: where its tokenizer and image processor lie.
+        config: of the model; what ends an answer is as generation_config.json says.
+        files: tokenizer, image processor and configs, by name.
+        restore: nested dictionaries of `jax.ShapeDtypeStruct` -> the parameters, placed so.
+        layout: of a PyTorch directory; None for a native checkpoint or a run.
+    """
+
+    path: epath.Path
+    config: LlavaConfig
+    files: Mapping[str, epath.Path]
+    restore: Callable[[Mapping[str, Any]], dict[str, Any]]
+    layout: str | None
+
+    def processors(self) -> Processors:
+        """What text and images go through.
+
+        Raises:
+            CheckpointError: a file that is missing, damaged or of another model.
+        """
+        return read_processors(
+            self.path,
+            self.files,
+            text=self.config.text,
+            tokens_per_image=self.config.tokens_per_image,
+        )
+
+
+def open_any(path: epath.PathLike, *, vision_tower: epath.PathLike | None = None) -> OpenedModel:
+    """Opens a model without reading its weights.
+
+    Args:
+        path: a native checkpoint, the directory of a run of `stf-jax train`, or a PyTorch directory
+            in a layout that `stf-jax convert import` reads, told apart by what lies in it; local
+            or on gs://.
+        vision_tower: a directory with CLIP, for a PyTorch directory that does not lead to one.
+
+    Raises:
+        CheckpointError: what is missing, damaged or does not fit, and what to do.
+    """
+    path = epath.Path(path)
+    if is_native(path) or is_run(path):
+        if vision_tower is not None:
+            raise CheckpointError(f"{path} has its vision tower inside; leave out --vision-tower")
+        checkpoint = open_model(path)
+        files = extra_files(checkpoint.extras)
+        return OpenedModel(
+            path=checkpoint.extras / "hf",
+            config=_with_generation(checkpoint.config, files),
+            files=files,
+            restore=checkpoint.restore,
+            layout=None,
+        )
+    source = open_source(path, vision_tower=vision_tower)
+    return OpenedModel(
+        path=path,
+        config=_with_generation(source.config, source.files),
+        files=dict(source.files),
+        restore=lambda tree: _read(source, tree),
+        layout=source.layout,
+    )
+
+
+def load_processors(
+    path: epath.PathLike, *, vision_tower: epath.PathLike | None = None
+) -> Processors:
+    """Reads the processors of a model, of its weights at most the shapes; see `open_any`.
+
+    Raises:
+        CheckpointError: what is missing, damaged or does not fit, and what to do.
+    """
+    return open_any(path, vision_tower=vision_tower).processors()
+
+
+def _read(source: Source, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """One leaf at a time, so that host memory holds no second copy of the model."""
+    wanted = flatten(tree)
+    return unflatten({leaf.path: place(leaf.read(), wanted[leaf.path]) for leaf in source.leaves()})
+
+
+def _with_generation(config: LlavaConfig, files: Mapping[str, epath.Path]) -> LlavaConfig:
+    file = files.get("generation_config.json")
+    ids = None if file is None else read_json(file).get("eos_token_id")
+    if ids is None:
+        return config
+    eos_ids = tuple(ids) if isinstance(ids, list) else (ids,)
+    if not eos_ids or not all(type(item) is int for item in eos_ids):
+        raise CheckpointError(f"{file}: eos_token_id is {ids!r}; give an id, or a list of ids")
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, eos_ids=eos_ids))

@@ -1,0 +1,130 @@
+"""One directory of PyTorch weights, under canonical names: a whole model, or a part of one."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from stf_jax.convert.dtypes import Array, DType
+from stf_jax.convert.layouts import Layout, canonical, is_ignored, recognise
+from stf_jax.convert.mapping import CROSSLAYER, PROJECTOR, TOWER, Entry
+from stf_jax.convert.readers import Tensors, open_tensors, read_json
+from stf_jax.convert.safetensors_file import TensorInfo
+from stf_jax.store.checkpoint import is_native
+from stf_jax.util.errors import CheckpointError
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor of a file."""
+
+    file: Tensors
+    name: str  # as published
+
+    @property
+    def info(self) -> TensorInfo:
+        """Its shape and dtype."""
+        return self.file.infos[self.name]
+
+    def read(self) -> Array:
+        """Its values."""
+        return self.file.read(self.name)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one directory holds."""
+
+    path: epath.Path
+    layout: Layout
+    hf: Mapping[str, Any]  # config.json, empty where there is none
+    tensors: Mapping[str, Tensor]  # by canonical name
+    unknown: tuple[str, ...]  # published names that the layout does not have
+
+    @property
+    def folder(self) -> epath.Path:
+        """The directory, of a single file, too."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    def select(self, *prefixes: str) -> dict[str, Tensor]:
+        """The tensors whose canonical names begin so."""
+        return {name: t for name, t in self.tensors.items() if name.startswith(prefixes)}
+
+    @property
+    def tower(self) -> dict[str, Tensor]:
+        """The vision tower's tensors."""
+        return self.select(TOWER)
+
+    @property
+    def fusion(self) -> dict[str, Tensor]:
+        """The tensors of an adapter."""
+        return self.select(PROJECTOR, CROSSLAYER)
+
+    @property
+    def language(self) -> dict[str, Tensor]:
+        """The language model's tensors."""
+        return self.select("model.", "lm_head.")
+
+
+def open_part(path: epath.PathLike) -> Part:
+    """Opens a directory of PyTorch weights, or a single file of them.
+
+    Raises:
+        CheckpointError: there are none, they are not whole, or they are of another family.
+    """
+    path = epath.Path(path)
+    if path.is_dir() and is_native(path):
+        raise CheckpointError(
+            f"{path} is a native checkpoint; a PyTorch one is expected here. "
+            "`stf-jax convert export` makes one"
+        )
+    file = open_tensors(path)
+    config = path / "config.json"
+    hf = read_json(config) if path.is_dir() and config.exists() else {}
+    layout = recognise(file.infos)
+    if layout is None:
+        kind = f"model_type {hf['model_type']!r}" if "model_type" in hf else "unknown tensor names"
+        raise CheckpointError(
+            f"{path} is no CLIP, LLaMA or LLaVA checkpoint ({kind}); stf_jax reads only those"
+        )
+    tensors, unknown = {}, []
+    for name in file.infos:
+        if is_ignored(name, layout):
+            continue
+        ours = canonical(name, layout)
+        if ours is None or ours in tensors:
+            unknown.append(name)
+        else:
+            tensors[ours] = Tensor(file, name)
+    return Part(path=path, layout=layout, hf=hf, tensors=tensors, unknown=tuple(unknown))
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomTensors:
+    """New weights for linear layers, as PyTorch starts them: uniform within 1 / sqrt(inputs)."""
+
+    infos: Mapping[str, TensorInfo]
+    inputs: Mapping[str, int]
+    seed: int
+
+    @classmethod
+    def for_entries(cls, entries: tuple[Entry, ...], *, dtype: DType, seed: int) -> "RandomTensors":
+        """Weights (and the biases that follow them) for the layers of a table."""
+        infos: dict[str, TensorInfo] = {}
+        inputs: dict[str, int] = {}
+        for entry in entries:
+            infos[entry.torch] = TensorInfo(entry.shape, dtype)
+            layer, _, kind = entry.torch.rpartition(".")
+            inputs[layer] = entry.shape[1] if kind == "weight" else inputs[layer]
+        return cls(infos, inputs, seed)
+
+    def read(self, name: str) -> Array:
+        """The same values at every call."""
+        info = self.infos[name]
+        # A stream for each tensor: none depends on which others are drawn.
+        rng = np.random.default_rng([self.seed, list(self.infos).index(name)])
+        values = rng.random(info.shape, dtype=np.float32)
+        bound = np.float32(1 / np.sqrt(self.inputs[name.rpartition(".")[0]]))
+        return ((2 * values - 1) * bound).astype(info.dtype)

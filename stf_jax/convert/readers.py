@@ -1,0 +1,131 @@
+"""The tensors of a checkpoint, wherever they lie: one file or shards, safetensors or `.bin`."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from etils import epath
+
+from stf_jax.convert.dtypes import Array
+from stf_jax.convert.safetensors_file import SafetensorsFile, TensorInfo
+from stf_jax.convert.torch_file import TorchFile
+from stf_jax.util.errors import CheckpointError, missing
+from stf_jax.util.files import list_some
+
+
+class Tensors(Protocol):
+    """Named tensors that are read one at a time."""
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """What there is."""
+        ...
+
+    def read(self, name: str) -> Array:
+        """One tensor."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """Tensors spread over several files."""
+
+    files: Mapping[str, Tensors]  # by tensor
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """What all files hold together."""
+        return {name: file.infos[name] for name, file in self.files.items()}
+
+    def read(self, name: str) -> Array:
+        """One tensor."""
+        return self.files[name].read(name)
+
+
+# In the order in which transformers looks for them.
+_WHOLE = ("model.safetensors", "pytorch_model.bin")
+ADAPTERS = ("mm_projector.safetensors", "mm_projector.bin")
+
+
+def open_tensors(path: epath.Path) -> Tensors:
+    """Opens a directory of weights, or a single file of them.
+
+    Raises:
+        CheckpointError: no weights, or weights that are not whole: all problems in one message.
+    """
+    if not path.exists():
+        raise missing(path)
+    if path.is_file():
+        return _open_file(path)
+    for name in _WHOLE:
+        if (path / f"{name}.index.json").exists():
+            return _open_shards(path / f"{name}.index.json")
+        if (path / name).exists():
+            return _open_file(path / name)
+    for name in ADAPTERS:
+        if (path / name).exists():
+            inside = sorted(p.name for p in path.iterdir() if (p / "config.json").is_file())
+            if inside and not (path / "config.json").exists():
+                # No adapter's directory, but one of several checkpoints.
+                raise CheckpointError(
+                    f"{path} holds several checkpoints; name one of them: "
+                    + ", ".join([name, *inside])
+                )
+            return _open_file(path / name)
+    shards = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".bin"))
+    if shards:
+        raise CheckpointError(
+            f"{path} holds {shards[0]} but no index (model.safetensors.index.json); "
+            "download or copy it, too"
+        )
+    raise CheckpointError(f"{path} holds no weights: no model.safetensors, no pytorch_model.bin")
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """A JSON file that holds one object.
+
+    Raises:
+        CheckpointError: it holds something else, or is no JSON.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); download or copy it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object; download or copy it again")
+    return content
+
+
+def _open_file(path: epath.Path) -> Tensors:
+    file = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+    _ = file.infos  # Complains now, rather than half-way.
+    return file
+
+
+def _open_shards(index: epath.Path) -> Shards:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map; download or copy it again")
+    files: dict[str, Tensors] = {}
+    problems: list[str] = []
+    for shard in sorted(set(weight_map.values())):
+        try:
+            files[shard] = _open_file(index.parent / shard)
+        except CheckpointError as error:
+            problems.append(str(error))
+    for name, shard in weight_map.items():
+        if shard in files and name not in files[shard].infos:
+            problems.append(f"the index puts {name} into {shard}, which does not hold it")
+    for shard, file in files.items():
+        for name in file.infos:
+            if weight_map.get(name) != shard:
+                where = weight_map.get(name, "no shard")
+                problems.append(f"{shard} holds {name}, which the index puts into {where}")
+    if problems:
+        raise CheckpointError(
+            problems[0]
+            if len(problems) == 1
+            else f"{index.parent} is not whole:\n{list_some(problems)}"
+        )
+    return Shards({name: files[shard] for name, shard in weight_map.items()})

@@ -1,0 +1,186 @@
+"""The files beside the weights: config.json, tokenizer, image processor, generation settings.
+
+They start from what came with the import, so that keys unknown here survive, and change only
+where they no longer say what the model is.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from stf_jax.config.vision import VisionConfig
+from stf_jax.convert.dtypes import FloatName
+from stf_jax.convert.hf_config import (
+    section,
+    text_from_hf,
+    text_to_hf,
+    vision_from_hf,
+    vision_to_hf,
+)
+from stf_jax.convert.infer import KEY, fusion_keys, infer_fusion, replace_vocabulary
+from stf_jax.convert.mapping import fusion_entries
+from stf_jax.convert.processor import ImageTokens, Json, encode_json, processor_files
+from stf_jax.convert.readers import read_json
+from stf_jax.convert.tower import PUBLISHED
+from stf_jax.systems.base import LlavaConfig
+
+
+def llava_sidecars(
+    stored: epath.Path,
+    config: LlavaConfig,
+    *,
+    rows: int,
+    dtype: FloatName | None,
+) -> dict[str, bytes]:
+    """The files of the layouts "llava-stf" and "llava".
+
+    Args:
+        stored: The folder of those that came with the import.
+        config: The native model.
+        rows: Rows of the exported embedding.
+        dtype: The dtype to which the weights were cast; None: they are as they came.
+    """
+    files = _copied(stored)
+    config = replace_vocabulary(config, rows)
+    files["config.json"] = encode_json(_llava_config(_stored(stored), config, dtype))
+    files["vision_tower/config.json"] = encode_json(_vision_config(stored, config.vision))
+    return files
+
+
+def hf_sidecars(
+    stored: epath.Path,
+    config: LlavaConfig,
+    *,
+    rows: int,
+    tokens: ImageTokens | None,
+    dtype: FloatName | None,
+) -> dict[str, bytes]:
+    """The files of the layout "hf"; arguments as those of `llava_sidecars`.
+
+    A model that did not come in this layout gets the tokens `<image>` and `<pad>`, and a processor
+    that knows them; `tokens` is None for one that did.
+    """
+    files = _copied(stored)
+    hf = _stored(stored)
+    vision = _vision_config(stored, config.vision)
+    config = replace_vocabulary(config, rows)
+    if tokens is not None:
+        text = {**hf, **text_to_hf(config.text), "pad_token_id": tokens.pad}
+        for key in [key for key in text if key.startswith("mm_") or key in _LLAVA_ONLY]:
+            del text[key]
+        kind = text.pop("torch_dtype", text.pop("dtype", "float32"))
+        hf = {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "image_token_index": tokens.image,
+            "image_seq_length": config.vision.patches,
+            "pad_token_id": tokens.pad,
+            "projector_hidden_act": "gelu",
+            "multimodal_projector_bias": True,
+            "vision_feature_select_strategy": "default",
+            "vision_feature_layer": config.fusion.taps[0] - config.vision.layers - 1,
+            "tie_word_embeddings": config.text.tie_embeddings,
+            "torch_dtype": kind,
+            "text_config": {**text, "architectures": ["LlamaForCausalLM"]},
+            "vision_config": {**vision, "model_type": "clip_vision_model"},
+        }
+    elif text_from_hf(language_keys(hf)) != config.text:
+        hf = {**hf, "text_config": section(hf, "text_config") | text_to_hf(config.text)}
+    files["config.json"] = encode_json(_with_dtype(hf, dtype))
+    if tokens is not None:
+        files |= processor_files(files, config.vision, tokens.new)
+    return files
+
+
+def language_keys(hf: Mapping[str, Any]) -> Json:
+    """The keys of a config.json that describe the language model, in any layout."""
+    inner = section(hf, "text_config")
+    if not inner:
+        return dict(hf)
+    # To transformers, embeddings are tied if either config says so.
+    if hf.get("tie_word_embeddings"):
+        inner["tie_word_embeddings"] = hf["tie_word_embeddings"]
+    return inner
+
+
+_LLAVA_ONLY = (
+    "use_mm_proj",
+    "image_aspect_ratio",
+    "tokenizer_model_max_length",
+    "tokenizer_padding_side",
+    "tune_mm_mlp_adapter",
+    "freeze_mm_mlp_adapter",
+    "architectures",
+)
+
+
+def _llava_config(hf: Json, config: LlavaConfig, dtype: FloatName | None) -> Json:
+    base = language_keys(hf)
+    kind = {key: hf[key] for key in ("torch_dtype", "dtype") if key in hf}
+    result = base | kind
+    if not base or text_from_hf(base) != config.text:
+        result |= text_to_hf(config.text)
+    if base.get("model_type") not in ("llava_llama", "llava"):
+        named = [name for name, make in PUBLISHED.items() if make() == config.vision]
+        result |= {
+            "architectures": ["LlavaLlamaForCausalLM"],
+            "model_type": "llava_llama",
+            "mm_vision_tower": named[0] if named else "vision_tower",
+            "mm_hidden_size": config.vision.width,
+            "mm_projector_type": "mlp2x_gelu",
+            "mm_vision_select_feature": "patch",
+            "mm_patch_merge_type": "flat",
+            "mm_use_im_start_end": False,
+            "mm_use_im_patch_token": False,
+            "image_aspect_ratio": "pad",
+            "tokenizer_model_max_length": min(2048, config.text.max_positions),
+            "tokenizer_padding_side": "right",
+            "use_mm_proj": True,
+            **fusion_keys(config),
+        }
+    else:
+        result["model_type"] = base["model_type"]
+    shapes = {name: e.shape for e in fusion_entries(config) for name in e.tensors}
+    if infer_fusion(shapes, result, config.vision) != config.fusion:
+        result.pop(KEY, None)
+        result |= fusion_keys(config)
+    return _with_dtype(result, dtype)
+
+
+def _with_dtype(hf: Json, dtype: FloatName | None) -> Json:
+    if dtype is None:
+        return hf
+    return {**hf, "dtype" if "dtype" in hf else "torch_dtype": dtype}
+
+
+def _vision_config(stored: epath.Path, vision: VisionConfig) -> Json:
+    """The tower's config.json as it came, if it still describes the tower."""
+    candidates = [stored / "vision_tower" / "config.json", stored / "config.json"]
+    for path in candidates:
+        hf = read_json(path) if path.exists() else {}
+        try:
+            hf = section(hf, "vision_config") or (hf if path is candidates[0] else {})
+            if hf and vision_from_hf(hf) == vision:
+                return dict(hf)
+        except ValueError:
+            continue
+    return vision_to_hf(vision)
+
+
+def _stored(folder: epath.Path) -> Json:
+    path = folder / "config.json"
+    return read_json(path) if path.exists() else {}
+
+
+def _copied(folder: epath.Path) -> dict[str, bytes]:
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    files.pop("config.json", None)
+    if "generation_config.json" in files:
+        generation = read_json(folder / "generation_config.json")
+        # Null is as good as absent.
+        sampling = any(generation.get(key) not in (None, 1) for key in ("temperature", "top_p"))
+        if sampling and not generation.get("do_sample", False):
+            # Vicuna's file: newer loaders refuse sampling settings beside greedy decoding.
+            files["generation_config.json"] = encode_json({**generation, "do_sample": True})
+    return files

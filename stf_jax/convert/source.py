@@ -1,0 +1,325 @@
+"""A PyTorch checkpoint of any layout, opened as the native model that it will be.
+
+Whole models come as they are; a language model takes a vision tower and a new fusion beside it; a
+stage-1 adapter takes a language model and a tower.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from etils import epath
+
+from stf_jax.config.text import TextConfig
+from stf_jax.convert.dtypes import FLOATS, Array, DType, FloatName, cast, common, is_float
+from stf_jax.convert.hf_config import TEXT_DEFAULTS, text_from_hf
+from stf_jax.convert.infer import infer_fusion, new_fusion
+from stf_jax.convert.layouts import Layout
+from stf_jax.convert.mapping import Entry, carried, fusion_entries, is_buffer, table
+from stf_jax.convert.parts import Part, RandomTensors, Tensor, open_part
+from stf_jax.convert.sidecars import language_keys
+from stf_jax.convert.tower import TowerChoice, choose_tower
+from stf_jax.store.checkpoint import Leaf
+from stf_jax.systems.base import FusionConfig, LlavaConfig
+from stf_jax.util.errors import CheckpointError
+from stf_jax.util.files import list_some
+
+T = TypeVar("T")
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+
+NewFusion = Literal["stf", "llava", "average"]
+
+# Files that travel along, where they are: nothing else in the directory is read.
+_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+
+# Layers of one parameter that are read and transposed at a time.
+THREADS = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """A checked PyTorch checkpoint; its weights are read leaf by leaf."""
+
+    config: LlavaConfig
+    layout: Layout
+    vocabulary: int  # rows of its embedding
+    dtype: FloatName | None  # of every leaf; None: as they are
+    files: Mapping[str, epath.Path]  # what travels along, by its name in the native `hf/`
+    entries: tuple[Entry, ...]
+    tensors: Mapping[str, Tensor]  # by canonical name
+    carried: tuple[str, ...]  # canonical names of tensors that the model does not compute with
+
+    def leaves(self) -> Iterator[Leaf]:
+        """Every parameter of the model, largest parts first in no particular order."""
+        for entry in self.entries:
+            yield Leaf(
+                path=entry.native,
+                shape=entry.native_shape,
+                dtype=self._dtype(entry),
+                read=functools.partial(self._read, entry),
+            )
+
+    def read_carried(self, name: str) -> Array:
+        """A tensor that the model does not compute with, for the way back."""
+        array = self.tensors[name].read()
+        if self.dtype is None or is_buffer(name):
+            return array
+        return cast(array, FLOATS[self.dtype], name=name)
+
+    def origin(self) -> dict[str, Any]:
+        """What the way back needs to know, as JSON: layout, vocabulary, odd dtypes."""
+        odd = {}
+        if self.dtype is None:
+            odd = {
+                name: self.tensors[name].info.dtype.name
+                for entry in self.entries
+                for name in entry.tensors
+                if self.tensors[name].info.dtype != self._dtype(entry)
+            }
+        return {
+            "layout": self.layout,
+            "vocabulary": self.vocabulary,
+            "cast": self.dtype,
+            "dtypes": odd,
+        }
+
+    def _dtype(self, entry: Entry) -> DType:
+        if self.dtype is not None:
+            return FLOATS[self.dtype]
+        return common({self.tensors[name].info.dtype for name in entry.tensors})
+
+    def _read(self, entry: Entry) -> Array:
+        dtype = self._dtype(entry)
+
+        def one(name: str) -> Array:
+            tensor = cast(self.tensors[name].read(), dtype, name=name)
+            return entry.transform.native(tensor)
+
+        if entry.layers is None:
+            return np.ascontiguousarray(one(entry.torch))
+        result = np.empty(entry.native_shape, dtype)
+
+        def fill(layer: int) -> None:
+            result[layer] = one(entry.tensors[layer])
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(fill, range(entry.layers)))
+        return result
+
+
+def open_source(
+    path: epath.PathLike,
+    *,
+    vision_tower: epath.PathLike | None = None,
+    base: epath.PathLike | None = None,
+    fusion: NewFusion | FusionConfig | None = None,
+    seed: int = 0,
+    dtype: FloatName | None = None,
+    vocabulary_multiple: int = 1,
+) -> Source:
+    """Opens a PyTorch checkpoint and checks all of it but the values.
+
+    Args:
+        path: A directory in one of the layouts LLaVA-STF, LLaVA-1.5, Hugging Face's Llava, LLaMA;
+            or a stage-1 adapter, its file or its directory.
+        vision_tower: A directory with CLIP's config.json, and its weights where `path` has none.
+            Needed where config.json does not lead to one.
+        base: The language model under an adapter.
+        fusion: What a language model alone gets between tower and decoder: new random weights, of
+            a kind with the published sizes, or of the sizes given.
+        seed: Of these random weights.
+        dtype: The dtype of every parameter; None keeps those of the file.
+        vocabulary_multiple: Pads the vocabulary to a multiple, so that it can be sharded.
+
+    Raises:
+        CheckpointError: what is missing, damaged, unknown or does not fit, and what to do.
+    """
+    if dtype is not None and dtype not in FLOATS:
+        raise CheckpointError(f"dtype is {dtype!r}; supported: {', '.join(FLOATS)}")
+    if vocabulary_multiple < 1:
+        raise CheckpointError(f"vocabulary_multiple is {vocabulary_multiple}; give 1 or more")
+    part = open_part(path)
+    if part.layout == "clip":
+        raise CheckpointError(
+            f"{path} is a vision tower alone; import a language model or a LLaVA, "
+            f"with --vision-tower {path}"
+        )
+    language = _language_part(part, base)
+    text = _text_config(language)
+    tower = choose_tower(part, language, vision_tower)
+    tensors = language.language | dict(tower.tensors)
+    if part.layout == "llama":
+        between = (
+            fusion
+            if isinstance(fusion, FusionConfig)
+            else new_fusion(fusion or "stf", vision=tower.config, text_width=text.width)
+        )
+    elif fusion is not None:
+        raise CheckpointError(f"{path} has a fusion of its own; leave out --fusion {fusion}")
+    else:
+        tensors |= part.fusion
+        hf = part.hf or language.hf
+        shapes = {name: tensor.info.shape for name, tensor in tensors.items()}
+        between = _explained(
+            part, infer_fusion, shapes, hf, tower.config, assumed=_assumed(None, tower)
+        )
+    config = _explained(part, lambda: LlavaConfig(vision=tower.config, text=text, fusion=between))
+    if part.layout == "llama":
+        tensors |= _random(config, tensors, seed)
+    text = dataclasses.replace(text, vocab_padding=-text.vocab_size % vocabulary_multiple)
+    config = dataclasses.replace(config, text=text)
+    entries = table(config)
+    unknown = (*part.unknown, *(language.unknown if language is not part else ()), *tower.unknown)
+    return Source(
+        config=config,
+        layout=part.layout,
+        vocabulary=text.vocab_size,
+        dtype=dtype,
+        files=_files(language, tower),
+        entries=entries,
+        tensors=tensors,
+        carried=_check(
+            part.path, config, entries, tensors, unknown, assumed=_assumed(language, tower)
+        ),
+    )
+
+
+def _language_part(part: Part, base: epath.PathLike | None) -> Part:
+    """The part that holds the language model."""
+    if part.layout != "adapter":
+        if base is not None:
+            raise CheckpointError(
+                f"{part.path} has a language model of its own; leave out --base {base}"
+            )
+        return part
+    if base is None:
+        raise CheckpointError(
+            f"{part.path} is an adapter alone; import it first: stf-jax convert import {part.path} "
+            "OUT --base LANGUAGE_MODEL --vision-tower CLIP"
+        )
+    language = open_part(base)
+    if not language.language:
+        raise CheckpointError(f"{base} is no language model, but {language.layout}")
+    return language
+
+
+def _text_config(part: Part) -> TextConfig:
+    if not part.hf:
+        raise CheckpointError(f"{part.path} has no config.json; download or copy it, too")
+    return _explained(part, lambda: text_from_hf(language_keys(part.hf)))
+
+
+def _explained(part: Part, function: Callable[..., T], *args: Any, assumed: str = "") -> T:
+    """`function(*args)`, whose errors then say which checkpoint they mean."""
+    try:
+        return function(*args)
+    except ValueError as error:
+        raise CheckpointError(f"{part.path}: {error}{assumed}") from error
+
+
+def _assumed(language: Part | None, tower: TowerChoice) -> str:
+    """For an error about sizes: those that config.json does not give."""
+    given = TEXT_DEFAULTS if language is None else language_keys(language.hf)
+    silent = [
+        f"the language model's {key} ({size})"
+        for key, size in TEXT_DEFAULTS.items()
+        if key not in given
+    ]
+    silent += [f"the vision tower's {key} ({size})" for key, size in tower.assumed.items()]
+    if not silent:
+        return ""
+    return f" (config.json lacks {', '.join(silent)}; transformers' defaults were assumed)"
+
+
+def _random(config: LlavaConfig, tensors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    like = tensors.get("model.embed_tokens.weight")
+    dtype = like.info.dtype if like else FLOATS["float32"]
+    drawn = RandomTensors.for_entries(fusion_entries(config), dtype=dtype, seed=seed)
+    return {name: Tensor(drawn, name) for name in drawn.infos}
+
+
+def _files(language: Part, tower: TowerChoice) -> dict[str, epath.Path]:
+    files = {name: language.folder / name for name in _FILES}
+    if tower.folder is not None:
+        files["vision_tower/config.json"] = tower.folder / "config.json"
+        if not files["preprocessor_config.json"].exists():
+            files["preprocessor_config.json"] = tower.folder / "preprocessor_config.json"
+    return {name: path for name, path in files.items() if path.exists()}
+
+
+def _check(
+    path: epath.Path,
+    config: LlavaConfig,
+    entries: tuple[Entry, ...],
+    tensors: Mapping[str, Tensor],
+    unknown: tuple[str, ...],
+    *,
+    assumed: str,
+) -> tuple[str, ...]:
+    """The carried tensors, once every tensor is known to be there and to fit."""
+    needed = {name: entry.shape for entry in entries for name in entry.tensors}
+    may_be = carried(config)
+    if config.text.tie_embeddings:
+        may_be["lm_head.weight"] = needed["model.embed_tokens.weight"]
+    problems = [f"missing: {name} {shape}" for name, shape in needed.items() if name not in tensors]
+    extra: list[str] = list(unknown)
+    for name, tensor in tensors.items():
+        shape = needed.get(name, may_be.get(name))
+        if shape is None:
+            if not is_buffer(name):
+                extra.append(tensor.name)
+        elif tensor.info.shape != shape:
+            problems.append(f"shape of {tensor.name}: {tensor.info.shape}, expected {shape}")
+        elif not is_float(tensor.info.dtype):
+            problems.append(
+                f"dtype of {tensor.name}: {tensor.info.dtype}, expected {', '.join(FLOATS)}"
+            )
+    problems += [f"extra: {name}" for name in extra]
+    if problems:
+        count = "1 tensor" if len(problems) == 1 else f"{len(problems)} tensors"
+        raise CheckpointError(
+            f"{path} does not fit its config.json ({count}){assumed}:\n"
+            + list_some(_by_layer(problems))
+        )
+    return tuple(name for name in tensors if name not in needed)
+
+
+def _by_layer(problems: list[str]) -> list[str]:
+    """The lines; those that differ by nothing but the number of a layer become one."""
+    layers: dict[str, list[int]] = {}
+    for line in problems:
+        number = _LAYER.search(line)
+        kind = _LAYER.sub(".layers.{}.", line, count=1)
+        layers.setdefault(kind, []).extend([int(number[1])] if number else [])
+    return [
+        kind.replace(".layers.{}.", f".layers.{_ranges(numbers)}.") if numbers else kind
+        for kind, numbers in layers.items()
+    ]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[1, 2, 3, 7] -> "1-3,7"."""
+    ranges: list[list[int]] = []
+    for number in sorted(numbers):
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in ranges)

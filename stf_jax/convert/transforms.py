@@ -1,0 +1,119 @@
+"""From the array of a PyTorch tensor to that of a native parameter, and back.
+
+A transform is a pair of exact inverses; none changes a value. Letters: C a width in, F a width out,
+N heads, D head width, S window side, P patch side, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from stf_jax.convert.dtypes import Array
+
+# Rows of a matrix that are transposed together: few enough for the cache.
+_ROWS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """A change of layout and its inverse."""
+
+    native: Callable[[Array], Array]  # PyTorch's layout -> the native one
+    torch: Callable[[Array], Array]  # and back
+
+
+def transpose(matrix: Array) -> Array:
+    """[F, C] -> [C, F], contiguous; in strips, which is several times as fast as numpy's own."""
+    result = np.empty(matrix.shape[::-1], matrix.dtype)
+    for row in range(0, matrix.shape[0], _ROWS):
+        result[:, row : row + _ROWS] = matrix[row : row + _ROWS].T
+    return result
+
+
+# Norms, biases, embeddings.
+SAME = Transform(lambda tensor: tensor, lambda array: array)
+
+# Weight of a linear layer: [F, C] <-> [C, F].
+LINEAR = Transform(transpose, transpose)
+
+
+def split_heads(heads: int) -> Transform:
+    """Weight of a query, key or value projection: [N*D, C] <-> [C, N, D]."""
+    return Transform(
+        lambda tensor: transpose(tensor).reshape(tensor.shape[1], heads, -1),
+        lambda array: transpose(array.reshape(array.shape[0], -1)),
+    )
+
+
+def split_head_bias(heads: int) -> Transform:
+    """Bias of a query, key or value projection: [N*D] <-> [N, D]."""
+    return Transform(
+        lambda tensor: tensor.reshape(heads, -1),
+        lambda array: array.reshape(-1),
+    )
+
+
+def join_heads(heads: int) -> Transform:
+    """Weight of an attention output projection: [C, N*D] <-> [N, D, C]."""
+    return Transform(
+        lambda tensor: transpose(tensor).reshape(heads, -1, tensor.shape[0]),
+        lambda array: transpose(array.reshape(-1, array.shape[-1])),
+    )
+
+
+def patches(patch: int) -> Transform:
+    """The tower's patch convolution: [C, 3, P, P] <-> [P*P*3, C], rows (row, column, channel)."""
+    return Transform(
+        lambda tensor: tensor.transpose(2, 3, 1, 0).reshape(-1, tensor.shape[0]),
+        lambda array: array.reshape(patch, patch, -1, array.shape[-1]).transpose(3, 2, 0, 1),
+    )
+
+
+def windows(side: int) -> Transform:
+    """First weight of the STF projector: [F, C*S*S] <-> [S*S*C, F].
+
+    The released weights expect a window channel by channel, element S*S*channel + S*row + column;
+    natively it comes pixel by pixel, element (S*row + column)*C + channel.
+    """
+    area = side**2
+
+    def native(tensor: Array) -> Array:
+        by_channel = tensor.reshape(tensor.shape[0], -1, area)
+        return by_channel.transpose(2, 1, 0).reshape(-1, tensor.shape[0])
+
+    def torch(array: Array) -> Array:
+        by_pixel = array.reshape(area, -1, array.shape[-1])
+        return by_pixel.transpose(2, 1, 0).reshape(array.shape[-1], -1)
+
+    return Transform(native, torch)
+
+
+def embedding(torch_rows: int, native_rows: int) -> Transform:
+    """Embedding of a vocabulary that may be padded: [V, C] <-> [V', C].
+
+    Rows beyond the vocabulary are the mean of the real ones: the logit of such a token is the mean
+    logit, which is never above the largest, so greedy decoding does not see the padding. The
+    inverse is exact where there are at least as many native rows.
+    """
+    return Transform(
+        lambda tensor: _with_rows(tensor, native_rows),
+        lambda array: _with_rows(array, torch_rows),
+    )
+
+
+def head(torch_rows: int, native_rows: int) -> Transform:
+    """Head over a vocabulary that may be padded, as in `embedding`: [V, C] <-> [C, V']."""
+    rows = embedding(torch_rows, native_rows)
+    return Transform(
+        lambda tensor: transpose(rows.native(tensor)),
+        lambda array: rows.torch(transpose(array)),
+    )
+
+
+def _with_rows(matrix: Array, rows: int) -> Array:
+    missing = rows - len(matrix)
+    if missing <= 0:
+        return matrix[:rows]
+    mean = matrix.mean(0, dtype=np.float32, keepdims=True).astype(matrix.dtype)
+    return np.concatenate([matrix, np.repeat(mean, missing, axis=0)])

@@ -1,0 +1,347 @@
+"""`stf-jax data build`: LLaVA's JSON and a folder of pictures become a TFDS dataset.
+
+The examples are cut into parts of fixed size. Each part is inspected and written by one process,
+first its shard, then a JSON file that says what is in it; a part with its JSON file is finished.
+All this happens in `OUT.partial`, which becomes `OUT` in the end, in one step. So what was killed
+leaves no `OUT`, and a second call goes on with the parts that are missing.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stf_jax.data.conversation import get_template
+from stf_jax.data.dataset import (
+    SOURCE_FILE,
+    Dataset,
+    DatasetError,
+    partial_path,
+    shard_path,
+    write_metadata,
+    write_shard,
+)
+from stf_jax.data.images import ImageProcessor
+from stf_jax.data.index import Index, index_name
+from stf_jax.data.inspection import Finding, Inspection, Inspector, Measures, measure
+from stf_jax.data.pool import map_in_processes
+from stf_jax.data.sources import RawExample, file_digest, read_examples
+from stf_jax.data.tokenizer import Tokenizer
+from stf_jax.data.validator import CheckReport, Progress, Tally, check_folder, default_workers
+
+_INDEX_CHUNK = 512
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BuildReport:
+    """What `build` did.
+
+    Attributes:
+      path: the finished dataset.
+      written: examples in it.
+      skipped: examples left out because of `check.problems`.
+      shards: files that hold them.
+      kept_shards: of these, how many an earlier call had finished.
+      bytes: of all examples.
+      index: the file of lengths for this tokenizer and template.
+      check: what inspection found; None where the dataset was finished before and has only been
+        given another index.
+      unfit_for_index: examples of a finished dataset that the template of the new index cannot
+        take; training with it leaves them out.
+    """
+
+    path: str
+    written: int
+    skipped: int
+    shards: int
+    kept_shards: int
+    bytes: int
+    index: str
+    check: CheckReport | None
+    unfit_for_index: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """For `json.dumps`."""
+        return dataclasses.asdict(self)
+
+    def render(self, limit: int = 20) -> str:
+        """For a terminal; names at most `limit` of each kind of offender."""
+        if self.check is None:
+            text = f"{self.path} was finished before; it has {self.written} examples.\n"
+            text += f"Its index is {self.index}."
+            if self.unfit_for_index:
+                text += f"\n{self.unfit_for_index} examples do not fit this template."
+            return text
+        return (
+            f"{self.check.render(limit)}\n\n{self.path}: {self.written} examples "
+            f"({self.bytes / 1e6:.1f} MB in {self.shards} shards, {self.kept_shards} of them from "
+            f"an earlier call), {self.skipped} skipped"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Part:
+    number: int
+    examples: list[RawExample]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _WritePart:
+    inspector: Inspector
+    folder: Path
+
+    def __call__(self, part: _Part) -> tuple[int, int]:
+        inspections = [self.inspector(raw) for raw in part.examples]
+        size = write_shard(
+            _shard(self.folder, part.number),
+            [(i.id, i.conversation, i.pictures) for i in inspections if not i.problems],
+        )
+        content = {"size": size, "inspections": [_to_json(one) for one in inspections]}
+        _write_text(_record(self.folder, part.number), json.dumps(content))
+        return part.number, len(part.examples)
+
+
+def build(
+    files: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    images: str | os.PathLike[str] | None,
+    tokenizer: Tokenizer,
+    template: str = "v1",
+    image_processor: ImageProcessor | None = None,
+    tokens_per_image: int = 144,
+    sequence_length: int = 2048,
+    examples_per_shard: int = 2048,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> BuildReport:
+    """Writes the dataset `out`, without the examples in which `check` finds a problem.
+
+    Stored are the pictures' own bytes and the turns as they are, so that one dataset serves any
+    model; only the index of lengths is made for a tokenizer and a template. If `out` is finished,
+    only the index is added. If an earlier call was stopped, this one goes on.
+
+    Args:
+      files: JSON lists or JSON lines.
+      out: the folder to make. What is unfinished lies in `out` + ".partial".
+      images: the folder that the picture paths start from.
+      tokenizer: of the model to be trained.
+      template: to be trained with; one of `conversation.TEMPLATES`.
+      image_processor: default CLIP's at 336 px, padding; it decides which pictures are too thin.
+      tokens_per_image: for the report's lengths.
+      sequence_length: for the report.
+      examples_per_shard: 2048 of LLaVA's make about 0.3 GB.
+      workers: processes; default is the number of processors.
+      progress: called with (examples done, of how many).
+
+    Raises:
+      ValueError: unreadable files, no such folder, an unknown template, or no example fit to train
+        on.
+      DatasetError: `out` or its partial folder was made from something else.
+    """
+    template = get_template(template).name
+    check_folder(images)
+    out = Path(out)
+    if str(out).startswith("gs:"):
+        raise DatasetError(f"{out}: build on a disk, then copy the folder to the bucket")
+    if examples_per_shard < 1:
+        raise DatasetError(f"examples_per_shard is {examples_per_shard}; it must be at least 1")
+    workers = default_workers(workers)
+    tally = Tally(tokens_per_image=tokens_per_image, sequence_length=sequence_length)
+    source: dict[str, Any] = {"files": [file_digest(path) for path in files]}
+    if out.is_dir():
+        _compare(source, _read_json(out / SOURCE_FILE), out, keys=("files",))
+        shutil.rmtree(partial_path(out), ignore_errors=True)
+        return _add_index(out, tokenizer=tokenizer, template=template, workers=workers)
+    examples = read_examples(files)
+    folder = partial_path(out)
+    source |= {"shard": examples_per_shard, "index": index_name(tokenizer, template)}
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / SOURCE_FILE).is_file():
+        _compare(source, _read_json(folder / SOURCE_FILE), folder, keys=tuple(source))
+    else:
+        _write_text(folder / SOURCE_FILE, json.dumps(source, indent=1))
+
+    inspector = Inspector(
+        images=None if images is None else os.fspath(images),
+        tokenizer=tokenizer,
+        template=get_template(template),
+        image_processor=image_processor or ImageProcessor(),
+    )
+    parts = [
+        _Part(number=number, examples=examples[start : start + examples_per_shard])
+        for number, start in enumerate(range(0, len(examples), examples_per_shard))
+    ]
+    missing = [part for part in parts if not _record(folder, part.number).is_file()]
+    done = len(examples) - sum(len(part.examples) for part in missing)
+    write = _WritePart(inspector=inspector, folder=folder)
+    if progress:
+        progress(done, len(examples))
+    for _, count in map_in_processes(write, missing, workers=workers):
+        done += count
+        if progress:
+            progress(done, len(examples))
+
+    return _finish(folder, out, len(parts), len(parts) - len(missing), tally, source["index"])
+
+
+def _finish(
+    folder: Path, out: Path, parts: int, kept: int, tally: Tally, index: str
+) -> BuildReport:
+    """Numbers the shards, writes what TFDS reads, and gives the folder its name."""
+    ids: list[str] = []
+    measures: list[Measures] = []
+    sizes: list[int] = []
+    filled: dict[int, int] = {}
+    for number in range(parts):
+        content = _read_json(_record(folder, number))
+        inspections = [_from_json(one) for one in content["inspections"]]
+        for inspection in inspections:
+            tally.add(inspection)
+        fit = [inspection for inspection in inspections if not inspection.problems]
+        ids += [inspection.id for inspection in fit]
+        measures += [inspection.measures for inspection in fit]
+        sizes.append(content["size"])
+        if fit:
+            filled[number] = len(fit)
+    report = tally.report()
+    if not ids:
+        raise ValueError(
+            f"{out}: none of the {report.examples} examples is fit to train on; "
+            f"the first: {report.problems[0].reason}; 'stf-jax data check' names them all"
+        )
+    # Links, so that a call killed here leaves every part where the next one looks for it.
+    final = folder / "final"
+    shutil.rmtree(final, ignore_errors=True)
+    final.mkdir()
+    for position, number in enumerate(filled):
+        _link(_shard(folder, number), shard_path(final, position, len(filled)))
+    write_metadata(final, shard_lengths=list(filled.values()), size=sum(sizes))
+    Index.of(ids, measures).save(final / index)
+    shutil.copy(folder / SOURCE_FILE, final / SOURCE_FILE)
+    os.replace(final, out)
+    shutil.rmtree(folder)
+    return BuildReport(
+        path=str(out),
+        written=len(ids),
+        skipped=report.examples - report.fit,
+        shards=len(filled),
+        kept_shards=kept,
+        bytes=sum(sizes),
+        index=index,
+        check=report,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _MeasureStored:
+    dataset: Dataset
+    tokenizer: Tokenizer
+    template: str
+
+    def __call__(self, numbers: range) -> list[tuple[str, Measures]]:
+        results = []
+        for number in numbers:
+            stored = self.dataset[number]
+            try:
+                measures = measure(
+                    stored.conversation,
+                    tokenizer=self.tokenizer,
+                    template=get_template(self.template),
+                    num_images=len(stored.pictures),
+                )
+            except ValueError:
+                measures = Measures()
+            results.append((stored.id, measures))
+        return results
+
+
+def _add_index(out: Path, *, tokenizer: Tokenizer, template: str, workers: int) -> BuildReport:
+    dataset = Dataset(out)
+    path = dataset.index_path(tokenizer, template)
+    if not path.is_file():
+        chunks = [
+            range(start, min(start + _INDEX_CHUNK, len(dataset)))
+            for start in range(0, len(dataset), _INDEX_CHUNK)
+        ]
+        work = _MeasureStored(dataset=dataset, tokenizer=tokenizer, template=template)
+        found = [one for part in map_in_processes(work, chunks, workers=workers) for one in part]
+        Index.of([name for name, _ in found], [measures for _, measures in found]).save(path)
+    index = dataset.index(tokenizer, template)
+    return BuildReport(
+        path=str(out),
+        written=len(dataset),
+        skipped=0,
+        shards=dataset.shards,
+        kept_shards=dataset.shards,
+        bytes=dataset.bytes,
+        index=path.name,
+        check=None,
+        unfit_for_index=int((index.lengths == 0).sum()),
+    )
+
+
+def _compare(
+    wanted: dict[str, Any], there: dict[str, Any], folder: Path, *, keys: tuple[str, ...]
+) -> None:
+    words = {
+        "files": "the training files",
+        "shard": "examples_per_shard",
+        "index": "the tokenizer or the template",
+    }
+    differing = [words[key] for key in keys if wanted[key] != there.get(key)]
+    if differing:
+        raise DatasetError(
+            f"{folder}: begun with other values of {', '.join(differing)}; "
+            "give the same ones, choose another folder, or delete this one"
+        )
+
+
+def _to_json(inspection: Inspection) -> dict[str, Any]:
+    kept = dataclasses.replace(inspection, pictures=(), conversation="")
+    return dataclasses.asdict(kept)
+
+
+def _from_json(content: dict[str, Any]) -> Inspection:
+    return Inspection(
+        id=content["id"],
+        problems=tuple(Finding(**finding) for finding in content["problems"]),
+        notes=tuple(Finding(**finding) for finding in content["notes"]),
+        measures=Measures(**content["measures"]),
+        num_pictures=content["num_pictures"],
+    )
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # Not every file system has links.
+        shutil.copyfile(source, target)
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"part-{number:05}.array_record"
+
+
+def _record(folder: Path, number: int) -> Path:
+    return folder / f"part-{number:05}.json"
+
+
+def _write_text(path: Path, text: str) -> None:
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DatasetError(
+            f"{path}: missing or damaged; the folder was not made by 'stf-jax data build', so "
+            "choose another one or delete it"
+        ) from error
+    return content

@@ -1,0 +1,138 @@
+"""What texts and pictures go through before a model's weights; read without reading the weights."""
+
+import contextlib
+import dataclasses
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from stf_jax.config.text import TextConfig
+from stf_jax.data.conversation import IMAGE_MARKER
+from stf_jax.data.images import ImageProcessor
+from stf_jax.data.tokenizer import Tokenizer, load_tokenizer
+from stf_jax.util.errors import CheckpointError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Processors:
+    """Everything of a model that data needs to know.
+
+    Attributes:
+        tokenizer: of its language model.
+        image_processor: of its vision tower; it pads or crops as the model's config says.
+        tokens_per_image: K.
+    """
+
+    tokenizer: Tokenizer
+    image_processor: ImageProcessor
+    tokens_per_image: int
+
+
+def read_processors(
+    path: epath.Path,
+    files: Mapping[str, epath.Path],
+    *,
+    text: TextConfig,
+    tokens_per_image: int,
+) -> Processors:
+    """The processors in `files`, which belong into the directory `path`.
+
+    Raises:
+        CheckpointError: a file that is missing, damaged, of another kind or of another model.
+    """
+    tokenizer = read_tokenizer(path, files)
+    check_tokenizer(path, tokenizer, text=text)
+    return Processors(
+        tokenizer=tokenizer,
+        image_processor=read_image_processor(path, files),
+        tokens_per_image=tokens_per_image,
+    )
+
+
+def check_tokenizer(path: epath.Path, tokenizer: Tokenizer, *, text: TextConfig) -> None:
+    """Checks that the embedding has a row for every token of the tokenizer in `path`.
+
+    Raises:
+        CheckpointError: it has not; text would be read as other text.
+    """
+    rows = text.vocab_size
+    # Neither is looked up: one is cut out of the text, the other is masked.
+    marker = tokenizer.backend.token_to_id(IMAGE_MARKER)
+    harmless = {marker, tokenizer.pad_id} - {tokenizer.eos_id}
+    tokens: dict[str, int] = tokenizer.backend.get_vocab(with_added_tokens=True)
+    beyond = sorted((n, token) for token, n in tokens.items() if n >= rows and n not in harmless)
+    if beyond:
+        number, token = beyond[0]
+        raise CheckpointError(
+            f"{path} has an embedding of {rows} rows and a tokenizer with {len(beyond)} tokens "
+            f"beyond it, the first {token!r} with id {number}; copy the tokenizer that belongs to "
+            "these weights"
+        )
+
+
+def read_tokenizer(path: epath.Path, files: Mapping[str, epath.Path]) -> Tokenizer:
+    """The tokenizer alone, as `read_processors`."""
+    with _local(files, lambda name: "token" in name) as directory:
+        try:
+            return load_tokenizer(directory)
+        except ValueError as error:
+            raise CheckpointError(str(error).replace(str(directory), str(path))) from error
+
+
+def read_image_processor(path: epath.Path, files: Mapping[str, epath.Path]) -> ImageProcessor:
+    """The image processor alone, as `read_processors`.
+
+    As in LLaVA's second stage and its evaluation it pads, unless the config says otherwise.
+    """
+    if "preprocessor_config.json" not in files:
+        raise CheckpointError(
+            f"{path} has no preprocessor_config.json; copy it there from the vision tower"
+        )
+    config = _read_json(files["config.json"]) if "config.json" in files else {}
+    ratio = config.get("image_aspect_ratio", "pad")
+    if ratio not in ("pad", "square", None):
+        raise CheckpointError(
+            f"{path} was trained with image_aspect_ratio {ratio!r}; supported: 'pad', 'square'"
+        )
+    file = files["preprocessor_config.json"]
+    try:
+        return ImageProcessor.from_hf(_read_json(file), mode="pad" if ratio == "pad" else "crop")
+    except (TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def _read_json(file: epath.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON ({error}); copy it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds no JSON object; copy it again")
+    return content
+
+
+def unusable(path: epath.Path, files: Mapping[str, epath.Path]) -> list[str]:
+    """Why the processors in `files` cannot be used, and what to do; nothing if they can."""
+    problems = []
+    for read in (read_tokenizer, read_image_processor):
+        try:
+            read(path, files)
+        except CheckpointError as error:
+            problems.append(str(error))
+    return problems
+
+
+@contextlib.contextmanager
+def _local(files: Mapping[str, epath.Path], wanted: Any) -> Iterator[Path]:
+    """A local directory with the wanted files: transformers cannot read gs://."""
+    with tempfile.TemporaryDirectory() as directory:
+        for name, file in files.items():
+            if wanted(name):
+                file.copy(Path(directory, name), overwrite=True)
+        yield Path(directory)

@@ -1,0 +1,1 @@
+"""What lies on disk: native checkpoints, and the directory of a run."""

@@ -1,0 +1,324 @@
+"""The native checkpoint: one self-contained directory, local or on gs://.
+
+    config.json   format, version, an id, the model's config, and the size of every other file
+    params/       the parameters, a Zarr array each, written and read by Orbax on any mesh
+    hf/           tokenizer, image processor and config.json as they came from PyTorch
+    pytorch/      what `convert` needs to give back a PyTorch checkpoint bit for bit
+
+Arrays are stored in chunks of at most 64 MiB, split along the longest axes, so that a host reads
+little more than the part that its devices hold.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+from etils import epath
+
+from stf_jax.systems.base import LlavaConfig
+from stf_jax.util.errors import CheckpointError, missing
+from stf_jax.util.files import absolute, file_size, list_some, new_directory
+
+FORMAT = "stf_jax"
+VERSION = 1
+
+_CONFIG = "config.json"
+_PARAMS = "params"
+# Folders beside the parameters, copied as they are from one native checkpoint to the next.
+EXTRAS = ("hf", "pytorch")
+
+_CHUNK_BYTES = 64 * 2**20
+# Small leaves are saved together: each save costs some 30 ms.
+_BATCH_BYTES = 256 * 2**20
+_CONCURRENT_BYTES = 512 * 2**20
+
+Tree = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Leaf:
+    """One parameter: where it lies in the model, and how to get it, when its turn comes."""
+
+    path: str  # "text/layers/mlp/up/kernel"
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    read: Callable[[], np.ndarray[Any, Any]]
+
+
+def is_native(path: epath.PathLike) -> bool:
+    """Whether `path` is a directory that `write` made, whole or damaged."""
+    config = epath.Path(path) / _CONFIG
+    if not config.is_file():
+        return False
+    try:
+        return bool(json.loads(config.read_text()).get("format") == FORMAT)
+    except (ValueError, AttributeError):
+        return False
+
+
+def write(
+    path: epath.PathLike,
+    *,
+    config: LlavaConfig,
+    leaves: Iterable[Leaf],
+    extras: Callable[[epath.Path], None],
+) -> None:
+    """Writes a native checkpoint, holding one leaf in memory at a time.
+
+    Args:
+        path: The new directory; it appears under this name only when it is complete.
+        config: The model whose parameters these are.
+        leaves: Every parameter, in any order.
+        extras: Called with the unfinished directory, to put the folders `EXTRAS` into it.
+
+    Raises:
+        CheckpointError: `path` exists.
+    """
+    with new_directory(path) as unfinished:
+        extras(unfinished)
+        _write_params(unfinished / _PARAMS, leaves)
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "id": secrets.token_hex(16),
+            "model": config.to_dict(),
+            "files": _sizes(unfinished),
+        }
+        # Last: without it, a directory is not taken for a checkpoint.
+        (unfinished / _CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def open_native(path: epath.PathLike) -> "NativeCheckpoint":
+    """Opens a native checkpoint and checks that all its files are there and whole.
+
+    Raises:
+        CheckpointError: no native checkpoint, one of a newer version, or a damaged one.
+    """
+    if not epath.Path(path).exists():
+        raise missing(path)
+    path = absolute(path)
+    if not is_native(path):
+        raise CheckpointError(
+            f"{path} is not a native checkpoint; `stf-jax convert import` makes one from PyTorch's"
+        )
+    content = json.loads((path / _CONFIG).read_text())
+    version, model, files = (content.get(key) for key in ("version", "model", "files"))
+    if isinstance(version, int) and version != VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version}, this stf_jax reads {VERSION}; "
+            "install the release that wrote it"
+        )
+    if version != VERSION or not isinstance(model, dict) or not isinstance(files, dict):
+        raise _damaged(path / _CONFIG)
+    found = _sizes(path)
+    broken = [
+        f"{name}: {found.get(name, 'no')} bytes of {size}"
+        for name, size in files.items()
+        if found.get(name) != size
+    ]
+    if broken:
+        raise CheckpointError(f"{_damaged(path)}:\n" + list_some(broken))
+    try:
+        config = LlavaConfig.from_dict(model)
+    except ValueError as error:
+        raise _damaged(path / _CONFIG) from error
+    return NativeCheckpoint(path=path, config=config, id=str(content.get("id", "")))
+
+
+def _damaged(path: epath.Path) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged; copy or import it again")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NativeCheckpoint:
+    """A native checkpoint on disk; nothing is read before it is asked for.
+
+    Attributes:
+        path: its directory.
+        config: the model's.
+        id: the same for every copy of it, and for nothing else.
+    """
+
+    path: epath.Path
+    config: LlavaConfig
+    id: str
+
+    @property
+    def extras(self) -> epath.Path:
+        """The directory in which `EXTRAS` lie."""
+        return self.path
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every stored parameter, by its path ("text/norm/scale").
+
+        Raises:
+            CheckpointError: what describes the parameters is damaged.
+        """
+        with _errors_only("absl"):
+            stored = ocp.metadata(self.path / _PARAMS).metadata
+        # Orbax logs what it cannot read, and gives None.
+        if stored is None:
+            raise _damaged(self.path / _PARAMS)
+        return {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            for name, leaf in flatten(stored).items()
+        }
+
+    def read(self, name: str) -> np.ndarray[Any, Any]:
+        """One parameter as it is stored, in host memory."""
+        stored = self.shapes[name]
+        return self.load({name: host_like(stored.shape, stored.dtype)})[name]
+
+    def restore(self, tree: Tree) -> dict[str, Any]:
+        """Reads parameters onto devices, each host only what its devices hold.
+
+        Args:
+            tree: Nested dictionaries of what is wanted: a `jax.ShapeDtypeStruct` for each
+                parameter, with the dtype to cast to and the sharding to have. A part of the
+                model may be asked for alone.
+
+        Raises:
+            CheckpointError: a parameter that is not stored, or stored with another shape.
+        """
+        wanted = flatten(tree)
+        problems = [f"missing: {name}" for name in wanted if name not in self.shapes]
+        problems += [
+            f"shape of {name}: {self.shapes[name].shape} stored, {leaf.shape} wanted"
+            for name, leaf in wanted.items()
+            if name in self.shapes and self.shapes[name].shape != tuple(leaf.shape)
+        ]
+        if problems:
+            raise CheckpointError(f"{self.path} does not fit the model:\n" + list_some(problems))
+        one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return unflatten(
+            self.load(
+                {
+                    name: jax.ShapeDtypeStruct(
+                        leaf.shape, leaf.dtype, sharding=leaf.sharding or one_device
+                    )
+                    for name, leaf in wanted.items()
+                }
+            )
+        )
+
+    def load(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """Parameters by path, each cast and placed like `host_like` or a shape with a sharding."""
+        return flatten(load_some(self.path / _PARAMS, unflatten(wanted)))
+
+    def copy_extras(self, directory: epath.Path) -> None:
+        """Copies tokenizer, image processor and the rest of `EXTRAS` into another checkpoint."""
+        for folder in EXTRAS:
+            for name in _sizes(self.extras / folder):
+                target = directory / folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                (self.extras / folder / name).copy(target)
+
+
+def extra_files(extras: epath.Path) -> dict[str, epath.Path]:
+    """By name, the files that a native checkpoint carries beside its weights."""
+    folder = extras / "hf"
+    if not folder.is_dir():
+        return {}
+    return {file.name: file for file in folder.iterdir() if file.is_file()}
+
+
+def load_some(path: epath.Path, wanted: Tree) -> dict[str, Any]:
+    """The leaves of an Orbax checkpoint that are wanted, in the form of `wanted`."""
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        loaded: dict[str, Any] = ocp.load(path, wanted)
+    return loaded
+
+
+def host_like(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
+    """What asks `load` for an array in host memory; takes no memory itself."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def place(array: np.ndarray[Any, Any], like: Any) -> Any:
+    """Casts a host array and puts it where `like` says; each device gets its own part only."""
+    array = array.astype(like.dtype, copy=False)
+    if isinstance(like, np.ndarray):
+        return array
+    if like.sharding is None:
+        return jax.device_put(array)
+    return jax.make_array_from_callback(array.shape, like.sharding, lambda part: array[part])
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """Nested dictionaries -> {"a/b/c": leaf}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}/{rest}": leaf for rest, leaf in flatten(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a/b/c": leaf} -> nested dictionaries."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def _write_params(path: epath.Path, leaves: Iterable[Leaf]) -> None:
+    context = ocp.Context()
+    saving = context.array.saving
+    # A plain Zarr 2 file for each chunk: OCDBT holds twice the memory, and weights hardly compress.
+    saving.use_zarr3 = False
+    saving.use_ocdbt = False
+    saving.use_compression = False
+    saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+    # Without these two, Orbax would hold every array twice.
+    context.memory.deepcopy_host_arrays = False
+    context.memory.write_concurrent_bytes = _CONCURRENT_BYTES
+    with context:
+        batch: dict[str, np.ndarray[Any, Any]] = {}
+        for leaf in leaves:
+            batch[leaf.path] = leaf.read()
+            if sum(array.nbytes for array in batch.values()) >= _BATCH_BYTES:
+                ocp.partial.save(path, unflatten(batch))
+                batch.clear()
+        if batch:
+            ocp.partial.save(path, unflatten(batch))
+        with _errors_only("absl"):
+            # Warns that there is no OCDBT to merge.
+            ocp.partial.finalize(path)
+
+
+@contextlib.contextmanager
+def _errors_only(logger: str) -> Iterator[None]:
+    level = logging.getLogger(logger).level
+    logging.getLogger(logger).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.getLogger(logger).setLevel(level)
+
+
+def _sizes(path: epath.Path) -> dict[str, int]:
+    """Bytes of every file below `path`, by its relative name; empty if there is no `path`."""
+    sizes: dict[str, int] = {}
+    for child in sorted(path.iterdir()) if path.exists() else ():
+        if child.is_dir():
+            sizes |= {f"{child.name}/{name}": size for name, size in _sizes(child).items()}
+        else:
+            sizes[child.name] = file_size(child)
+    return sizes

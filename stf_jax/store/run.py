@@ -1,0 +1,185 @@
+"""The directory of a run, and the model that it has trained so far.
+
+    config.yaml      the resolved config
+    checkpoints/     Orbax; the trained parameters, the optimiser, the step
+    metrics.jsonl    an object a step
+    tensorboard/     the same for TensorBoard, and profiles
+
+A run is a model like any other: its trained parameters lie over the model that it began with, so
+the frozen ones are never written again.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+from etils import epath
+
+from stf_jax.config.yaml import read_yaml
+from stf_jax.models.lora import LoRAConfig, merge
+from stf_jax.store.checkpoint import (
+    NativeCheckpoint,
+    host_like,
+    is_native,
+    load_some,
+    open_native,
+    place,
+)
+from stf_jax.util.errors import CheckpointError
+from stf_jax.util.files import absolute
+
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+LOCK = ".lock"
+FILES = (CONFIG, CHECKPOINTS, METRICS, TENSORBOARD)
+
+# In these a resumed run may differ: they change where and how it runs, not what it computes. Model
+# and examples are known by what they are, not by where they lie.
+FREE = (
+    "model", "out", "mesh", "remat", "nonfinite", "checkpoint", "log_every", "profile",
+    "data.workers", "data.max_lost", "data.datasets",
+)  # fmt: skip
+
+
+def is_run(path: epath.PathLike) -> bool:
+    """Whether `path` is the directory of a run."""
+    path = epath.Path(path)
+    return (path / CONFIG).is_file() and (path / CHECKPOINTS).is_dir()
+
+
+def open_model(path: epath.PathLike) -> NativeCheckpoint:
+    """Opens a native checkpoint, or the model of a run at its newest checkpoint.
+
+    Raises:
+        CheckpointError: neither, damaged, or a run whose first model has gone.
+    """
+    path = absolute(path)
+    if not is_run(path):
+        if path.exists() and not is_native(path):
+            raise CheckpointError(
+                f"{path} is neither a native checkpoint nor a run; import it first: "
+                f"stf-jax convert import {path} OUT"
+            )
+        return open_native(path)
+    run = _read_config(path / CONFIG)
+    steps = [int(child.name) for child in (path / CHECKPOINTS).iterdir() if child.name.isdigit()]
+    if not steps:
+        raise CheckpointError(f"{path} has no complete checkpoint yet")
+    try:
+        first = open_model(run["model"])
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{path} was trained from {run['model']}, which cannot be opened: {error}; "
+            f"put it there again, or name its place in {path / CONFIG}"
+        ) from error
+    return TrainedCheckpoint(
+        id=_identity(first, run, step=max(steps)),
+        path=path,
+        config=first.config,
+        first=first,
+        lora=run["lora"],
+        step=max(steps),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedCheckpoint(NativeCheckpoint):
+    """The model of a run: what was trained at `step`, over the model that it began with.
+
+    Shapes and dtypes are those of the first model; what was trained is float32 and is cast to what
+    is asked for. Adapters are merged into the weights that they adapt.
+    """
+
+    first: NativeCheckpoint
+    lora: LoRAConfig
+    step: int
+
+    @property
+    def extras(self) -> epath.Path:
+        """Tokenizer, image processor and the rest are those of the first model."""
+        return self.first.extras
+
+    @property
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every parameter, by its path."""
+        return self.first.shapes
+
+    @functools.cached_property
+    def trained(self) -> dict[str, Any]:
+        """Shape and dtype of the parameters that the run trains, by path; adapters among them."""
+        return dict(ocp.metadata(self._state).metadata["parameters"])
+
+    def load(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """As the first model's, with what the run has trained."""
+        trained = {name: like for name, like in wanted.items() if name in self.trained}
+        adapted = {
+            name: like for name, like in wanted.items() if _adapter(name, "a") in self.trained
+        }
+        rest = {n: like for n, like in wanted.items() if n not in trained and n not in adapted}
+        return {
+            **(self._load_trained(trained) if trained else {}),
+            **(self.first.load(rest) if rest else {}),
+            **{name: place(self._merged(name), like) for name, like in adapted.items()},
+        }
+
+    def _merged(self, kernel: str) -> np.ndarray[Any, Any]:
+        """A weight [layers, ...] with its adapter, float32, in host memory."""
+        shape = self.first.shapes[kernel].shape
+        # Orbax may hand out an array that is not to be written to.
+        merged = np.array(self.first.load({kernel: host_like(shape, np.float32)})[kernel])
+        names = [_adapter(kernel, which) for which in "ab"]
+        like = {name: host_like(self.trained[name].shape, np.float32) for name in names}
+        a, b = (self._load_trained(like)[name] for name in names)
+        for layer in range(len(merged)):
+            merged[layer] = merge(merged[layer], a[layer], b[layer], config=self.lora)
+        return merged
+
+    def _load_trained(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        loaded: dict[str, Any] = load_some(self._state, {"parameters": dict(wanted)})["parameters"]
+        return loaded
+
+    @property
+    def _state(self) -> epath.Path:
+        return self.path / CHECKPOINTS / str(self.step)
+
+
+def _read_config(path: epath.Path) -> dict[str, Any]:
+    """The config of a run, whose `lora` is made a `LoRAConfig`.
+
+    What else the keys must be is checked by `stf_jax.train`, which wrote them.
+    """
+    run = dict(read_yaml(path))
+    lora = run.get("lora", {})
+    if not isinstance(run.get("model"), str) or not isinstance(lora, Mapping):
+        raise CheckpointError(f"{path} is no config of a run; copy the run's directory again")
+    try:
+        return run | {"lora": LoRAConfig(**lora)}
+    except TypeError as error:
+        raise CheckpointError(f"{path}: lora does not fit ({error}); copy it again") from error
+
+
+def without_free(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as plain values, but for `FREE` keys."""
+    data = {
+        key: value for key, value in config.get("data", {}).items() if f"data.{key}" not in FREE
+    }
+    return {key: value for key, value in config.items() if key not in FREE} | {"data": data}
+
+
+def _identity(first: NativeCheckpoint, run: Mapping[str, Any], *, step: int) -> str:
+    """Identifies the weights of a run at a step, wherever its directory lies."""
+    content = without_free(run) | {"lora": dataclasses.asdict(run["lora"])}
+    fingerprint = json.dumps([first.id, step, content], sort_keys=True)
+    return hashlib.sha256(fingerprint.encode()).hexdigest()
+
+
+def _adapter(kernel: str, which: str) -> str:
+    return f"{kernel.removesuffix('/kernel')}/lora/{which}"

@@ -1,0 +1,94 @@
+import shutil
+from pathlib import Path
+
+import pytest
+
+from stf_jax.convert import import_checkpoint, inspect_checkpoint
+from stf_jax.util.errors import CheckpointError
+
+
+def test_whole_model(reference: Path) -> None:
+    report = inspect_checkpoint(reference / "llava-stf")
+    assert report.kind == "llava-stf"
+    assert report.problem is None
+    assert report.tokens_per_image == 4
+    assert report.tensors == 420
+    assert report.parameters == {"float32": 513_376}
+    text = str(report)
+    assert "LLaVA-STF (PyTorch)" in text
+    assert "tokens per image  4" in text
+    assert "taps 23, 21, 18, 15, 12, 9, 6, 3" in text
+    assert "tokenizer         600 tokens" in text
+    assert "image processor   56 px, mode pad" in text
+    assert "kept for export" not in text
+    assert text.endswith("whole")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "problem"),
+    [
+        ("clip", "clip", "vision tower alone"),
+        ("vicuna", "llama", "--vision-tower"),
+        ("images", "unknown", "holds no weights"),
+    ],
+)
+def test_parts(name: str, kind: str, problem: str, reference: Path) -> None:
+    report = inspect_checkpoint(reference / name)
+    assert report.kind == kind
+    assert report.config is None
+    assert problem in str(report)
+
+
+def test_native(reference: Path, tmp_path: Path) -> None:
+    import_checkpoint(reference / "llava-stf", tmp_path / "native", dtype="bfloat16")
+    report = inspect_checkpoint(tmp_path / "native")
+    assert (report.kind, report.problem, report.tokens_per_image) == ("native", None, 4)
+    assert report.parameters.keys() == {"bfloat16"}
+    # Together as many as came.
+    assert "504,768 in 41 tensors (bfloat16 504,768) + 8,608 kept for export" in str(report)
+    assert "image processor   56 px, mode pad" in str(report)
+    (file,) = (tmp_path / "native" / "params").rglob("text.norm.scale/0")
+    file.write_bytes(b"")
+    report = inspect_checkpoint(tmp_path / "native")
+    assert report.kind == "native"
+    assert "text.norm.scale/0: 0 bytes of 128" in str(report)
+
+
+def test_padded_vocabulary(reference: Path, tmp_path: Path) -> None:
+    import_checkpoint(reference / "llava-stf", tmp_path / "native", vocabulary_multiple=64)
+    assert "vocabulary 600, padded to 640" in str(inspect_checkpoint(tmp_path / "native"))
+
+
+def test_without_processors(reference: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(reference / "llava-stf", source)
+    shutil.copytree(reference / "clip", tmp_path / "clip")
+    (source / "tokenizer.model").unlink()
+    (tmp_path / "clip" / "preprocessor_config.json").unlink()
+    import_checkpoint(source, tmp_path / "native")
+    for place, folder in ((source, source), (tmp_path / "native", tmp_path / "native" / "hf")):
+        text = str(report := inspect_checkpoint(place))
+        assert report.config is not None
+        assert "tokenizer         none" in text
+        assert "image processor   none" in text
+        assert f"not usable as it is: {folder}: no tokenizer.model" in text
+        assert f"{folder} has no preprocessor_config.json; copy it there" in text
+    shutil.rmtree(tmp_path / "native" / "hf")
+    assert "damaged" in str(inspect_checkpoint(tmp_path / "native"))
+
+
+def test_damaged_tokenizer(reference: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(reference / "llava-stf", source)
+    (source / "tokenizer.model").write_bytes(b"damaged")
+    problem = inspect_checkpoint(source, vision_tower=reference / "clip").problem
+    assert problem is not None
+    assert "unreadable tokenizer (tokenizer.model is damaged or of another kind)" in problem
+    assert "tiktoken" not in problem
+
+
+def test_missing(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        inspect_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"hf download liuhaotian/llava-v1.5-7b --local-dir"):
+        inspect_checkpoint("liuhaotian/llava-v1.5-7b")

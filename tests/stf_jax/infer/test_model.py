@@ -1,0 +1,59 @@
+"""The Python interface: what a notebook gives by mistake, or for short."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import stf_jax
+from stf_jax.data.images import ImageError
+from stf_jax.infer.model import Model, Request
+from stf_jax.util.errors import CheckpointError
+
+
+@pytest.fixture(scope="module")
+def model(reference: Path) -> Model:
+    return stf_jax.load(reference / "llava-stf")
+
+
+def answer(model: Model, request: Request, **settings: object) -> str:
+    (given,) = model.generate([request], max_new_tokens=8, **settings)
+    return given.text
+
+
+def test_one_picture_needs_no_list(model: Model, reference: Path) -> None:
+    path = reference / "images" / "0.png"
+    picture = Image.open(path).convert("RGB")
+    expected = answer(model, Request(prompt="What?", images=[path]))
+    for one in (path, str(path), path.read_bytes(), picture, np.asarray(picture)):
+        assert answer(model, Request(prompt="What?", images=one)) == expected
+        assert answer(model, Request(prompt="What?", images=[one])) == expected
+    with pytest.raises(ImageError, match=r"photo.jpg: no such file"):
+        answer(model, Request(prompt="What?", images="photo.jpg"))
+
+
+def test_one_stop_string_needs_no_list(model: Model) -> None:
+    whole = answer(model, Request(prompt="What?"))
+    assert answer(model, Request(prompt="What?"), stop=whole[:2]) == ""
+    # Not letter by letter.
+    assert answer(model, Request(prompt="What?"), stop=f"{whole[0]}\u2603") == whole
+
+
+def test_requests_are_a_list(model: Model) -> None:
+    for one in (Request(prompt="What?"), "What?"):
+        with pytest.raises(TypeError, match=r"takes a list: write generate\(\[Request"):
+            model.generate(one)
+
+
+def test_a_language_model_alone_gives_no_answers(reference: Path) -> None:
+    """With a new fusion they would be of chance."""
+    with pytest.raises(CheckpointError, match=r"vicuna OUT --vision-tower CLIP, and train that$"):
+        stf_jax.load(reference / "vicuna", vision_tower=reference / "clip")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "", "FLOAT32"])
+def test_dtypes(reference: Path, dtype: str) -> None:
+    message = rf"^dtype is '{dtype}'; choose float32, float16 or bfloat16$"
+    with pytest.raises(ValueError, match=message):
+        stf_jax.load(reference / "llava-stf", dtype=dtype)
