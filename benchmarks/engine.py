@@ -49,7 +49,7 @@ def parse() -> argparse.Namespace:
 
 
 def make_prompts(args: argparse.Namespace, *, tokens: int, size: int) -> list[Prompt]:
-    """Questions of 12 to 30 tokens, those about an image not together, as in GQA's file."""
+    """Suffixes of 12 to 30 tokens, those about an image not together, as in GQA's file."""
     rng = np.random.default_rng(0)
     system = rng.integers(3, 31000, SYSTEM)
     pictures = rng.standard_normal((args.images, 1, size, size, 3), dtype=np.float32)

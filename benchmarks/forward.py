@@ -161,14 +161,14 @@ class Ours:
 
         def prefill(state: nnx.State, batch: Batch) -> tuple[jax.Array, KVCache]:
             logits, cache = nnx.merge(graph, state).prefill(batch)
-            return logits, cache.widened(slots)
+            return logits, cache.pad_to(slots)
 
         def prefill_text(
             state: nnx.State, embeds: jax.Array, batch: Batch
         ) -> tuple[jax.Array, KVCache]:
             text = nnx.merge(graph, state).text
             hidden, cache = text.prefill(embeds, positions=batch.positions, segments=batch.segments)
-            return text.logits(hidden[:, -1:])[:, 0], cache.widened(slots)
+            return text.logits(hidden[:, -1:])[:, 0], cache.pad_to(slots)
 
         def decode(
             state: nnx.State, logits: jax.Array, position: jax.Array, cache: KVCache
@@ -250,7 +250,7 @@ class Task:
     prepare: Callable[[], Any] = lambda: None
 
 
-def interleaved(tasks: Mapping[str, Task], repeats: int) -> dict[str, list[float]]:
+def interleave(tasks: Mapping[str, Task], repeats: int) -> dict[str, list[float]]:
     """Seconds of each task, each run once a round, after a round to compile and warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for round_ in range(repeats + 1):
@@ -308,7 +308,7 @@ def main() -> None:
             f"jax decode {k}": Task(ours[k].decode, ours[k].prefill_text),
             f"jax first {k}": Task(partial(first_token, engines[k], prompts[k])),
         }
-    seconds = interleaved(tasks, args.repeats)
+    seconds = interleave(tasks, args.repeats)
     report(seconds, args)
 
 

@@ -153,10 +153,10 @@ def ours(folder: pathlib.Path, workers: int, *, fast: bool) -> Iterator[Iterator
     # A training step begins with this.
     normalise = jax.jit(ImageProcessor().normalise)
     with contextlib.closing(data.batches()) as steps:
-        yield (_normalised(step, normalise) for step in steps)
+        yield (_normalize(step, normalise) for step in steps)
 
 
-def _normalised(step: TrainingStep, normalise: Callable[[Any], Any]) -> int:
+def _normalize(step: TrainingStep, normalise: Callable[[Any], Any]) -> int:
     jax.block_until_ready(normalise(step.batch.pixels))
     return sum(len(row) for row in step.example_ids)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
-from forward import IMAGE_ID, Task, build, imported, interleaved, make_torch
+from forward import IMAGE_ID, Task, build, imported, interleave, make_torch
 
 from stf_jax.data.batch import IGNORED_LABEL, Batch
 from stf_jax.models.llava import Llava
@@ -141,7 +141,7 @@ def main() -> None:
         "jax 576": Task(ours[576].step),
         "jax 144": Task(ours[144].step),
     }
-    seconds = interleaved(tasks, args.repeats)
+    seconds = interleave(tasks, args.repeats)
     apart = np.abs(np.subtract(theirs.losses, ours[576].losses)) / np.abs(theirs.losses)
     first, last = theirs.losses[0], theirs.losses[-1]
     print(f"losses from {first:.4f} to {last:.4f}, at most {apart.max():.1e} apart (relative)")

@@ -49,7 +49,7 @@ class Runner:
 
     def call(self, command: Command) -> int:
         """Runs it on this terminal; its status."""
-        if self._shown(command):
+        if self._show(command):
             return 0
         with start(command) as process:
             return process.wait()
@@ -69,7 +69,7 @@ class Runner:
         Raises:
             CommandFailed: its status is not 0.
         """
-        if self._shown(command):
+        if self._show(command):
             return pretend
         with start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             answer, said = process.communicate()
@@ -85,7 +85,7 @@ class Runner:
         """
         if self.dry_run:
             for command in commands.values():
-                self._shown(command)
+                self._show(command)
             return {}
         processes = {
             name: start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -122,7 +122,7 @@ class Runner:
             sys.stderr.write(f"launch: {text}\n")
             sys.stderr.flush()
 
-    def _shown(self, command: Command) -> bool:
+    def _show(self, command: Command) -> bool:
         if self.dry_run:
             sys.stdout.write(f"{shlex.join(command)}\n")
         return self.dry_run

@@ -88,9 +88,9 @@ class TpuVm(Workers):
 
     def delete(self) -> None:
         """Gives the slice and the request for it back; says so if there is neither."""
-        self._settled(_REQUEST, _GOING, pretend="")
+        self._settle(_REQUEST, _GOING, pretend="")
         # A slice may not be from the queue, or be left over from it.
-        gone = [self._deleted("queued-resources", "--force"), self._deleted("tpu-vm")]
+        gone = [self._is_deleted("queued-resources", "--force"), self._is_deleted("tpu-vm")]
         self.runner.say(f"{self.name} is deleted" if any(gone) else f"there is no {self.name}")
 
     def ready(self) -> bool:
@@ -99,8 +99,8 @@ class TpuVm(Workers):
 
     def renew(self) -> None:
         """Waits for what is on its way or being repaired; else deletes it, and rents another."""
-        self._settled(_REQUEST, _WAITING, pretend="")
-        if self._settled(_SLICE, _COMING, pretend="") != _READY:
+        self._settle(_REQUEST, _WAITING, pretend="")
+        if self._settle(_SLICE, _COMING, pretend="") != _READY:
             self.delete()
             self.create()
 
@@ -161,13 +161,13 @@ class TpuVm(Workers):
             raise LaunchError(f"{error}; {hint}") from error
 
     def _expect(self, wanted: str, what: tuple[str, str], passing: Sequence[str]) -> None:
-        if (state := self._settled(what, passing, pretend=wanted)) != wanted:
+        if (state := self._settle(what, passing, pretend=wanted)) != wanted:
             raise LaunchError(
                 f"{self.name} is {state or 'gone'} instead of {wanted}; see why with 'gcloud "
                 f"compute tpus {what[0]} describe {self.name}', then delete it"
             )
 
-    def _settled(self, what: tuple[str, str], passing: Sequence[str], *, pretend: str) -> str:
+    def _settle(self, what: tuple[str, str], passing: Sequence[str], *, pretend: str) -> str:
         """The state, when it is none any more of those that pass."""
         last = ""
         while (state := self._state(what, pretend=pretend)) in passing:
@@ -188,7 +188,7 @@ class TpuVm(Workers):
                 return ""
             raise
 
-    def _deleted(self, group: str, *flags: str) -> bool:
+    def _is_deleted(self, group: str, *flags: str) -> bool:
         try:
             self.runner.ask(self._gcloud(group, "delete", *flags, "--quiet"), pretend="")
         except CommandFailed as error:

@@ -181,7 +181,7 @@ class Workers(abc.ABC):
             elif seen == "unknown" or status == _DISCONNECTED or self._under_way():
                 self.runner.say("the connection is lost; trying again")
                 under_way = True
-            elif killed := self._killed():
+            elif killed := self._was_killed():
                 self.runner.say("setting up what has been restarted, and starting the run again")
             else:
                 self.state()
@@ -204,7 +204,7 @@ class Workers(abc.ABC):
         # With --dry-run nothing is: what one wants to see is the start.
         return self.runner.call(self.first(remote.running())) == 0 and not self.runner.dry_run
 
-    def _killed(self) -> bool:
+    def _was_killed(self) -> bool:
         try:
             self.everywhere([remote.check_not_killed()])
         except CommandFailed:

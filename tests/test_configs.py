@@ -78,7 +78,7 @@ def test_it_divides_its_chips(path: Path) -> None:
     assert topologies
     assert path.stem.endswith("-inference")
     assert config.architecture is not None
-    model = LlavaConfig.named(config.architecture)
+    model = LlavaConfig.by_name(config.architecture)
     for topology in topologies:
         sizes = (config.mesh or MeshConfig(fsdp=1)).sizes(Topology.parse(topology).chips)
         mesh: Any = SimpleNamespace(shape=sizes)
@@ -91,7 +91,7 @@ def test_it_divides_its_slices(path: Path) -> None:
     if not topologies:
         return
     assert config.architecture is not None
-    model = LlavaConfig.named(config.architecture)
+    model = LlavaConfig.by_name(config.architecture)
     assert config.data.sequence_length <= model.text.max_positions
     for topology in topologies:
         sizes = (config.mesh or MeshConfig(fsdp=1)).sizes(Topology.parse(topology).chips)

@@ -33,7 +33,7 @@ def add_demo(verbs: Verbs) -> None:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    missing = [package for module, package in _NEEDED.items() if not _installed(module)]
+    missing = [package for module, package in _NEEDED.items() if not _is_installed(module)]
     if missing:
         raise ValueError(
             f"the demo needs {' and '.join(missing)}: pip install 'stf-jax[demo]', "
@@ -45,7 +45,7 @@ def _demo(options: argparse.Namespace) -> int:
 
     out = options.out or Path("out", f"demo-{options.size}")
     try:
-        results = run(Settings.named(options.size, seed=options.seed), out)
+        results = run(Settings.by_name(options.size, seed=options.seed), out)
     except Interrupted:
         return INTERRUPTED
     asked = read_held_out(out / "scenes")
@@ -58,5 +58,5 @@ def _demo(options: argparse.Namespace) -> int:
     return 0
 
 
-def _installed(module: str) -> bool:
+def _is_installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None

@@ -36,9 +36,9 @@ def vision_from_hf(hf: Mapping[str, Any]) -> VisionConfig:
     """
     if hf.get("vision_config") is not None:
         hf = section(hf, "vision_config")
-    _supported(hf, "model_type", "clip_vision_model")
-    _supported(hf, "num_channels", 3)
-    _supported(hf, "hidden_act", "quick_gelu", "gelu")
+    _check_value(hf, "model_type", "clip_vision_model")
+    _check_value(hf, "num_channels", 3)
+    _check_value(hf, "hidden_act", "quick_gelu", "gelu")
     return VisionConfig(
         image_size=_size(hf, "image_size", VISION_DEFAULTS),
         patch_size=_size(hf, "patch_size", VISION_DEFAULTS),
@@ -73,10 +73,10 @@ def text_from_hf(hf: Mapping[str, Any]) -> TextConfig:
     Raises:
         ValueError: another model family, or a LLaMA variant that the decoder does not compute.
     """
-    _supported(hf, "model_type", "llama", "llava_llama", "llava")
-    _supported(hf, "hidden_act", "silu")
-    _supported(hf, "attention_bias", False)
-    _supported(hf, "mlp_bias", False)
+    _check_value(hf, "model_type", "llama", "llava_llama", "llava")
+    _check_value(hf, "hidden_act", "silu")
+    _check_value(hf, "attention_bias", False)
+    _check_value(hf, "mlp_bias", False)
     rope = section(hf, "rope_parameters") or section(hf, "rope_scaling") or {}
     heads = _size(hf, "num_attention_heads", TEXT_DEFAULTS)
     width = _size(hf, "hidden_size", TEXT_DEFAULTS)
@@ -102,7 +102,7 @@ def text_from_hf(hf: Mapping[str, Any]) -> TextConfig:
         rope_theta=float(_number(rope, "rope_theta", _number(hf, "rope_theta", 10000.0))),
         rope_scaling=_rope_scaling_from_hf(rope),
         max_positions=_size(hf, "max_position_embeddings", {"max_position_embeddings": 2048}),
-        tie_embeddings=_typed(hf, "tie_word_embeddings", False, (bool,), "true or false"),
+        tie_embeddings=_get(hf, "tie_word_embeddings", False, (bool,), "true or false"),
         bos_id=_token(hf, "bos_token_id"),
         eos_ids=tuple(_token({"eos_token_id": one}, "eos_token_id") for one in eos)
         if isinstance(eos, list) and eos
@@ -167,7 +167,7 @@ def _rope_scaling_to_hf(scaling: RopeScaling) -> dict[str, Any]:
     return hf
 
 
-def _supported(hf: Mapping[str, Any], key: str, *allowed: object) -> None:
+def _check_value(hf: Mapping[str, Any], key: str, *allowed: object) -> None:
     """Refuses a value that would be computed wrongly; an absent key means the first one."""
     found = hf.get(key, allowed[0])
     if found not in allowed:
@@ -188,22 +188,22 @@ def section(hf: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _size(hf: Mapping[str, Any], key: str, defaults: Mapping[str, int]) -> int:
-    size = _typed(hf, key, defaults.get(key), (int,), "a whole number, 1 or more")
+    size = _get(hf, key, defaults.get(key), (int,), "a whole number, 1 or more")
     if size < 1:
         raise ValueError(f"{key} is {size} in this config.json; give 1 or more")
     return int(size)
 
 
 def _token(hf: Mapping[str, Any], key: str) -> int:
-    return int(_typed(hf, key, None, (int,), "the id of a token"))
+    return int(_get(hf, key, None, (int,), "the id of a token"))
 
 
 def _number(hf: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    number: float = _typed(hf, key, default, (int, float), "a number")
+    number: float = _get(hf, key, default, (int, float), "a number")
     return number
 
 
-def _typed(
+def _get(
     hf: Mapping[str, Any], key: str, default: Any, kinds: tuple[type, ...], wanted: str
 ) -> Any:
     """The value of a key, refused if it is of another kind, or absent and without default."""

@@ -71,7 +71,7 @@ def infer_fusion(shapes: Shapes, hf: Mapping[str, Any], vision: VisionConfig) ->
     if "taps" in ours:
         taps = tuple(ours["taps"])
     elif mixer is None:
-        taps = (_selected(hf, vision),)
+        taps = (_selected_layer(hf, vision),)
     else:
         taps = _default_taps(mixer[1], hf, vision)
     mbtf = None
@@ -100,7 +100,7 @@ def fusion_keys(config: LlavaConfig) -> dict[str, Any]:
     selected = -2 if fusion.mbtf else fusion.taps[0] - vision.layers - 1
     keys: dict[str, Any] = {"mm_vision_select_layer": selected}
     shapes = {name: e.shape for e in fusion_entries(config) for name in e.tensors}
-    if _inferred(shapes, keys, vision) != fusion:
+    if _try_infer(shapes, keys, vision) != fusion:
         keys[KEY] = {
             "taps": list(fusion.taps),
             "reduction": fusion.reduction,
@@ -110,7 +110,9 @@ def fusion_keys(config: LlavaConfig) -> dict[str, Any]:
     return keys
 
 
-def _inferred(shapes: Shapes, keys: Mapping[str, Any], vision: VisionConfig) -> FusionConfig | None:
+def _try_infer(
+    shapes: Shapes, keys: Mapping[str, Any], vision: VisionConfig
+) -> FusionConfig | None:
     try:
         return infer_fusion(shapes, keys, vision)
     except CheckpointError:
@@ -127,7 +129,7 @@ def new_fusion(kind: str, *, vision: VisionConfig, text_width: int) -> FusionCon
     return FusionConfig.stf(vision_width=vision.width)
 
 
-def _selected(hf: Mapping[str, Any], vision: VisionConfig) -> int:
+def _selected_layer(hf: Mapping[str, Any], vision: VisionConfig) -> int:
     """The one hidden state that LLaVA-1.5 takes; negative ones count from the end."""
     layer = hf.get("mm_vision_select_layer", hf.get("vision_feature_layer", -2))
     if isinstance(layer, list) and len(layer) == 1:
@@ -148,7 +150,7 @@ def _default_taps(inputs: int, hf: Mapping[str, Any], vision: VisionConfig) -> t
             f"{vision.width}; is this the right vision tower?"
         )
     if count == 1:
-        return (_selected(hf, vision),)
+        return (_selected_layer(hf, vision),)
     if count not in _TAPS:
         raise CheckpointError(
             f"{CROSSLAYER}0.weight mixes {count} hidden states of the tower, and nothing says "

@@ -41,9 +41,9 @@ def llava_sidecars(
         rows: Rows of the exported embedding.
         dtype: The dtype to which the weights were cast; None: they are as they came.
     """
-    files = _copied(stored)
+    files = _copy_keys(stored)
     config = replace_vocabulary(config, rows)
-    files["config.json"] = encode_json(_llava_config(_stored(stored), config, dtype))
+    files["config.json"] = encode_json(_llava_config(_dtype_name(stored), config, dtype))
     files["vision_tower/config.json"] = encode_json(_vision_config(stored, config.vision))
     return files
 
@@ -61,8 +61,8 @@ def hf_sidecars(
     A model that did not come in this layout gets the tokens `<image>` and `<pad>`, and a processor
     that knows them; `tokens` is None for one that did.
     """
-    files = _copied(stored)
-    hf = _stored(stored)
+    files = _copy_keys(stored)
+    hf = _dtype_name(stored)
     vision = _vision_config(stored, config.vision)
     config = replace_vocabulary(config, rows)
     if tokens is not None:
@@ -168,12 +168,12 @@ def _vision_config(stored: epath.Path, vision: VisionConfig) -> Json:
     return vision_to_hf(vision)
 
 
-def _stored(folder: epath.Path) -> Json:
+def _dtype_name(folder: epath.Path) -> Json:
     path = folder / "config.json"
     return read_json(path) if path.exists() else {}
 
 
-def _copied(folder: epath.Path) -> dict[str, bytes]:
+def _copy_keys(folder: epath.Path) -> dict[str, bytes]:
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     files.pop("config.json", None)
     if "generation_config.json" in files:

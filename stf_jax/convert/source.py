@@ -177,10 +177,12 @@ def open_source(
         tensors |= part.fusion
         hf = part.hf or language.hf
         shapes = {name: tensor.info.shape for name, tensor in tensors.items()}
-        between = _explained(
-            part, infer_fusion, shapes, hf, tower.config, assumed=_assumed(None, tower)
+        between = _name_checkpoint(
+            part, infer_fusion, shapes, hf, tower.config, assumed=_describe_defaults(None, tower)
         )
-    config = _explained(part, lambda: LlavaConfig(vision=tower.config, text=text, fusion=between))
+    config = _name_checkpoint(
+        part, lambda: LlavaConfig(vision=tower.config, text=text, fusion=between)
+    )
     if part.layout == "llama":
         tensors |= _random(config, tensors, seed)
     text = dataclasses.replace(text, vocab_padding=-text.vocab_size % vocabulary_multiple)
@@ -196,7 +198,12 @@ def open_source(
         entries=entries,
         tensors=tensors,
         carried=_check(
-            part.path, config, entries, tensors, unknown, assumed=_assumed(language, tower)
+            part.path,
+            config,
+            entries,
+            tensors,
+            unknown,
+            assumed=_describe_defaults(language, tower),
         ),
     )
 
@@ -223,10 +230,10 @@ def _language_part(part: Part, base: epath.PathLike | None) -> Part:
 def _text_config(part: Part) -> TextConfig:
     if not part.hf:
         raise CheckpointError(f"{part.path} has no config.json; download or copy it, too")
-    return _explained(part, lambda: text_from_hf(language_keys(part.hf)))
+    return _name_checkpoint(part, lambda: text_from_hf(language_keys(part.hf)))
 
 
-def _explained(part: Part, function: Callable[..., T], *args: Any, assumed: str = "") -> T:
+def _name_checkpoint(part: Part, function: Callable[..., T], *args: Any, assumed: str = "") -> T:
     """`function(*args)`, whose errors then say which checkpoint they mean."""
     try:
         return function(*args)
@@ -234,7 +241,7 @@ def _explained(part: Part, function: Callable[..., T], *args: Any, assumed: str 
         raise CheckpointError(f"{part.path}: {error}{assumed}") from error
 
 
-def _assumed(language: Part | None, tower: TowerChoice) -> str:
+def _describe_defaults(language: Part | None, tower: TowerChoice) -> str:
     """For an error about sizes: those that config.json does not give."""
     given = TEXT_DEFAULTS if language is None else language_keys(language.hf)
     silent = [

@@ -57,13 +57,13 @@ class TorchFile:
                 # The operands are those of pickles; a file with others is none.
                 no_code = "Unsupported operand" in str(error)
                 if no_code or "Weights only load failed" not in str(error):
-                    raise _damaged(self.path) from error
+                    raise _damage_error(self.path) from error
                 raise CheckpointError(
                     f"{self.path} holds more than tensors and would run code when loaded: refused; "
                     "ask its author for a safetensors file"
                 ) from error
             except Exception as error:  # the unpickler fails in any way over what is no pickle
-                raise _damaged(self.path) from error
+                raise _damage_error(self.path) from error
         if not isinstance(content, dict) or not all(
             isinstance(value, torch.Tensor) for value in content.values()
         ):
@@ -95,7 +95,7 @@ def import_torch(purpose: str) -> Any:
     return torch
 
 
-def _damaged(path: epath.Path) -> CheckpointError:
+def _damage_error(path: epath.Path) -> CheckpointError:
     return CheckpointError(
         f"{path} is not a PyTorch file, or is truncated; download or copy it again"
     )

@@ -340,7 +340,7 @@ class ImageProcessor:
                 "cut it or leave it out"
             )
 
-    def _resized(
+    def _resize(
         self,
         image: Image.Image,
         size: tuple[int, int],
@@ -355,12 +355,12 @@ class ImageProcessor:
         edge, longest = self.shortest_edge, max(width, height)
         if self.mode == "pad" and width != height:
             if self.fast and min(width, height) * edge > 4 * longest:
-                image, size = self._placed(image), (edge, edge)
+                image, size = self._place(image), (edge, edge)
             else:
                 # A width is resized before there is padding to resize along with it: that is the
                 # same, since Pillow resizes rows first.
                 if width > height:
-                    image = self._resized(image, (edge, height))
+                    image = self._resize(image, (edge, height))
                 sides = (image.width, longest) if width > height else (longest, longest)
                 square = Image.new("RGB", sides, self.pad_colour)
                 square.paste(image, ((sides[0] - image.width) // 2, (longest - height) // 2))
@@ -369,11 +369,11 @@ class ImageProcessor:
             size = (edge, int(edge * height / width))
         else:
             size = (int(edge * width / height), edge)
-        image = self._resized(image, size)
+        image = self._resize(image, size)
         left, top = ((side - self.image_size) // 2 for side in size)
         return image.crop((left, top, left + self.image_size, top + self.image_size))
 
-    def _placed(self, image: Image.Image) -> Image.Image:
+    def _place(self, image: Image.Image) -> Image.Image:
         """Padded and resized, without resizing any padding.
 
         Pixels that the picture covers in part become padding: less than one at each end.
@@ -391,5 +391,5 @@ class ImageProcessor:
             min(last[1] * scale - top, image.height),
         )
         square = Image.new("RGB", (edge, edge), self.pad_colour)
-        square.paste(self._resized(image, (last[0] - first[0], last[1] - first[1]), box), first)
+        square.paste(self._resize(image, (last[0] - first[0], last[1] - first[1]), box), first)
         return square

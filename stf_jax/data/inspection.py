@@ -214,7 +214,7 @@ def measure(
         )
         for strict in (False, True)
     )
-    first = _first_supervised(encoded)
+    first = _find_supervision(encoded)
     return Measures(
         length=len(encoded.ids),
         images=num_images,
@@ -224,7 +224,7 @@ def measure(
     )
 
 
-def _first_supervised(encoded: EncodedConversation) -> int:
+def _find_supervision(encoded: EncodedConversation) -> int:
     # A segment's first token has nothing before it that could predict it.
     supervised = np.flatnonzero(encoded.labels[1:] != IGNORED_LABEL) + 1
     return int(supervised[0]) if len(supervised) else -1

@@ -36,7 +36,7 @@ class Rows:
             return self.examples[:0]
         return self.examples[self.offsets[row] : self.offsets[row + 1]]
 
-    def reordered(self, order: np.ndarray) -> "Rows":
+    def reorder(self, order: np.ndarray) -> "Rows":
         """The same rows in another order, int64 [R]."""
         sizes = np.diff(self.offsets)[order]
         offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
@@ -51,11 +51,11 @@ def shuffled(count: int, *, key: Sequence[int]) -> np.ndarray:
     """
     state = np.zeros(1, np.uint64)
     for part in key:
-        state = _mixed(state + np.uint64(part % 2**64))
-    return np.argsort(_mixed(state + np.arange(count, dtype=np.uint64)), kind="stable")
+        state = _mix(state + np.uint64(part % 2**64))
+    return np.argsort(_mix(state + np.arange(count, dtype=np.uint64)), kind="stable")
 
 
-def _mixed(values: np.ndarray) -> np.ndarray:
+def _mix(values: np.ndarray) -> np.ndarray:
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

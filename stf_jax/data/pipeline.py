@@ -228,14 +228,14 @@ class TrainingData:
         )
         # Planned here, so that it travels to the workers and not each plans again.
         self.planner.locate(start_step)
-        return self._collated(source)
+        return self._iterate(source)
 
-    def _collated(self, source: RowSource) -> Generator[TrainingStep, None, None]:
+    def _iterate(self, source: RowSource) -> Generator[TrainingStep, None, None]:
         rows: list[tuple[Row, np.ndarray]] = []
         step = source.start_step
-        iterator: Any = iter(_prefetched(source, self.config.workers))
+        iterator: Any = iter(_prefetch(source, self.config.workers))
         try:
-            for row in _survived(iterator):
+            for row in _replace_missing(iterator):
                 rows.append(row)
                 if len(rows) < len(source.batch_rows):
                     continue
@@ -260,7 +260,7 @@ class TrainingData:
             for name in ("ids", "labels", "positions", "segments", "image_slots")
         }
         lost = tuple(one for row in rows for one in row.contents.lost)
-        self._count_lost(lost)
+        self._count_missing(lost)
         return TrainingStep(
             step=step,
             example_ids=tuple(row.contents.example_ids for row in rows),
@@ -268,7 +268,7 @@ class TrainingData:
             lost=lost,
         )
 
-    def _count_lost(self, lost: tuple[Lost, ...]) -> None:
+    def _count_missing(self, lost: tuple[Lost, ...]) -> None:
         for one in lost:
             if one.id not in self.lost:
                 self.lost[one.id] = one.reason
@@ -281,7 +281,7 @@ class TrainingData:
             )
 
 
-def _prefetched(source: RowSource, workers: int) -> Any:
+def _prefetch(source: RowSource, workers: int) -> Any:
     dataset = grain.MapDataset.source(source).to_iter_dataset(
         # Threads on top of the processes would only add to what lies ready.
         grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -297,7 +297,7 @@ def _prefetched(source: RowSource, workers: int) -> Any:
     )
 
 
-def _survived(iterator: Iterator[Any]) -> Iterator[Any]:
+def _replace_missing(iterator: Iterator[Any]) -> Iterator[Any]:
     try:
         yield from iterator
     except RuntimeError as error:

@@ -52,10 +52,10 @@ class Planner:
         if epoch not in self._plans:
             while len(self._plans) >= _EPOCHS_KEPT:
                 del self._plans[next(iter(self._plans))]
-            self._plans[epoch] = self._planned(epoch)
+            self._plans[epoch] = self._plan_rows(epoch)
         return self._plans[epoch]
 
-    def _planned(self, epoch: int) -> Rows:
+    def _plan_rows(self, epoch: int) -> Rows:
         examples = self.examples(epoch)
         order = examples[shuffled(len(examples), key=(self.seed, epoch, _EXAMPLES))]
         if self.packing == "single":
@@ -72,7 +72,7 @@ class Planner:
             row_images=self.row_images,
             window=_WINDOW,
         )
-        return rows.reordered(shuffled(len(rows), key=(self.seed, epoch, _ROWS)))
+        return rows.reorder(shuffled(len(rows), key=(self.seed, epoch, _ROWS)))
 
     def examples(self, epoch: int) -> np.ndarray:
         """The examples of an epoch, dataset by dataset.

@@ -71,7 +71,7 @@ class Settings:
             raise ValueError(f"seed is {self.seed}; give 0 or more")
 
     @classmethod
-    def named(cls, size: str, *, seed: int = 0) -> "Settings":
+    def by_name(cls, size: str, *, seed: int = 0) -> "Settings":
         """Of size "quick", "default" or "full"."""
         if size == "quick":
             return cls(train_scenes=300, held_out_scenes=20, steps=(10, 10), seed=seed)

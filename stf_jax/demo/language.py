@@ -143,19 +143,19 @@ class Codes(nnx.Module):
     def __call__(self, seen: Seen) -> Float[Array, "B K H"]:
         """In raster order, as vision tokens come."""
         held = sum(
-            table[jnp.arange(self.window**2), self._cut(numbers) + 1].sum(axis=2)
+            table[jnp.arange(self.window**2), self._windows(numbers) + 1].sum(axis=2)
             for table, numbers in ((self.digits, seen.digits), (self.colours, seen.colours))
         )
         return held + (self.rows[...] + self.columns[...]).reshape(-1, TEXT.width)
 
-    def _cut(self, cells: Int[Array, "B G G"]) -> Int[Array, "B K W"]:
+    def _windows(self, cells: Int[Array, "B G G"]) -> Int[Array, "B K W"]:
         """The cells of each window."""
         side = GRID // self.window
         cut = cells.reshape(-1, side, self.window, side, self.window).swapaxes(2, 3)
         return cut.reshape(-1, side * side, self.window**2)
 
 
-def _widened(path: str, leaf: Array) -> Array:
+def _widen(path: str, leaf: Array) -> Array:
     """Weights as a narrow model wants them: LLaMA's 0.02 is for widths of thousands."""
     if path == "embedding":
         return leaf * (_STDDEV / 0.02)
@@ -174,7 +174,7 @@ class Reader(nnx.Module):
         self.text = Llama(TEXT, init=Init(rngs=rngs))
         leaves = flatten(nnx.to_pure_dict(nnx.state(self.text)))
         nnx.update(
-            self.text, unflatten({path: _widened(path, leaf) for path, leaf in leaves.items()})
+            self.text, unflatten({path: _widen(path, leaf) for path, leaf in leaves.items()})
         )
         self.codes = nnx.List([Codes(1, rngs=rngs), Codes(2, rngs=rngs)])
 

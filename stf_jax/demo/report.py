@@ -82,7 +82,7 @@ def write_report(results: Results, asked: Sequence[HeldOut], out: Path) -> None:
         verdict=results.verdict,
         table=_markdown(*_cells(results)),
         examples=_examples(asked),
-        guessed=100 * _guessed(asked),
+        guessed=100 * _chance(asked),
         narrow=TEXT.width,
         wide=arms["stf_mbtf"].fusion.projector_width,
         choice=", ".join(f"{rate:g}" for rate in RATES),
@@ -157,7 +157,7 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _guessed(asked: Sequence[HeldOut]) -> float:
+def _chance(asked: Sequence[HeldOut]) -> float:
     """The share of questions whose answer is the commonest of their kind."""
     by_kind: dict[str, Counter[str]] = {}
     for one in asked:

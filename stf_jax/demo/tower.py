@@ -68,7 +68,7 @@ class Captioner(nnx.Module):
         return total
 
 
-def captioned(split: str, count: int, *, seed: int) -> Captioned:
+def caption_patches(split: str, count: int, *, seed: int) -> Captioned:
     """Random scenes of the scans of a split."""
     rng, scans = np.random.default_rng(seed), Scans.load(split)
     drawn = [Scene.draw(rng) for _ in range(count)]
@@ -94,7 +94,10 @@ def train_tower(
     *, seed: int, say: Callable[[str], None], steps: int = STEPS, scene_count: int = SCENES
 ) -> dict[str, Any]:
     """Trains the tower on training scans; its parameters by native path, "vision/..."."""
-    pool, processor = captioned("train", scene_count, seed=seed), ImageProcessor(image_size=SIDE)
+    pool, processor = (
+        caption_patches("train", scene_count, seed=seed),
+        ImageProcessor(image_size=SIDE),
+    )
     graph, parameters = nnx.split(Captioner(rngs=nnx.Rngs(seed)))
     rate = optax.warmup_cosine_decay_schedule(0, _RATE, min(50, steps), steps + 1)
     optimizer = optax.chain(

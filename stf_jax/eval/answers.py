@@ -74,7 +74,7 @@ def answer_line(question: Question, text: str, *, model_id: str) -> str:
     return json.dumps(line) + "\n"
 
 
-def count_answered(path: Path, questions: Sequence[Question]) -> int:
+def count_answers(path: Path, questions: Sequence[Question]) -> int:
     """How many questions, counted from the first, `path` answers; 0 if it is not there.
 
     A last line that a kill cut short is removed from the file.

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from stf_jax.eval.answers import answer_line, count_answered
+from stf_jax.eval.answers import answer_line, count_answers
 from stf_jax.eval.hosts import Hosts
 from stf_jax.eval.questions import Question, Reply
 
@@ -49,8 +49,8 @@ class AnswerLog:
         self._model_id, self._hosts = model_id, hosts
         with contextlib.ExitStack() as files:
             # Before anything there is mended or taken for left behind.
-            self._file = files.enter_context(_locked(path)) if hosts.number == 0 else None
-            self._written = count_answered(path, questions) if hosts.number == 0 else 0
+            self._file = files.enter_context(_lock(path)) if hosts.number == 0 else None
+            self._written = count_answers(path, questions) if hosts.number == 0 else 0
             own = [(str(part), *line) for part in self._parts() for line in _read(part)]
             said = hosts.gather([self._written, mark, own])
             self._mark = said[0][1]
@@ -134,7 +134,7 @@ class AnswerLog:
         ]
 
 
-def _locked(path: Path) -> IO[str]:
+def _lock(path: Path) -> IO[str]:
     """Opened to append, for nobody else at the same time."""
     file = path.open("a", encoding="utf-8")
     try:

@@ -59,7 +59,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _absent(cell: str | None) -> bool:
+def _is_absent(cell: str | None) -> bool:
     return cell is None or cell.lower() in ("nan", "none")
 
 
@@ -71,12 +71,12 @@ def _read(paths: Paths, *, ending: str) -> list[Question]:
 def _question(path: Path, number: int, row: dict[str, Any], ending: str) -> Question:
     options: list[str] = []
     for letter in _LETTERS:
-        if _absent(row[letter]):
+        if _is_absent(row[letter]):
             break
         options.append(row[letter])
     if row["question"] is None or row["image"] is None:
         raise ValueError(f"{path}: index {row['index']} has no question or image; fetch it again")
-    lines = [] if _absent(row["hint"]) else [row["hint"]]
+    lines = [] if _is_absent(row["hint"]) else [row["hint"]]
     lines += [row["question"], *(f"{a}. {b}" for a, b in zip(_LETTERS, options, strict=False))]
     text = "\n".join(lines)
     try:

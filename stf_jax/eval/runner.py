@@ -93,7 +93,7 @@ def prepare(
       ValueError: files or pictures that are not there, lack fields, or do not fit one another.
     """
     _check_limit(limit)
-    located = _located(benchmark, (*benchmark.to_ask, *benchmark.to_score), data, paths)
+    located = _find_image(benchmark, (*benchmark.to_ask, *benchmark.to_score), data, paths)
     questions = benchmark.read(located)
     check_markers(located["questions"], questions)
     if lost := missing_pictures(questions[:limit]):
@@ -124,7 +124,7 @@ def _check_truth(
         raise ValueError(f"{benchmark.name} cannot be scored with these files: {error}") from error
 
 
-def _located(
+def _find_image(
     benchmark: Benchmark,
     roles: Sequence[str],
     data: Path | None,
@@ -229,7 +229,7 @@ def score_file(
       ValueError: files that are not there or not official, answers to other questions.
     """
     _check_limit(limit)
-    located = _located(benchmark, benchmark.to_score, data, paths)
+    located = _find_image(benchmark, benchmark.to_score, data, paths)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     return _finish(benchmark, located, answers, out=out, limit=limit)

@@ -26,7 +26,7 @@ def _read(paths: Paths) -> list[Question]:
     entries = read_json(path, list)
     if not entries:
         raise ValueError(f"{path}: empty; fetch it again")
-    named = _named(entries)
+    named = _name(entries)
     check_fields(path, named, ("id", "conversations"))
     check_kinds(path, named, {"conversations": list})
     check_kinds(path, [one for one in named if "image" in one[1]], {"image": str})
@@ -36,7 +36,7 @@ def _read(paths: Paths) -> list[Question]:
     return [_question(number, entry, paths["images"]) for number, entry in enumerate(entries)]
 
 
-def _named(entries: Sequence[Any]) -> list[tuple[str, Any]]:
+def _name(entries: Sequence[Any]) -> list[tuple[str, Any]]:
     return [(f"entry {number}", entry) for number, entry in enumerate(entries, start=1)]
 
 
@@ -56,7 +56,7 @@ def _question(number: int, entry: dict[str, Any], images: Path) -> Question:
     )
 
 
-def _chosen(text: str, choices: int) -> int | None:
+def _choice(text: str, choices: int) -> int | None:
     """Which option an answer names, from 0; None if none, or one that is not offered."""
     if text in tuple(_LETTERS):
         letter = text
@@ -86,7 +86,7 @@ def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -
     right, right_images, images = 0, 0, 0
     for one, answer in paired.answers:
         problem = problems[one]
-        correct = _chosen(answer.text, len(problem["choices"])) == problem["answer"]
+        correct = _choice(answer.text, len(problem["choices"])) == problem["answer"]
         about_image = IMAGE_MARKER in answer.prompt
         right += correct
         images += about_image

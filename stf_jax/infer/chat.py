@@ -12,7 +12,7 @@ from stf_jax.data.conversation import IMAGE_MARKER, get_template, render_prompt
 from stf_jax.data.images import ImageSource, load_image
 from stf_jax.data.tokenizer import encode_prompt, expand_images
 from stf_jax.infer.answers import AnswerBuilder
-from stf_jax.infer.program import Limits, checked_new
+from stf_jax.infer.program import Limits, limit_new_tokens
 from stf_jax.infer.prompts import Prompt
 from stf_jax.infer.sampling import GREEDY, Sampling
 from stf_jax.infer.session import Session
@@ -58,7 +58,7 @@ class Chat:
         sampling: Sampling = GREEDY,
     ):
         self._model, self._template = model, get_template(template)
-        most = checked_new(max_new_tokens, room=model.config.text.max_positions)
+        most = limit_new_tokens(max_new_tokens, room=model.config.text.max_positions)
         self._limits = Limits(sampling=sampling, max_new_tokens=most)
         self._session = Session(model.engine.program)
         self.restart()

@@ -63,7 +63,7 @@ class InferenceConfig:
         if self.slots < 1:
             raise ValueError(f"slots is {self.slots}; give 1 or more")
         if self.architecture is not None:
-            LlavaConfig.named(self.architecture)
+            LlavaConfig.by_name(self.architecture)
 
     @classmethod
     def load(cls, path: epath.PathLike, overrides: Sequence[str] = ()) -> Self:

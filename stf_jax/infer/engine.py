@@ -2,7 +2,7 @@
 
 Prompts are put in groups that share their first positions (system text and pictures). The cache of
 several such prefixes is computed in one batch; then their questions go through the slots, each
-taking over the cache of its prefix. A round is: admit questions to free slots, decode on the
+taking over the cache of its prefix. A round is: insert requests into free slots, decode on the
 devices until enough slots are free again, look at the tokens. The next pictures are read meanwhile.
 """
 
@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
-from stf_jax.infer.program import Limits, Program, Questions, checked_new
+from stf_jax.infer.program import Limits, Program, Suffixes, limit_new_tokens
 from stf_jax.infer.prompts import Prompt, bucket, pad_prompts
 from stf_jax.infer.sampling import Sampling
 from stf_jax.models.cache import CacheDType, KVCache
@@ -29,7 +29,7 @@ Take = Callable[[int, Int[np.ndarray, "new"]], bool]
 
 # Slots are refilled when this part of them is free: a question alone costs as much as several.
 _REFILL = 4
-# Questions are short; to pad them to the buckets of whole prompts would double their cost.
+# Suffixes are short; to pad them to the buckets of whole prompts would double their cost.
 LEAST_QUESTION = 16
 _READERS = 4
 # Slots are numbered in int32.
@@ -85,7 +85,7 @@ class Engine:
             ValueError: no tokens or no slots wanted, more slots than there is memory for, a prompt
                 that leaves no room for any token, or one that ends in a picture.
         """
-        limits = Limits(sampling=sampling, max_new_tokens=self._checked(prompts, max_new_tokens))
+        limits = Limits(sampling=sampling, max_new_tokens=self._check(prompts, max_new_tokens))
         if not 1 <= slots <= _MOST_SLOTS:
             raise ValueError(f"slots is {slots}; give 1 to {_MOST_SLOTS}")
         if not prompts:
@@ -107,7 +107,7 @@ class Engine:
                         break
                     chosen = [(*feed.waiting.popleft(), free.popleft()) for _ in range(count)]
                     questions = _questions(prompts, chosen, rows=rows, slots=slots)
-                    state = self.program.admit(state, feed.prefixes, questions, limits)
+                    state = self.program.insert(state, feed.prefixes, questions, limits)
                     for prompt, _, slot in chosen:
                         taken[slot], seen[slot] = prompt, 0
                 # With nobody waiting, only when all are finished.
@@ -132,10 +132,10 @@ class Engine:
                         free.append(slot)
                         yield prompt
 
-    def _checked(self, prompts: Sequence[Prompt], max_new_tokens: int) -> int:
+    def _check(self, prompts: Sequence[Prompt], max_new_tokens: int) -> int:
         """The limit, no higher than the context, after a look at every prompt."""
         room = self.config.text.max_positions
-        most = checked_new(max_new_tokens, room=room)
+        most = limit_new_tokens(max_new_tokens, room=room)
         longest = max((len(prompt.ids) for prompt in prompts), default=0)
         if longest >= room:
             raise ValueError(
@@ -204,7 +204,7 @@ class _Feed:
         self._coming = self._read()
         size = self._program.config.vision.image_size
         batch = pad_prompts(loaded, rows=self._rows, image_size=size)
-        self.prefixes = self._program.prefixes(batch)
+        self.prefixes = self._program.prefill(batch)
         self.waiting.extend(
             (prompt, row) for row, group in enumerate(chunk) for prompt in group.prompts
         )
@@ -235,12 +235,12 @@ def _groups(prompts: Sequence[Prompt], *, share: bool) -> list[_Group]:
 
 def _questions(
     prompts: Sequence[Prompt], chosen: Sequence[tuple[int, int, int]], *, rows: int, slots: int
-) -> Questions:
+) -> Suffixes:
     """(prompt, row of its prefix, slot) as arrays, padded to a bucket and to `rows`."""
     ends = [prompts[prompt].prefix for prompt, _, _ in chosen]
     rest = [prompts[prompt].ids[end:] for (prompt, _, _), end in zip(chosen, ends, strict=True)]
     length = bucket(max(map(len, rest)), least=LEAST_QUESTION)
-    questions = Questions.empty(rows, length, slots=slots)
+    questions = Suffixes.empty(rows, length, slots=slots)
     for row, (ids, end, (_, prefix, slot)) in enumerate(zip(rest, ends, chosen, strict=True)):
         questions.ids[row, : len(ids)] = ids
         questions.lengths[row], questions.starts[row] = len(ids), end

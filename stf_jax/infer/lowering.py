@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from stf_jax.data.batch import Batch
-from stf_jax.infer.program import Limits, Program, Questions
+from stf_jax.infer.program import Limits, Program, Suffixes
 from stf_jax.models.cache import CacheDType
 from stf_jax.models.layers import unstack
 from stf_jax.models.llava import Llava
@@ -54,7 +54,7 @@ def abstract_program(
         model = Llava.abstract(config, rules=ShardingRules.default(), dtype=dtype)
         for part in (model.text, model.vision):
             layers = nnx.eval_shape(unstack, part.layers)
-            nnx.update(layers, _placed(nnx.state(layers), mesh))
+            nnx.update(layers, _place(nnx.state(layers), mesh))
             part.layers = layers
     return Program(model, mesh=mesh, cache_dtype=cache_dtype)
 
@@ -63,7 +63,7 @@ def lower(
     program: Program,
     *,
     batch: Batch,
-    questions: Sequence[Questions],
+    questions: Sequence[Suffixes],
     limits: Limits,
     slots: int,
     context: int,
@@ -93,14 +93,14 @@ def lower(
     greedy, numbers = limits.greedy, limits.arrays
     with jax.set_mesh(mesh):
         empty = program._start.eval_shape(parameters, slots=slots, context=context, new=new)
-        state = _placed(empty, mesh)
+        state = _place(empty, mesh)
         found = program._prefixes.eval_shape(parameters, here)
-        prefixes = _placed(found, mesh)
+        prefixes = _place(found, mesh)
         one = np.int32(1)
         return LoweredEngine(
             prefill=program._prefixes.lower(parameters, here),
             inserts=[
-                program._admit.lower(
+                program._insert.lower(
                     parameters, state, prefixes, rows(asked), numbers, greedy=greedy
                 )
                 for asked in questions
@@ -114,6 +114,6 @@ def lower(
         )
 
 
-def _placed(tree: PyTree, mesh: Mesh) -> PyTree:
+def _place(tree: PyTree, mesh: Mesh) -> PyTree:
     """Shapes that went through a trace know the abstract mesh only."""
     return jax.tree.map(lambda leaf: on_mesh(leaf, mesh), tree)

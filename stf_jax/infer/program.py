@@ -1,4 +1,4 @@
-"""What an engine has the devices do: prefill shared prefixes, admit questions, decode.
+"""What an engine has the devices do: prefill shared prefixes, insert requests into slots, decode.
 
 Every shape is a bucket, so calling again with the same shapes compiles nothing.
 """
@@ -49,7 +49,7 @@ class Slots:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Questions:
+class Suffixes:
     """R prompts without the prefixes whose cache is there.
 
     Attributes:
@@ -67,7 +67,7 @@ class Questions:
     slots: Int[Array, "R"]
 
     @classmethod
-    def empty(cls, rows: int, length: int, *, slots: int) -> "Questions":
+    def empty(cls, rows: int, length: int, *, slots: int) -> "Suffixes":
         """Padding rows in host memory, to be filled in."""
 
         def full(value: int, *shape: int) -> Any:
@@ -104,9 +104,9 @@ class Program:
         self._prefixes = jax.jit(self._prefix_caches)
         self._start = jax.jit(self._empty_slots, static_argnames=("slots", "context", "new"))
         # Slots are written in place.
-        self._admit = jax.jit(self._admitted, static_argnames="greedy", donate_argnums=1)
-        self._resume = jax.jit(self._resumed, static_argnames="greedy", donate_argnums=1)
-        self._decode = jax.jit(self._decoded, static_argnames="greedy", donate_argnums=1)
+        self._insert = jax.jit(self._insert_requests, static_argnames="greedy", donate_argnums=1)
+        self._resume = jax.jit(self._resume_requests, static_argnames="greedy", donate_argnums=1)
+        self._decode = jax.jit(self._decode_steps, static_argnames="greedy", donate_argnums=1)
 
     @functools.cached_property
     def checksum(self) -> str:
@@ -123,30 +123,30 @@ class Program:
         """What the mesh splits rows by; their number must divide by it."""
         return 1 if self.mesh is None else math.prod(self.mesh.shape[a] for a in BATCH_AXES)
 
-    def prefixes(self, batch: Batch) -> KVCache:
+    def prefill(self, batch: Batch) -> KVCache:
         """Encodes a batch's images and computes the cache of its rows."""
         with self._on_mesh():
-            return self._prefixes(self._parameters, self._placed(batch))
+            return self._prefixes(self._parameters, self._place(batch))
 
     def start(self, *, slots: int, context: int, new: int) -> Slots:
         """Empty slots with room for `context` positions and `new` tokens an answer."""
         with self._on_mesh():
             return self._start(self._parameters, slots=slots, context=context, new=new)
 
-    def admit(
-        self, slots: Slots, prefixes: KVCache, questions: Questions, limits: "Limits"
+    def insert(
+        self, slots: Slots, prefixes: KVCache, questions: Suffixes, limits: "Limits"
     ) -> Slots:
         """Puts questions into slots, and the first token of each answer."""
         with self._on_mesh():
-            placed = self._placed(questions)
-            return self._admit(
+            placed = self._place(questions)
+            return self._insert(
                 self._parameters, slots, prefixes, placed, limits.arrays, greedy=limits.greedy
             )
 
-    def resume(self, slots: Slots, questions: Questions, limits: "Limits") -> Slots:
+    def resume(self, slots: Slots, questions: Suffixes, limits: "Limits") -> Slots:
         """A question for every slot, whose prefix is what the cache of that slot begins with."""
         with self._on_mesh():
-            placed = self._placed(questions)
+            placed = self._place(questions)
             return self._resume(
                 self._parameters, slots, placed, limits.arrays, greedy=limits.greedy
             )
@@ -168,7 +168,7 @@ class Program:
             return self._decode(
                 self._parameters,
                 slots,
-                self._placed(stopped),
+                self._place(stopped),
                 np.int32(every),
                 np.int32(enough),
                 limits.arrays,
@@ -195,12 +195,12 @@ class Program:
             cache=KVCache.of(layers, layers, dtype=self.cache_dtype),
         )
 
-    def _admitted(
+    def _insert_requests(
         self,
         parameters: nnx.State,
         slots: Slots,
         prefixes: KVCache,
-        questions: Questions,
+        questions: Suffixes,
         limits: dict[str, Array],
         *,
         greedy: bool,
@@ -208,8 +208,10 @@ class Program:
         spec = self._rules.tokens
         # No more than is there travels from the prefixes to the slots.
         room = min(prefixes.slots + questions.ids.shape[1], slots.cache.slots)
-        cache = prefixes.rows(questions.prefixes, spec=self._rules.cache).widened(room)
-        begun = self._begun(parameters, questions, cache, limits, slots.tokens.shape[1], greedy)
+        cache = prefixes.rows(questions.prefixes, spec=self._rules.cache).pad_to(room)
+        begun = self._first_tokens(
+            parameters, questions, cache, limits, slots.tokens.shape[1], greedy
+        )
 
         def put(old: Array, new: Array) -> Array:
             return old.at[questions.slots].set(new, mode="drop", out_sharding=spec)
@@ -220,31 +222,31 @@ class Program:
             last=put(slots.last, begun.last),
             positions=put(slots.positions, begun.positions),
             finished=put(slots.finished, begun.finished),
-            cache=slots.cache.replaced(questions.slots, begun.cache, spec=self._rules.cache),
+            cache=slots.cache.insert(questions.slots, begun.cache, spec=self._rules.cache),
         )
 
-    def _resumed(
+    def _resume_requests(
         self,
         parameters: nnx.State,
         slots: Slots,
-        questions: Questions,
+        questions: Suffixes,
         limits: dict[str, Array],
         *,
         greedy: bool,
     ) -> Slots:
         new = slots.tokens.shape[1]
-        return self._begun(parameters, questions, slots.cache, limits, new, greedy)
+        return self._first_tokens(parameters, questions, slots.cache, limits, new, greedy)
 
-    def _begun(
+    def _first_tokens(
         self,
         parameters: nnx.State,
-        questions: Questions,
+        questions: Suffixes,
         cache: KVCache,
         limits: dict[str, Array],
         new: int,
         greedy: bool,
     ) -> Slots:
-        """Questions in, each against its row of the cache; first tokens out."""
+        """Suffixes in, each against its row of the cache; first tokens out."""
         logits, cache = self._model(parameters).extend(
             questions.ids, start=questions.starts, lengths=questions.lengths, cache=cache
         )
@@ -260,7 +262,7 @@ class Program:
             cache=cache,
         )
 
-    def _decoded(
+    def _decode_steps(
         self,
         parameters: nnx.State,
         slots: Slots,
@@ -307,7 +309,7 @@ class Program:
     def _on_mesh(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-    def _placed(self, tree: PyTree) -> PyTree:
+    def _place(self, tree: PyTree) -> PyTree:
         """Host arrays, split over the rows of the mesh."""
         if self.mesh is None:
             return tree
@@ -378,7 +380,7 @@ class Limits:
         }
 
 
-def checked_new(max_new_tokens: int, *, room: int) -> int:
+def limit_new_tokens(max_new_tokens: int, *, room: int) -> int:
     """How many tokens an answer may have, no more than the context has room for.
 
     Raises:

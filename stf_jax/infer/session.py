@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
-from stf_jax.infer.program import Limits, Program, Questions, Slots
+from stf_jax.infer.program import Limits, Program, Slots, Suffixes
 from stf_jax.infer.prompts import Prompt, bucket, pad_prompts
 
 _LEAST = 16
@@ -88,15 +88,15 @@ class Session:
     def _begin(self, prompt: Prompt, limits: Limits, *, context: int, new: int) -> Slots:
         rows, size = self._program.row_multiple, self._program.config.vision.image_size
         batch = pad_prompts([prompt.until(prompt.prefix)], rows=rows, image_size=size)
-        prefixes = self._program.prefixes(batch)
+        prefixes = self._program.prefill(batch)
         empty = self._program.start(slots=rows, context=context, new=new)
         question = _question(prompt, prompt.prefix, rows)
-        return self._program.admit(empty, prefixes, question, limits)
+        return self._program.insert(empty, prefixes, question, limits)
 
 
-def _question(prompt: Prompt, start: int, rows: int) -> Questions:
+def _question(prompt: Prompt, start: int, rows: int) -> Suffixes:
     rest = prompt.ids[start:]
-    question = Questions.empty(rows, bucket(len(rest), least=_LEAST), slots=rows)
+    question = Suffixes.empty(rows, bucket(len(rest), least=_LEAST), slots=rows)
     question.ids[0, : len(rest)] = rest
     question.lengths[0], question.starts[0], question.slots[0] = len(rest), start, 0
     return question

@@ -79,7 +79,7 @@ class KVCache:
         """S, how many positions there is room for."""
         return int(jax.tree.leaves(self.keys[0])[0].shape[2])
 
-    def written(
+    def write(
         self,
         layer: int,
         key: Float[Array, "B T K D"],
@@ -100,7 +100,7 @@ class KVCache:
         values[layer] = jax.tree.map(put, values[layer], _store(value, self.dtype))
         return dataclasses.replace(self, keys=tuple(keys), values=tuple(values))
 
-    def widened(self, slots: int) -> "KVCache":
+    def pad_to(self, slots: int) -> "KVCache":
         """With room for `slots` positions, S or more."""
         room = ((0, 0), (0, 0), (0, slots - self.slots), (0, 0))
         widened: KVCache = jax.tree.map(lambda one: jnp.pad(one, room), self)
@@ -113,7 +113,7 @@ class KVCache:
         )
         return taken
 
-    def replaced(
+    def insert(
         self, at: Int[Array, "R"], rows: "KVCache", *, spec: PartitionSpec | None
     ) -> "KVCache":
         """With `rows` where the rows `at` begin; rows beyond B are dropped.
@@ -142,10 +142,10 @@ def cache_attention(
     """
     with jax.named_scope("attention"):
         rows, length, heads, dim = query.shape
-        keys, key_scales = _scaled(key, query.dtype)
+        keys, key_scales = _split_scales(key, query.dtype)
         # A weight times a scale may be too small for float16.
         small = isinstance(value, Quantised) and query.dtype == jnp.float16
-        values, value_scales = _scaled(value, jnp.bfloat16 if small else query.dtype)
+        values, value_scales = _split_scales(value, jnp.bfloat16 if small else query.dtype)
         kv_heads, slots = keys.shape[1:3]
         group = heads // kv_heads
         grouped = query.reshape(rows, length, kv_heads, group, dim)
@@ -160,7 +160,7 @@ def cache_attention(
         return found[:, :, :, :group].reshape(query.shape).astype(query.dtype)
 
 
-def _scaled(
+def _split_scales(
     stored: Stored, dtype: DTypeLike
 ) -> tuple[Float[Array, "B K S D"], Float[Array, "B K 1 1 S"] | float]:
     """Vectors, and what each is to be multiplied by."""

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from stf_jax.models.lora import LoRA, LoRAConfig
-from stf_jax.parallel.sharding import ShardingRules, gathered
+from stf_jax.parallel.sharding import ShardingRules, all_gather_fsdp
 
 Remat = Literal["none", "dots", "attention", "full"]
 
@@ -82,7 +82,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."], *, out: PartitionSpec | None) -> Float[Array, "..."]:
         """`out` is the partition spec of the result; it says which collective is meant."""
-        kernel = gathered(self.kernel[...], self.spec)
+        kernel = all_gather_fsdp(self.kernel[...], self.spec)
         axes = tuple(range(x.ndim - self.contracted, x.ndim)), tuple(range(self.contracted))
         y = jax.lax.dot_general(x, kernel, (axes, ((), ())), out_sharding=out)
         if self.lora is not None:
@@ -158,7 +158,7 @@ class RMSNorm(nnx.Module):
         return (wide * jax.lax.rsqrt(square + self.epsilon)).astype(x.dtype) * self.scale[...]
 
 
-def written(x: Array) -> Array:
+def barrier(x: Array) -> Array:
     """The same array, written to memory before anything is made of it, and so is its gradient.
 
     What goes into several matmuls is else computed again inside each of them, tile by tile, at the
@@ -168,12 +168,12 @@ def written(x: Array) -> Array:
 
 
 @jax.custom_vjp
-def written_gradient(x: Array) -> Array:
+def barrier_gradient(x: Array) -> Array:
     """The same array, of which only the gradient is written to memory."""
     return x
 
 
-written_gradient.defvjp(lambda x: (x, None), lambda _, g: (jax.lax.optimization_barrier(g),))
+barrier_gradient.defvjp(lambda x: (x, None), lambda _, g: (jax.lax.optimization_barrier(g),))
 
 
 def gelu(x: Array) -> Array:

@@ -21,13 +21,13 @@ from stf_jax.models.layers import (
     Remat,
     RMSNorm,
     apply_layers,
+    barrier,
+    barrier_gradient,
     stack,
     unstack,
-    written,
-    written_gradient,
 )
 from stf_jax.models.lora import LoRAConfig
-from stf_jax.parallel.sharding import gathered
+from stf_jax.parallel.sharding import all_gather_fsdp
 
 # Hidden states, cache, layers done.
 Extending = tuple[Float[Array, "B T H"], KVCache, int]
@@ -105,8 +105,8 @@ class GatedMLP(nnx.Module):
         """The hidden width is split over `tensor`, the result is not."""
         hidden = self.rules.hidden
         gate, up = (checkpoint_name(f(x, out=hidden), "mlp") for f in (self.gate, self.up))
-        gated = jax.nn.silu(written_gradient(gate)) * written_gradient(up)
-        return self.down(written(gated), out=self.rules.tokens)
+        gated = jax.nn.silu(barrier_gradient(gate)) * barrier_gradient(up)
+        return self.down(barrier(gated), out=self.rules.tokens)
 
 
 class DecoderLayer(nnx.Module):
@@ -122,7 +122,7 @@ class DecoderLayer(nnx.Module):
         self, x: Float[Array, "B T H"], angles: tuple[Array, Array]
     ) -> tuple[Float[Array, "B T N D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
         """Rotated query, rotated key, value."""
-        normal, heads = written(self.attention_norm(x)), self.attention.rules.hidden
+        normal, heads = barrier(self.attention_norm(x)), self.attention.rules.hidden
         query = rotate(self.attention.query(normal, out=heads), *angles)
         key = rotate(self.attention.key(normal, out=heads), *angles)
         return query, key, self.attention.value(normal, out=heads)
@@ -132,7 +132,7 @@ class DecoderLayer(nnx.Module):
     ) -> Float[Array, "B T H"]:
         """Adds what attention saw, then the MLP of it."""
         x = x + self.attention.output(attended, out=self.attention.rules.tokens)
-        return x + self.mlp(written(self.mlp_norm(checkpoint_name(x, "mlp"))))
+        return x + self.mlp(barrier(self.mlp_norm(checkpoint_name(x, "mlp"))))
 
 
 class Llama(nnx.Module):
@@ -157,14 +157,14 @@ class Llama(nnx.Module):
 
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T H"]:
         """Rows of the embedding table; ids outside the vocabulary are clamped."""
-        table = gathered(self.embedding[...], self.rules.embedding)
+        table = all_gather_fsdp(self.embedding[...], self.rules.embedding)
         return table.at[ids].get(mode="clip", out_sharding=self.rules.tokens)
 
     def head_kernel(self) -> Float[Array, "..."]:
         """What `logits` multiplies with: [H, V], or the embedding [V, H] where the two are one."""
         if self.head is None:
-            return gathered(self.embedding[...], self.rules.embedding)
-        return gathered(self.head.kernel[...], self.rules.column)
+            return all_gather_fsdp(self.embedding[...], self.rules.embedding)
+        return all_gather_fsdp(self.head.kernel[...], self.rules.column)
 
     def logits(
         self, x: Float[Array, "B T H"], kernel: Float[Array, "..."] | None = None
@@ -220,7 +220,7 @@ class Llama(nnx.Module):
             def step(carry: Extending, layer: DecoderLayer) -> tuple[Extending, None]:
                 x, cache, index = carry
                 query, key, value = layer.project(x, angles)
-                cache = cache.written(index, key, value, positions=positions)
+                cache = cache.write(index, key, value, positions=positions)
                 held = cache.keys[index], cache.values[index]
                 attended = cache_attention(query, *held, positions=positions)
                 return (layer.finish(x, attended), cache, index + 1), None

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from stf_jax.parallel.sharding import gathered
+from stf_jax.parallel.sharding import all_gather_fsdp
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ class LoRA(nnx.Module):
             drawn = jax.random.bernoulli(self.key[...], kept, x.shape, out_sharding=sharding)
             x = jnp.where(drawn, x / kept, 0)
         axes = tuple(range(x.ndim - self.contracted, x.ndim)), tuple(range(self.contracted))
-        a, b = gathered(self.a[...], self.spec_a), gathered(self.b[...], self.spec_b)
+        a, b = all_gather_fsdp(self.a[...], self.spec_a), all_gather_fsdp(self.b[...], self.spec_b)
         inner = jax.lax.dot_general(x, a, (axes, ((), ())), out_sharding=self.inner)
         last = ((inner.ndim - 1,), (0,))
         y = jax.lax.dot_general(inner, b, (last, ((), ())), out_sharding=out)

@@ -66,7 +66,7 @@ def reshard(x: Array, spec: P | None) -> Array:
     return x if spec is None else jax.sharding.reshard(x, spec)
 
 
-def gathered(parameter: Array, spec: P | None) -> Array:
+def all_gather_fsdp(parameter: Array, spec: P | None) -> Array:
     """A parameter whole along `fsdp`, as a matmul takes it; None means that there is no mesh.
 
     "Reduced" says that the gradients of all its uses are first added up on each device, and then

@@ -41,8 +41,8 @@ def splash_attention(
         # What is padded below must be told from the rest.
         query_segments, key_segments = (jnp.ones(x.shape[:2], jnp.int32) for x in (query, key))
     scaled = (query.astype(jnp.float32) * query.shape[-1] ** -0.5).astype(query.dtype)
-    query, query_segments = _padded(scaled), _padded(query_segments)
-    key, value, key_segments = _padded(key), _padded(value), _padded(key_segments)
+    query, query_segments = _pad(scaled), _pad(query_segments)
+    key, value, key_segments = _pad(key), _pad(value), _pad(key_segments)
     shape = (query.shape[1], key.shape[1])
     one = splash.CausalMask(shape) if causal else splash.FullMask(shape)
     kernel = splash.make_splash_mha(
@@ -72,7 +72,7 @@ def seen_part(queries: int, keys: int) -> float:
     return visited / (queries // query * (keys // key))
 
 
-def _padded(array: Array) -> Array:
+def _pad(array: Array) -> Array:
     """Positions up to a whole number of lanes, zero."""
     more = -array.shape[1] % _LANES
     return jnp.pad(array, ((0, 0), (0, more), *((0, 0),) * (array.ndim - 2)))

@@ -79,7 +79,7 @@ def architecture(config: TrainConfig) -> LlavaConfig:
         ValueError: neither is there.
     """
     if config.architecture is not None:
-        return LlavaConfig.named(config.architecture)
+        return LlavaConfig.by_name(config.architecture)
     if not Path(config.model).exists() and "://" not in config.model:
         raise ValueError(
             f"{config.model} is not there, and the config has no architecture; "

@@ -18,7 +18,7 @@ from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.infer.config import InferenceConfig
 from stf_jax.infer.engine import LEAST_QUESTION, batch_sizes
 from stf_jax.infer.lowering import LoweredEngine, abstract_program, lower
-from stf_jax.infer.program import Limits, Questions
+from stf_jax.infer.program import Limits, Suffixes
 from stf_jax.infer.prompts import Prompt, bucket, pad_prompts
 from stf_jax.infer.sampling import GREEDY
 from stf_jax.plan.chips import Topology
@@ -41,7 +41,7 @@ def make_inference_plan(request: Request) -> InferencePlan:
         raise ValueError(
             f"{request.config} has no architecture; add --architecture=llava_stf_7b, for instance"
         )
-    model, chip = LlavaConfig.named(config.architecture), topology.chip
+    model, chip = LlavaConfig.by_name(config.architecture), topology.chip
     mesh, work, dtype = mesh_of(config.mesh, topology), config.workload, config.dtype or "bfloat16"
     program = abstract_program(
         model, mesh=mesh, dtype=jnp.dtype(dtype), cache_dtype=config.cache_dtype
@@ -59,7 +59,7 @@ def make_inference_plan(request: Request) -> InferencePlan:
     lowered = lower(
         program,
         batch=pad_prompts([prompt], rows=rows, image_size=model.vision.image_size),
-        questions=[Questions.empty(rows, length, slots=slots) for length in lengths],
+        questions=[Suffixes.empty(rows, length, slots=slots) for length in lengths],
         limits=Limits(sampling=GREEDY, max_new_tokens=work.max_new_tokens),
         slots=slots,
         context=bucket(longest),
@@ -88,14 +88,14 @@ def make_inference_plan(request: Request) -> InferencePlan:
     ):
         reads = _reads(name, lowered, mesh) / chip.bandwidth
         phase = Phase(name=name, rows=count, length=length, needed=0, memory_seconds=reads)
-        made = _compiled(phase, one, plan, topology)
+        made = _compile(phase, one, plan, topology)
         plan = dataclasses.replace(plan, phases=(*plan.phases, made))
         if not plan.fits:
             break
     return plan
 
 
-def _compiled(phase: Phase, lowered: Any, plan: InferencePlan, topology: Topology) -> Phase:
+def _compile(phase: Phase, lowered: Any, plan: InferencePlan, topology: Topology) -> Phase:
     """With what the compiler says; only `needed` where the program alone finds no room."""
     start = time.perf_counter()
     compiled, text = compile_and_read(lowered.compile)

@@ -83,7 +83,7 @@ def analyse(text: str, *, devices: int, slices: int = 1, one_turn: bool = False)
                 collectives[found] += times
             elif one.opcode == "recv" and "xla_megascale_transfer_type" in one.rest:
                 collectives[between_slices(one, slices)] += times
-        for found in _offloaded(instructions, computations, devices):
+        for found in _offload(instructions, computations, devices):
             collectives[found] += times
     return Work(cycles=cycles, flops=flops, kernels=kernels, collectives=collectives)
 
@@ -121,7 +121,7 @@ def _calls(
                 yield from _calls(called, computations, times)
 
 
-def _offloaded(
+def _offload(
     instructions: list[Instruction], computations: dict[str, list[Instruction]], devices: int
 ) -> Iterator[Collective]:
     """The collectives that a computation leaves to the SparseCore, which takes one at a time."""

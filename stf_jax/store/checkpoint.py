@@ -117,7 +117,7 @@ def open_native(path: epath.PathLike) -> "NativeCheckpoint":
             "install the release that wrote it"
         )
     if version != VERSION or not isinstance(model, dict) or not isinstance(files, dict):
-        raise _damaged(path / _CONFIG)
+        raise _damage_error(path / _CONFIG)
     found = _sizes(path)
     broken = [
         f"{name}: {found.get(name, 'no')} bytes of {size}"
@@ -125,15 +125,15 @@ def open_native(path: epath.PathLike) -> "NativeCheckpoint":
         if found.get(name) != size
     ]
     if broken:
-        raise CheckpointError(f"{_damaged(path)}:\n" + list_some(broken))
+        raise CheckpointError(f"{_damage_error(path)}:\n" + list_some(broken))
     try:
         config = LlavaConfig.from_dict(model)
     except ValueError as error:
-        raise _damaged(path / _CONFIG) from error
+        raise _damage_error(path / _CONFIG) from error
     return NativeCheckpoint(path=path, config=config, id=str(content.get("id", "")))
 
 
-def _damaged(path: epath.Path) -> CheckpointError:
+def _damage_error(path: epath.Path) -> CheckpointError:
     return CheckpointError(f"{path} is damaged; copy or import it again")
 
 
@@ -167,7 +167,7 @@ class NativeCheckpoint:
             stored = ocp.metadata(self.path / _PARAMS).metadata
         # Orbax logs what it cannot read, and gives None.
         if stored is None:
-            raise _damaged(self.path / _PARAMS)
+            raise _damage_error(self.path / _PARAMS)
         return {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
             for name, leaf in flatten(stored).items()

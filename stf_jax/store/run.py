@@ -125,24 +125,24 @@ class TrainedCheckpoint(NativeCheckpoint):
         }
         rest = {n: like for n, like in wanted.items() if n not in trained and n not in adapted}
         return {
-            **(self._load_trained(trained) if trained else {}),
+            **(self._load_trained_leaves(trained) if trained else {}),
             **(self.first.load(rest) if rest else {}),
-            **{name: place(self._merged(name), like) for name, like in adapted.items()},
+            **{name: place(self._merge_adapter(name), like) for name, like in adapted.items()},
         }
 
-    def _merged(self, kernel: str) -> np.ndarray[Any, Any]:
+    def _merge_adapter(self, kernel: str) -> np.ndarray[Any, Any]:
         """A weight [layers, ...] with its adapter, float32, in host memory."""
         shape = self.first.shapes[kernel].shape
         # Orbax may hand out an array that is not to be written to.
         merged = np.array(self.first.load({kernel: host_like(shape, np.float32)})[kernel])
         names = [_adapter(kernel, which) for which in "ab"]
         like = {name: host_like(self.trained[name].shape, np.float32) for name in names}
-        a, b = (self._load_trained(like)[name] for name in names)
+        a, b = (self._load_trained_leaves(like)[name] for name in names)
         for layer in range(len(merged)):
             merged[layer] = merge(merged[layer], a[layer], b[layer], config=self.lora)
         return merged
 
-    def _load_trained(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    def _load_trained_leaves(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
         loaded: dict[str, Any] = load_some(self._state, {"parameters": dict(wanted)})["parameters"]
         return loaded
 

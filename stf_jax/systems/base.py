@@ -144,7 +144,7 @@ class LlavaConfig:
         return cls(vision=vision, text=TextConfig.tiny(), fusion=fusion)
 
     @classmethod
-    def named(cls, name: str) -> Self:
+    def by_name(cls, name: str) -> Self:
         """The factory of that name.
 
         Raises:

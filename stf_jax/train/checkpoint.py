@@ -55,7 +55,7 @@ class Checkpoints:
         # Orbax reports each save at length, and each failure that it raises, too.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._every = every
-        with self._explained():
+        with self._explain_errors():
             self._checkpointer = ocp.training.Checkpointer(
                 self._directory,
                 preservation_policy=ocp.training.preservation_policies.LatestN(keep),
@@ -99,7 +99,7 @@ class Checkpoints:
         Raises:
             CheckpointError: this one or the one before cannot be written.
         """
-        with self._explained():
+        with self._explain_errors():
             self._finish()
             if self.latest != step:
                 self._writing = self._checkpointer.save_async(step, state, force=True)
@@ -110,7 +110,7 @@ class Checkpoints:
         Raises:
             CheckpointError: it cannot be written.
         """
-        with self._explained():
+        with self._explain_errors():
             self._finish()
 
     def _finish(self) -> None:
@@ -119,7 +119,7 @@ class Checkpoints:
             writing.result()
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explain_errors(self) -> Iterator[None]:
         try:
             yield
         except (OSError, RuntimeError, ValueError) as error:
@@ -155,7 +155,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until everything is written."""
-        with self._explained():
+        with self._explain_errors():
             self._finish()
             self._checkpointer.close()
 

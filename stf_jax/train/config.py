@@ -98,7 +98,7 @@ class TrainConfig:
         if problems:
             raise ValueError("; ".join(problems))
         if self.architecture is not None:
-            LlavaConfig.named(self.architecture)
+            LlavaConfig.by_name(self.architecture)
 
     @classmethod
     def load(cls, path: epath.PathLike, overrides: Sequence[str] = ()) -> Self:

@@ -110,7 +110,7 @@ def train(config: TrainConfig) -> Ending:
         state, frozen = _parameters(config, first, checkpoints, program)
         # While it is written the step is compiled; no step runs before a full disk is found out.
         checkpoints.save(start, state)
-        step = _compiled(program)
+        step = _compile(program)
         checkpoints.wait()
         _say(first_screen(config, first, data, program, step, steps=steps, start=start))
         log = stack.enter_context(
@@ -289,7 +289,7 @@ def _check_architecture(config: TrainConfig, first: NativeCheckpoint) -> None:
         return
     wanted, found = (
         flatten(dataclasses.asdict(one))
-        for one in (LlavaConfig.named(config.architecture), first.config)
+        for one in (LlavaConfig.by_name(config.architecture), first.config)
     )
     # Padding of the vocabulary is the importer's choice.
     differences = [
@@ -359,7 +359,7 @@ def _new_adapters(config: TrainConfig, model: LlavaConfig, program: TrainProgram
     return jax.jit(make)()
 
 
-def _compiled(program: TrainProgram) -> Any:
+def _compile(program: TrainProgram) -> Any:
     try:
         return program.compile()
     except jax.errors.JaxRuntimeError as error:

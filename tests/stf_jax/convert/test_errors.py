@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import safetensors
 from etils import epath
-from tests.stf_jax.convert.refusal import edit_json, refused
 
 from stf_jax.convert import export_checkpoint, import_checkpoint
 from stf_jax.convert.safetensors_file import SafetensorsFile
 from stf_jax.convert.torch_file import import_torch
 from stf_jax.util.errors import CheckpointError
+from tests.stf_jax.convert.refusal import edit_json, refused
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from stf_jax.convert.safetensors_file import SafetensorsFile, SafetensorsWriter
 from stf_jax.store.checkpoint import NativeCheckpoint, is_native, open_native
 from stf_jax.util.errors import CheckpointError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 KILLED = """
 import os, signal, sys

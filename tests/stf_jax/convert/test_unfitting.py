@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from tests.stf_jax.convert.refusal import edit_json, refused
 
 from stf_jax.convert import import_checkpoint, open_source
+from tests.stf_jax.convert.refusal import edit_json, refused
 
 TOWER = "model.vision_tower.vision_tower.vision_model."
 

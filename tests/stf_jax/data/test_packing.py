@@ -79,7 +79,7 @@ def test_reordered_rows_keep_their_examples():
         row_images=0,
     )
     order = shuffled(len(rows), key=(1,))
-    moved = rows.reordered(order)
+    moved = rows.reorder(order)
     assert isinstance(moved, Rows)
     for new, old in enumerate(order):
         np.testing.assert_array_equal(moved[new], rows[old])

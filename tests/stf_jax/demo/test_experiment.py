@@ -154,7 +154,7 @@ def test_the_table_has_a_line_for_each_arm(
 def test_missing_packages_are_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("stf_jax.cli.demo._installed", lambda module: module != "sklearn")
+    monkeypatch.setattr("stf_jax.cli.demo._is_installed", lambda module: module != "sklearn")
     assert main(["demo", "--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: the demo needs scikit-learn: pip install")

@@ -26,9 +26,9 @@ def vectors(stored: Stored) -> np.ndarray:
 def test_written_row_by_row(dtype: CacheDType | None, error: float) -> None:
     """Each row at its own positions; what lies beyond the last slot is dropped."""
     first, second = random(2, 4, 3, 8), random(2, 3, 3, 8, seed=1)
-    cache = KVCache.of([first], [2 * first], dtype=dtype).widened(6)
+    cache = KVCache.of([first], [2 * first], dtype=dtype).pad_to(6)
     positions = jnp.array([[1, 2, 3], [4, 5, 6]])
-    cache = cache.written(0, second, 2 * second, positions=positions)
+    cache = cache.write(0, second, 2 * second, positions=positions)
     expected = np.zeros((2, 6, 3, 8), np.float32)
     expected[:, :4] = first
     expected[0, 1:4], expected[1, 4:6] = second[0], second[1, :2]
@@ -42,7 +42,7 @@ def test_written_row_by_row(dtype: CacheDType | None, error: float) -> None:
 def test_rows_move(dtype: CacheDType | None) -> None:
     arrays = (random(4, 5, 3, 8, seed=seed) for seed in (0, 1))
     old, new = (KVCache.of([one], [one], dtype=dtype) for one in arrays)
-    moved = old.replaced(jnp.array([2, 4, 0]), new.rows(jnp.array([1, 3, 3]), spec=None), spec=None)
+    moved = old.insert(jnp.array([2, 4, 0]), new.rows(jnp.array([1, 3, 3]), spec=None), spec=None)
     rows = vectors(moved.keys[0])
     was, now = (vectors(one.keys[0]) for one in (old, new))
     np.testing.assert_array_equal(rows, np.stack([now[3], was[1], now[1], was[3]]))
@@ -51,7 +51,7 @@ def test_rows_move(dtype: CacheDType | None) -> None:
 def test_fewer_slots_leave_the_later_ones() -> None:
     old, new = random(2, 5, 3, 8), random(1, 3, 3, 8, seed=1)
     long, short = (KVCache.of([one], [one], dtype=None) for one in (old, new))
-    replaced = long.replaced(jnp.array([1]), short, spec=None)
+    replaced = long.insert(jnp.array([1]), short, spec=None)
     rows = vectors(replaced.keys[0]).swapaxes(1, 2)
     np.testing.assert_array_equal(rows, old.at[1, :3].set(new[0]))
 

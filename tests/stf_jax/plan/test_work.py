@@ -20,7 +20,7 @@ MODULE = f"""HloModule jit_step, is_scheduled=true
 
 %starts (p: bf16[2,8]) -> (bf16[2,8], bf16[8,8]) {{
   %p = bf16[2,8]{{1,0:T(8,128)(2,1)S(1)}} parameter(0)
-  %all-gather.1 = bf16[8,8]{{1,0:T(8,128)}} all-gather(%p), channel_id=1, replica_groups=mesh['axis_0'=4] {{'axis_0'}}, dimensions={{0}}, metadata={{op_name="jit(step)/gathered"}}
+  %all-gather.1 = bf16[8,8]{{1,0:T(8,128)}} all-gather(%p), channel_id=1, replica_groups=mesh['axis_0'=4] {{'axis_0'}}, dimensions={{0}}, metadata={{op_name="jit(step)/all_gather_fsdp"}}
   ROOT %start = (bf16[2,8], bf16[8,8]) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
 }}
 

@@ -172,7 +172,7 @@ def test_a_loss_that_is_not_finite(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    compiled = loop._compiled
+    compiled = loop._compile
 
     def spoiled(program: Any) -> Any:
         step, numbers = compiled(program), itertools.count()
@@ -185,7 +185,7 @@ def test_a_loss_that_is_not_finite(
         run.memory_analysis = step.memory_analysis  # type: ignore[attr-defined]
         return run
 
-    monkeypatch.setattr(loop, "_compiled", spoiled)
+    monkeypatch.setattr(loop, "_compile", spoiled)
     run = config(nonfinite=mode, checkpoint={"every": 2, "keep": 5})
     if mode == "stop":
         with pytest.raises(TrainingError, match=r"step 3: the loss is nan .*example-\d+"):
