@@ -63,7 +63,10 @@ def home(name: str) -> str:
     """The module that an imported name lies in: "stf_jax.data.batch.Batch" -> "data/batch.py"."""
     parts = name.split(".")[1:]
     while parts:
-        for file in (ROOT.joinpath(*parts).with_suffix(".py"), ROOT.joinpath(*parts, "__init__.py")):
+        for file in (
+            ROOT.joinpath(*parts).with_suffix(".py"),
+            ROOT.joinpath(*parts, "__init__.py"),
+        ):
             if file.is_file():
                 return file.relative_to(ROOT).as_posix()
         parts.pop()

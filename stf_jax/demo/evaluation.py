@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-import stf_jax
 from stf_jax.demo.corpus import PICTURES, HeldOut
 from stf_jax.demo.scenes import KINDS
+from stf_jax.infer.load import load
+from stf_jax.infer.model import Model, Request
 from stf_jax.models import flops
 
 BATCH = 100
@@ -70,7 +71,7 @@ def answer_all(
 ) -> list[str]:
     """The greedy answer to each question; `out` keeps them, so that they are generated once."""
     if not out.is_file():
-        loaded = stf_jax.load(model, dtype="float32")
+        loaded = load(model, dtype="float32")
         answers: list[str] = []
         for start in range(0, len(asked), BATCH):
             answers += [
@@ -94,11 +95,10 @@ def read_cost(out: Path) -> Cost:
     return Cost(**json.loads(out.read_text())["cost"])
 
 
-def requests(asked: Sequence[HeldOut], corpus: Path) -> list[stf_jax.Request]:
+def requests(asked: Sequence[HeldOut], corpus: Path) -> list[Request]:
     """As a user would ask."""
     return [
-        stf_jax.Request(prompt=one.question.text, images=[corpus / PICTURES / one.picture])
-        for one in asked
+        Request(prompt=one.question.text, images=[corpus / PICTURES / one.picture]) for one in asked
     ]
 
 
@@ -111,7 +111,7 @@ def scores(asked: Sequence[HeldOut], answers: Sequence[str]) -> dict[str, Score]
     return {kind: Score(right=sum(hits), asked=len(hits)) for kind, hits in right.items()}
 
 
-def _cost(model: stf_jax.Model, asked: Sequence[HeldOut], corpus: Path) -> Cost:
+def _cost(model: Model, asked: Sequence[HeldOut], corpus: Path) -> Cost:
     batch = requests(asked[:BATCH], corpus)
     seconds = []
     for _ in range(6):
