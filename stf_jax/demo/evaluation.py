@@ -1,7 +1,6 @@
 """What a trained arm answers about held-out scenes, and what an answer costs."""
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from stf_jax.demo.scenes import KINDS
 from stf_jax.infer.load import load
 from stf_jax.infer.model import Model, Request
 from stf_jax.models import flops
+from stf_jax.util.files import read_json, write_json
 
 BATCH = 100
 LONGEST_ANSWER = 6  # tokens: two colours, two digits, a comma and the end of sequence
@@ -82,17 +82,14 @@ def answer_all(
             ]
             progress(len(answers), len(asked))
         content = {"answers": answers, "cost": dataclasses.asdict(_cost(loaded, asked, corpus))}
-        unfinished = out.with_name(f".{out.name}.unfinished")
-        unfinished.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(content, indent=1) + "\n")
-        unfinished.replace(out)
-    found: list[str] = json.loads(out.read_text())["answers"]
-    return found
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, content, indent=1)
+    return list(read_json(out)["answers"])
 
 
 def read_cost(out: Path) -> Cost:
     """What `answer_all` has measured on the way."""
-    return Cost(**json.loads(out.read_text())["cost"])
+    return Cost(**read_json(out)["cost"])
 
 
 def requests(asked: Sequence[HeldOut], corpus: Path) -> list[Request]:

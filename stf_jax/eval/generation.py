@@ -10,8 +10,8 @@ import numpy as np
 from stf_jax.data.conversation import get_template, render_prompt
 from stf_jax.data.images import ImageError, load_image
 from stf_jax.data.tokenizer import encode_prompt, expand_images
-from stf_jax.eval.files import name_some
 from stf_jax.eval.questions import Decoding, Question, Reply
+from stf_jax.util.files import name_some
 
 if TYPE_CHECKING:
     from stf_jax.infer.model import Model

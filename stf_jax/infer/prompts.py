@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from stf_jax.data.batch import IGNORED_LABEL, Batch
-from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
+from stf_jax.data.batch import Batch
+from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -39,7 +39,7 @@ from stf_jax.train.optimizer import Parameters, schedule
 from stf_jax.train.program import TrainProgram, make_program
 from stf_jax.train.screen import first_screen
 from stf_jax.train.step import Metrics, TrainState, init_state
-from stf_jax.util.files import absolute
+from stf_jax.util.files import absolute, write_text
 
 Ending = Literal["finished", "interrupted"]
 
@@ -319,11 +319,9 @@ def _fingerprint(first: NativeCheckpoint, data: TrainingData) -> dict[str, Any]:
 
 
 def _write_config(config: TrainConfig, out: epath.Path) -> None:
-    unfinished = out / f".{CONFIG}.unfinished"
     # YAML has no tuples.
     plain = json.loads(json.dumps(config.to_dict()))
-    unfinished.write_text(yaml.safe_dump(plain, sort_keys=False))
-    unfinished.replace(out / CONFIG)
+    write_text(out / CONFIG, yaml.safe_dump(plain, sort_keys=False))
 
 
 def _parameters(
