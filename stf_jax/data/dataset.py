@@ -16,6 +16,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from stf_jax.data.index import Index, index_name
 from stf_jax.data.tokenizer import Tokenizer
+from stf_jax.util.errors import first_line
 from stf_jax.util.files import write_whole
 
 NAME = "llava"
@@ -116,8 +117,9 @@ class Dataset:
             record = self._source[number]
         # ArrayRecord and protobuf raise several kinds for damaged files.
         except Exception as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise DatasetError(f"{self.path}: example {number} is damaged ({reason})") from error
+            raise DatasetError(
+                f"{self.path}: example {number} is damaged ({first_line(error)})"
+            ) from error
         return Stored(record)
 
     def ids(self) -> Sequence[str]:
