@@ -17,7 +17,8 @@ import torch
 from flax import nnx
 from forward import IMAGE_ID, Task, build, imported, interleave, make_torch
 
-from stf_jax.data.batch import IGNORED_LABEL, Batch
+from stf_jax.data.batch import Batch
+from stf_jax.data.tokenizer import IGNORED_LABEL
 from stf_jax.models.llava import Llava
 from stf_jax.store.checkpoint import flatten
 from stf_jax.systems.base import LlavaConfig

@@ -9,13 +9,13 @@ TPU; pip install libtpu.
 """
 
 import argparse
-import os
 import re
 import sys
 from pathlib import Path
 
 from stf_jax.plan.client import plan
 from stf_jax.plan.report import headline
+from stf_jax.util.files import write_text
 
 ROOT = Path(__file__).parent.parent
 _SLICES, _PLAN = "# topologies: ", "# plan: "
@@ -80,14 +80,7 @@ def write_tables() -> None:
         begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         before, _, rest = text.partition(begin)
         text = f"{before}{begin}{table(name)}{end}{rest.partition(end)[2]}"
-    _replace(docs, text)
-
-
-def _replace(path: Path, text: str) -> None:
-    """All of it or nothing."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text)
-    os.replace(new, path)
+    write_text(docs, text)
 
 
 def main() -> None:
@@ -110,14 +103,14 @@ def main() -> None:
             text = path.read_text()
             plans = planned(text)
             plans.pop(topology, None)
-            _replace(path, with_plans(text, plans))
+            write_text(path, with_plans(text, plans))
     for path, topology in todo:
         if topology in planned(path.read_text()):
             continue
         line = headline(plan(str(path), topology=topology))
         sys.stderr.write(f"{path.name}: {line}\n")
         text = path.read_text()
-        _replace(path, with_plans(text, planned(text) | {topology: line}))
+        write_text(path, with_plans(text, planned(text) | {topology: line}))
         write_tables()
     write_tables()
 

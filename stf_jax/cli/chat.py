@@ -44,13 +44,12 @@ def add_chat(verbs: Verbs) -> None:
 
 
 def _chat(options: argparse.Namespace) -> None:
-    import stf_jax
     from stf_jax.infer.chat import Chat
+    from stf_jax.infer.load import load
+    from stf_jax.infer.sampling import Sampling
 
-    sampling = stf_jax.Sampling(
-        temperature=options.temperature, top_p=options.top_p, seed=options.seed
-    )
-    model = stf_jax.load(options.model, dtype=options.dtype, vision_tower=options.vision_tower)
+    sampling = Sampling(temperature=options.temperature, top_p=options.top_p, seed=options.seed)
+    model = load(options.model, dtype=options.dtype, vision_tower=options.vision_tower)
     chat = Chat(
         model,
         template=options.template,

@@ -162,8 +162,8 @@ def _ask(options: argparse.Namespace) -> "list[Result]":
 def _answerer(options: argparse.Namespace, config: "InferenceConfig") -> "Answerer":
     import jax
 
-    import stf_jax
     from stf_jax.eval.generation import ModelAnswerer
+    from stf_jax.infer.load import load
     from stf_jax.parallel.sharding import make_mesh
 
     dtype: Any = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
@@ -172,7 +172,7 @@ def _answerer(options: argparse.Namespace, config: "InferenceConfig") -> "Answer
         # Each host has its own.
         devices = jax.local_devices()
         mesh = make_mesh(devices=devices, **config.mesh.sizes(len(devices)))
-    model = stf_jax.load(
+    model = load(
         options.model,
         dtype=dtype,
         mesh=mesh,

@@ -55,9 +55,11 @@ def add_generate(verbs: Verbs) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    import stf_jax
+    from stf_jax.infer.load import load
+    from stf_jax.infer.model import Request
+    from stf_jax.infer.sampling import Sampling
 
-    sampling = stf_jax.Sampling(
+    sampling = Sampling(
         temperature=options.temperature,
         top_p=options.top_p,
         top_k=options.top_k,
@@ -68,14 +70,14 @@ def _generate(options: argparse.Namespace) -> None:
             "--top-p and --top-k do nothing at temperature 0, which is greedy; "
             "add --temperature 1, or leave them out"
         )
-    model = stf_jax.load(options.model, dtype=options.dtype, vision_tower=options.vision_tower)
+    model = load(options.model, dtype=options.dtype, vision_tower=options.vision_tower)
 
     def show(index: int, text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
     (answer,) = model.generate(
-        [stf_jax.Request(prompt=options.prompt, images=options.image)],
+        [Request(prompt=options.prompt, images=options.image)],
         template=options.template,
         max_new_tokens=options.max_new_tokens,
         sampling=sampling,

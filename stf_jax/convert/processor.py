@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from stf_jax.config.vision import VisionConfig
 from stf_jax.util.errors import CheckpointError
+from stf_jax.util.files import decode_json
 
 Json = dict[str, Any]
 
@@ -89,7 +90,7 @@ def processor_files(
         "do_normalize": True,
         "image_mean": _MEAN,
         "image_std": _STD,
-        **_decode(files, "preprocessor_config.json"),
+        **_read(files, "preprocessor_config.json"),
         "processor_class": "LlavaProcessor",
     }
     added = {
@@ -104,7 +105,7 @@ def processor_files(
         for token, number in tokens.items()
     }
     if "tokenizer_config.json" in files:
-        hf = _decode(files, "tokenizer_config.json")
+        hf = _read(files, "tokenizer_config.json")
         decoder = {**hf.get("added_tokens_decoder", {}), **added}
         made["tokenizer_config.json"] = {
             **hf,
@@ -114,22 +115,23 @@ def processor_files(
             "processor_class": "LlavaProcessor",
         }
     if "special_tokens_map.json" in files:
-        hf = _decode(files, "special_tokens_map.json")
+        hf = _read(files, "special_tokens_map.json")
         made["special_tokens_map.json"] = {**hf, "pad_token": PAD_TOKEN}
     if "tokenizer.json" in files:
-        hf = _decode(files, "tokenizer.json")
+        hf = _read(files, "tokenizer.json")
         extra = [{"id": int(number), **token} for number, token in added.items()]
         made["tokenizer.json"] = {**hf, "added_tokens": [*hf.get("added_tokens", []), *extra]}
     if "tokenizer.model" in files and tokens:
-        made["added_tokens.json"] = {**_decode(files, "added_tokens.json"), **tokens}
+        made["added_tokens.json"] = {**_read(files, "added_tokens.json"), **tokens}
     encoded = {name: encode_json(content) for name, content in made.items()}
     return encoded | {"chat_template.jinja": _CHAT_TEMPLATE.encode()}
 
 
-def _decode(files: Mapping[str, bytes], name: str) -> Json:
-    content = json.loads(files.get(name, b"{}"))
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{name} holds no JSON object; mend it and import again")
+def _read(files: Mapping[str, bytes], name: str) -> Json:
+    try:
+        content: Json = decode_json(files.get(name, b"{}"))
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {error}; mend it and import again") from error
     return content
 
 

@@ -1,17 +1,22 @@
 """The tensors of a checkpoint, wherever they lie: one file or shards, safetensors or `.bin`."""
 
 import dataclasses
-import json
+import functools
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from etils import epath
 
 from stf_jax.convert.dtypes import Array
 from stf_jax.convert.safetensors_file import SafetensorsFile, TensorInfo
 from stf_jax.convert.torch_file import TorchFile
+from stf_jax.util import files
 from stf_jax.util.errors import CheckpointError, missing
 from stf_jax.util.files import list_some
+
+read_json = functools.partial(
+    files.read_json, error=CheckpointError, fix="download or copy it again"
+)
 
 
 class Tensors(Protocol):
@@ -80,21 +85,6 @@ def open_tensors(path: epath.Path) -> Tensors:
             "download or copy it, too"
         )
     raise CheckpointError(f"{path} holds no weights: no model.safetensors, no pytorch_model.bin")
-
-
-def read_json(path: epath.Path) -> dict[str, Any]:
-    """A JSON file that holds one object.
-
-    Raises:
-        CheckpointError: it holds something else, or is no JSON.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); download or copy it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object; download or copy it again")
-    return content
 
 
 def _open_file(path: epath.Path) -> Tensors:

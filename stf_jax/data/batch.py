@@ -5,8 +5,6 @@ import dataclasses
 import jax
 from jaxtyping import Array, Float, Int, UInt8
 
-IGNORED_LABEL = -100
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,7 +13,8 @@ class Batch:
 
     Attributes:
         ids: token ids; what stands at the position of an image token is never read.
-        labels: the id that each position *is*, where it is supervised, else -100. The loss shifts.
+        labels: the id that each position *is*, where it is supervised, else `IGNORED_LABEL`. The
+            loss shifts.
         positions: rotary positions, from 0 in each segment.
         segments: which conversation of a packed row a position belongs to, from 1; 0 is padding.
         image_slots: index into the row's I*K image tokens, -1 where text is.

@@ -7,7 +7,7 @@ leaves no `OUT`, and a second call goes on with the parts that are missing.
 """
 
 import dataclasses
-import json
+import functools
 import os
 import shutil
 from collections.abc import Sequence
@@ -28,11 +28,18 @@ from stf_jax.data.images import ImageProcessor
 from stf_jax.data.index import Index, index_name
 from stf_jax.data.inspection import Finding, Inspection, Inspector, Measures, measure
 from stf_jax.data.pool import map_in_processes
-from stf_jax.data.sources import RawExample, file_digest, read_examples
+from stf_jax.data.sources import RawExample, read_examples
 from stf_jax.data.tokenizer import Tokenizer
 from stf_jax.data.validator import CheckReport, Progress, Tally, check_folder, default_workers
+from stf_jax.util.files import read_json, sha256, write_json
 
 _INDEX_CHUNK = 512
+
+_read_json = functools.partial(
+    read_json,
+    error=DatasetError,
+    fix="the folder was not made by 'stf-jax data build', so choose another one or delete it",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +107,7 @@ class _WritePart:
             [(i.id, i.conversation, i.pictures) for i in inspections if not i.problems],
         )
         content = {"size": size, "inspections": [_to_json(one) for one in inspections]}
-        _write_text(_record(self.folder, part.number), json.dumps(content))
+        write_json(_record(self.folder, part.number), content)
         return part.number, len(part.examples)
 
 
@@ -151,7 +158,7 @@ def build(
         raise DatasetError(f"examples_per_shard is {examples_per_shard}; it must be at least 1")
     workers = default_workers(workers)
     tally = Tally(tokens_per_image=tokens_per_image, sequence_length=sequence_length)
-    source: dict[str, Any] = {"files": [file_digest(path) for path in files]}
+    source: dict[str, Any] = {"files": [sha256(path) for path in files]}
     if out.is_dir():
         _compare(source, _read_json(out / SOURCE_FILE), out, keys=("files",))
         shutil.rmtree(partial_path(out), ignore_errors=True)
@@ -163,7 +170,7 @@ def build(
     if (folder / SOURCE_FILE).is_file():
         _compare(source, _read_json(folder / SOURCE_FILE), folder, keys=tuple(source))
     else:
-        _write_text(folder / SOURCE_FILE, json.dumps(source, indent=1))
+        write_json(folder / SOURCE_FILE, source, indent=1)
 
     inspector = Inspector(
         images=None if images is None else os.fspath(images),
@@ -328,20 +335,3 @@ def _shard(folder: Path, number: int) -> Path:
 
 def _record(folder: Path, number: int) -> Path:
     return folder / f"part-{number:05}.json"
-
-
-def _write_text(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DatasetError(
-            f"{path}: missing or damaged; the folder was not made by 'stf-jax data build', so "
-            "choose another one or delete it"
-        ) from error
-    return content

@@ -16,6 +16,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from stf_jax.data.index import Index, index_name
 from stf_jax.data.tokenizer import Tokenizer
+from stf_jax.util.errors import first_line
+from stf_jax.util.files import write_whole
 
 NAME = "llava"
 SPLIT = "train"
@@ -115,8 +117,9 @@ class Dataset:
             record = self._source[number]
         # ArrayRecord and protobuf raise several kinds for damaged files.
         except Exception as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise DatasetError(f"{self.path}: example {number} is damaged ({reason})") from error
+            raise DatasetError(
+                f"{self.path}: example {number} is damaged ({first_line(error)})"
+            ) from error
         return Stored(record)
 
     def ids(self) -> Sequence[str]:
@@ -172,17 +175,16 @@ def shard_path(folder: Path, number: int, total: int) -> Path:
 def write_shard(path: Path, examples: list[tuple[str, str, tuple[bytes, ...]]]) -> int:
     """Writes (id, conversation, pictures) of each example, whole or not at all; returns bytes."""
     connector = features()
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    # Groups of one make each record readable alone.
-    writer = ArrayRecordWriter(str(unfinished), "group_size:1")
     size = 0
-    for name, conversation, pictures in examples:
-        record = {"id": name, "conversations": conversation, "images": list(pictures)}
-        data = connector.serialize_example(connector.encode_example(record))
-        writer.write(data)
-        size += len(data)
-    writer.close()
-    os.replace(unfinished, path)
+    with write_whole(path) as unfinished:
+        # Groups of one make each record readable alone.
+        writer = ArrayRecordWriter(str(unfinished), "group_size:1")
+        for name, conversation, pictures in examples:
+            record = {"id": name, "conversations": conversation, "images": list(pictures)}
+            data = connector.serialize_example(connector.encode_example(record))
+            writer.write(data)
+            size += len(data)
+        writer.close()
     return size
 
 

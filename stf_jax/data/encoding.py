@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from stf_jax.data.conversation import Template, TextPiece, place_images, read_turns, render_turns
-from stf_jax.data.reference_labels import IGNORED_LABEL, reference_labels
-from stf_jax.data.tokenizer import IMAGE_TOKEN_ID, Tokenizer, chunks, ids_with_images
+from stf_jax.data.reference_labels import reference_labels
+from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID, Tokenizer, chunks, ids_with_images
 
 
 @dataclass(frozen=True, kw_only=True)

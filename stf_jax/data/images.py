@@ -19,6 +19,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
+from stf_jax.util.errors import first_line
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -146,7 +148,7 @@ def _checked_rgb(image: Image.Image, name: str, apply_orientation: bool) -> Imag
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from None
     except Exception as error:  # each format's reader raises its own kinds
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = first_line(error) or type(error).__name__
         raise ImageError(
             f"{name}: damaged, or a kind without RGB form ({reason}); fetch it again or convert it"
         ) from error

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -11,6 +10,7 @@ import numpy as np
 
 from stf_jax.data.inspection import Measures
 from stf_jax.data.tokenizer import Tokenizer
+from stf_jax.util.files import write_whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,10 +63,8 @@ class Index:
 
     def save(self, path: Path) -> None:
         """Writes the file whole or not at all."""
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        with unfinished.open("wb") as file:
+        with write_whole(path) as unfinished, unfinished.open("wb") as file:
             np.savez_compressed(file, **dataclasses.asdict(self))
-        os.replace(unfinished, path)
 
     @classmethod
     def load(cls, path: Path) -> Self:

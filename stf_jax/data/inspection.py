@@ -13,9 +13,8 @@ from PIL import Image
 from stf_jax.data.conversation import Template
 from stf_jax.data.encoding import EncodedConversation, encode_conversation
 from stf_jax.data.images import ImageError, ImageProcessor, load_image
-from stf_jax.data.reference_labels import IGNORED_LABEL
 from stf_jax.data.sources import RawExample
-from stf_jax.data.tokenizer import IMAGE_TOKEN_ID, Tokenizer
+from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID, Tokenizer
 
 Kind = Literal[
     "entry", "conversation", "missing picture", "bad picture", "nothing to learn",

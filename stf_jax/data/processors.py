@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from stf_jax.data.conversation import IMAGE_MARKER
 from stf_jax.data.images import ImageProcessor
 from stf_jax.data.tokenizer import Tokenizer, load_tokenizer
 from stf_jax.util.errors import CheckpointError
+from stf_jax.util.files import read_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,29 +112,19 @@ def read_image_processor(path: epath.Path, files: Mapping[str, epath.Path]) -> I
         raise CheckpointError(
             f"{path} has no preprocessor_config.json; copy it there from the vision tower"
         )
-    config = _read_json(files["config.json"]) if "config.json" in files else {}
-    ratio = config.get("image_aspect_ratio", "pad")
+    config = files.get("config.json")
+    content = {} if config is None else read_json(config, error=CheckpointError)
+    ratio = content.get("image_aspect_ratio", "pad")
     if ratio not in ("pad", "square", None):
         raise CheckpointError(
             f"{path} was trained with image_aspect_ratio {ratio!r}; supported: 'pad', 'square'"
         )
     file = files["preprocessor_config.json"]
+    content = read_json(file, error=CheckpointError)
     try:
-        return ImageProcessor.from_hf(_read_json(file), mode="pad" if ratio == "pad" else "crop")
+        return ImageProcessor.from_hf(content, mode="pad" if ratio == "pad" else "crop")
     except (TypeError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"{file}: {error}") from error
-
-
-def _read_json(file: epath.Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON ({error}); copy it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds no JSON object; copy it again")
-    return content
 
 
 def unusable(path: epath.Path, files: Mapping[str, epath.Path]) -> list[str]:

@@ -11,9 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from stf_jax.data.conversation import LabelRule, Template, Turn
-from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
-
-IGNORED_LABEL = -100
+from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID
 
 Encode = Callable[[str], list[int]]
 

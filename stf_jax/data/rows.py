@@ -10,8 +10,7 @@ from stf_jax.data.dataset import Dataset, DatasetError
 from stf_jax.data.encoding import EncodedConversation, encode_conversation, expand_conversation
 from stf_jax.data.images import ImageError, ImageProcessor
 from stf_jax.data.planner import Planner
-from stf_jax.data.reference_labels import IGNORED_LABEL
-from stf_jax.data.tokenizer import IMAGE_TOKEN_ID, Tokenizer
+from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +35,7 @@ class Row:
 
     Attributes:
       ids: int32 [T].
-      labels: int32 [T]; -100 at the first token of each segment.
+      labels: int32 [T]; `IGNORED_LABEL` at the first token of each segment.
       positions: int32 [T], from 0 in each segment.
       segments: int32 [T], from 1; 0 is padding.
       image_slots: int32 [T], index into the row's I*K image tokens; -1 where text is.

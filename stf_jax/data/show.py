@@ -12,8 +12,7 @@ from stf_jax.data.conversation import IMAGE_MARKER, get_template
 from stf_jax.data.dataset import Dataset, DatasetError
 from stf_jax.data.encoding import encode_conversation, expand_conversation
 from stf_jax.data.images import ImageProcessor
-from stf_jax.data.reference_labels import IGNORED_LABEL
-from stf_jax.data.tokenizer import IMAGE_TOKEN_ID, Tokenizer
+from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

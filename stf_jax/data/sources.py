@@ -1,12 +1,12 @@
 """LLaVA's training files as a list of raw examples: a JSON list, or JSON lines."""
 
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from stf_jax.util.files import parse_json, read_text
 
 # Longer ids are cut: they only name an example.
 _ID_LENGTH = 100
@@ -58,21 +58,16 @@ def read_examples(files: Sequence[str | os.PathLike[str]]) -> list[RawExample]:
 
 
 def _entries(path: Path) -> Iterator[RawExample]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason}); convert it") from error
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    text = read_text(path)
     if not text.lstrip().startswith("["):
         for number, line in enumerate(text.splitlines(), start=1):
             if line.strip():
                 yield _from_line(line, f"{path.name} line {number}")
         return
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); fetch it again") from error
+        raise ValueError(f"{path}: {error}; fetch it again") from error
     for number, entry in enumerate(content, start=1):
         where = f"{path.name} entry {number}"
         yield RawExample(id=_id(entry, where), where=where, content=entry)
@@ -80,18 +75,12 @@ def _entries(path: Path) -> Iterator[RawExample]:
 
 def _from_line(line: str, where: str) -> RawExample:
     try:
-        content = json.loads(line)
+        content = parse_json(line)
     except ValueError as error:
-        return RawExample(id=where, where=where, unreadable=f"not valid JSON ({error})")
+        return RawExample(id=where, where=where, unreadable=str(error))
     return RawExample(id=_id(content, where), where=where, content=content)
 
 
 def _id(entry: Any, where: str) -> str:
     name = entry.get("id") if isinstance(entry, dict) else None
     return where if name is None or name == "" else str(name)[:_ID_LENGTH]
-
-
-def file_digest(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

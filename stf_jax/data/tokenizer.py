@@ -6,7 +6,6 @@ between two `<image>` are tokenised each on its own. transformers 5 is close but
 pre-tokenizer leaves out the mark where a text starts with a space), so the mark is put here.
 """
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,8 +17,10 @@ import tokenizers
 from tokenizers import normalizers, pre_tokenizers
 
 from stf_jax.data.conversation import IMAGE_MARKER
+from stf_jax.util.files import read_json
 
 IMAGE_TOKEN_ID = -200
+IGNORED_LABEL = -100  # of a position that is not supervised
 
 _WORD_START = "▁"
 _LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", None)
@@ -105,7 +106,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
     path = Path(directory)
-    config = _read_json(path / "tokenizer_config.json")
+    config = _read_some(path / "tokenizer_config.json")
     from_model = (path / "tokenizer.model").is_file() and (
         config.get("tokenizer_class") in _LLAMA_CLASSES
     )
@@ -130,7 +131,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     backend.no_truncation()
     if from_model:
         # transformers 5 drops this key when it saves; the tokenizer.json beside it still tells.
-        beside = _read_json(path / "tokenizer.json").get("pre_tokenizer") or {}
+        beside = _read_some(path / "tokenizer.json").get("pre_tokenizer") or {}
         marks_start = not config.get("legacy", beside.get("prepend_scheme") != "first")
         # Without a config transformers 5 leaves BOS out, which LLaMA needs.
         puts_bos = bool(config.get("add_bos_token", True))
@@ -160,16 +161,9 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     )
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); copy it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds {type(content).__name__}, not an object; copy it again")
-    return content
+def _read_some(path: Path) -> Mapping[str, Any]:
+    """What a JSON file holds: nothing where there is no file."""
+    return read_json(path) if path.is_file() else {}
 
 
 def _normalize_like_sentencepiece(backend: tokenizers.Tokenizer, *, marks_start: bool) -> None:

@@ -1,7 +1,6 @@
 """The scenes of a run on disk: JPEG pictures, LLaVA's JSON to train on, questions held out."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from PIL import Image
 
 from stf_jax.demo import scenes
 from stf_jax.demo.scenes import MOST, Question, Scans, Scene
-from stf_jax.util.files import new_directory
+from stf_jax.util.files import new_directory, read_json, write_json
 
 PICTURES = "pictures"
 CAPTIONS = "captions.json"
@@ -59,14 +58,14 @@ def write_corpus(out: Path, *, train: int, held_out: int, seed: int) -> None:
         for name, content in (
             (CAPTIONS, captions), (CONVERSATIONS, conversations), (HELD_OUT, unseen),
         ):  # fmt: skip
-            (folder / name).write_text(json.dumps(content, indent=1) + "\n")
+            write_json(folder / name, content, indent=1)
 
 
 def read_held_out(folder: Path) -> list[HeldOut]:
     """The questions that `write_corpus` held out, scene after scene."""
     return [
         HeldOut(**one | {"question": Question(**one["question"])})
-        for one in json.loads((folder / HELD_OUT).read_text())
+        for one in read_json(folder / HELD_OUT, list)
     ]
 
 

@@ -1,7 +1,6 @@
 """What a trained arm answers about held-out scenes, and what an answer costs."""
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -9,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-import stf_jax
 from stf_jax.demo.corpus import PICTURES, HeldOut
 from stf_jax.demo.scenes import KINDS
+from stf_jax.infer.load import load
+from stf_jax.infer.model import Model, Request
 from stf_jax.models import flops
+from stf_jax.util.files import read_json, write_json
 
 BATCH = 100
 LONGEST_ANSWER = 6  # tokens: two colours, two digits, a comma and the end of sequence
@@ -70,7 +71,7 @@ def answer_all(
 ) -> list[str]:
     """The greedy answer to each question; `out` keeps them, so that they are generated once."""
     if not out.is_file():
-        loaded = stf_jax.load(model, dtype="float32")
+        loaded = load(model, dtype="float32")
         answers: list[str] = []
         for start in range(0, len(asked), BATCH):
             answers += [
@@ -81,24 +82,20 @@ def answer_all(
             ]
             progress(len(answers), len(asked))
         content = {"answers": answers, "cost": dataclasses.asdict(_cost(loaded, asked, corpus))}
-        unfinished = out.with_name(f".{out.name}.unfinished")
-        unfinished.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(content, indent=1) + "\n")
-        unfinished.replace(out)
-    found: list[str] = json.loads(out.read_text())["answers"]
-    return found
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, content, indent=1)
+    return list(read_json(out)["answers"])
 
 
 def read_cost(out: Path) -> Cost:
     """What `answer_all` has measured on the way."""
-    return Cost(**json.loads(out.read_text())["cost"])
+    return Cost(**read_json(out)["cost"])
 
 
-def requests(asked: Sequence[HeldOut], corpus: Path) -> list[stf_jax.Request]:
+def requests(asked: Sequence[HeldOut], corpus: Path) -> list[Request]:
     """As a user would ask."""
     return [
-        stf_jax.Request(prompt=one.question.text, images=[corpus / PICTURES / one.picture])
-        for one in asked
+        Request(prompt=one.question.text, images=[corpus / PICTURES / one.picture]) for one in asked
     ]
 
 
@@ -111,7 +108,7 @@ def scores(asked: Sequence[HeldOut], answers: Sequence[str]) -> dict[str, Score]
     return {kind: Score(right=sum(hits), asked=len(hits)) for kind, hits in right.items()}
 
 
-def _cost(model: stf_jax.Model, asked: Sequence[HeldOut], corpus: Path) -> Cost:
+def _cost(model: Model, asked: Sequence[HeldOut], corpus: Path) -> Cost:
     batch = requests(asked[:BATCH], corpus)
     seconds = []
     for _ in range(6):

@@ -33,9 +33,10 @@ from stf_jax.demo.pretraining import LANGUAGE, TOWER
 from stf_jax.demo.results import ArmResult, Results
 from stf_jax.demo.tower import VISION
 from stf_jax.demo.variants import Arm, all_arms
-from stf_jax.systems.base import LlavaConfig
+from stf_jax.store.run import METRICS, open_model
 from stf_jax.train.config import TrainConfig
 from stf_jax.train.loop import train
+from stf_jax.util.files import read_json, read_jsonl, write_json
 from stf_jax.util.progress import count_progress
 
 SETTINGS, SCENES = "settings.json", "scenes"
@@ -183,13 +184,13 @@ def claim(out: Path, settings: Settings) -> None:
     """
     wanted = json.loads(json.dumps(dataclasses.asdict(settings)))
     if (out / SETTINGS).is_file():
-        if json.loads((out / SETTINGS).read_text()) != wanted:
+        if read_json(out / SETTINGS, fix="choose another --out") != wanted:
             raise DemoError(f"{out} holds a demo of other settings; choose another --out")
         return
     if out.exists() and any(out.iterdir()):
         raise DemoError(f"{out} holds something else than a demo; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    (out / SETTINGS).write_text(json.dumps(wanted, indent=1) + "\n")
+    write_json(out / SETTINGS, wanted, indent=1)
 
 
 def _draw(out: Path, settings: Settings) -> None:
@@ -248,15 +249,9 @@ def _export(arm: str, out: Path) -> None:
     best, trained = out / "best", out / arm / "stage2"
     if best.is_dir():
         return
-    layout: Any = _config(trained).system.layout
+    layout: Any = open_model(trained).config.system.layout
     _show("convert", "export", trained, best, "--layout", layout)
     export_checkpoint(trained, best, layout=layout)
-
-
-def _config(trained: Path) -> LlavaConfig:
-    from stf_jax.store.run import open_model
-
-    return open_model(trained).config
 
 
 def _dataset(out: Path, name: str) -> Path:
@@ -265,8 +260,7 @@ def _dataset(out: Path, name: str) -> Path:
 
 def read_metrics(run_folder: Path) -> tuple[dict[str, Any], ...]:
     """The records of every step of a training run."""
-    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
-    return tuple(json.loads(line) for line in lines)
+    return tuple(read_jsonl(run_folder / METRICS).values())
 
 
 def command(*arguments: object) -> str:

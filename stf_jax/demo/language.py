@@ -9,7 +9,6 @@ cell, others one for each window of 2x2 cells, so that it can read either number
 import dataclasses
 import functools
 import io
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,16 +23,17 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from stf_jax.config.text import TextConfig
-from stf_jax.data.batch import IGNORED_LABEL, Batch
+from stf_jax.data.batch import Batch
 from stf_jax.data.conversation import get_template
 from stf_jax.data.encoding import encode_conversation, expand_conversation
-from stf_jax.data.tokenizer import IMAGE_TOKEN_ID, Tokenizer
+from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID, Tokenizer
 from stf_jax.demo import scenes
 from stf_jax.demo.scenes import CAPTIONS, GRID, KINDS, MOST, NAMES, Scene
 from stf_jax.models.layers import Init
 from stf_jax.models.llama import Llama
 from stf_jax.models.llava import marks_of
 from stf_jax.store.checkpoint import flatten, unflatten
+from stf_jax.util.files import write_json
 
 VOCABULARY = 544
 
@@ -80,8 +80,8 @@ def write_tokenizer(folder: Path, *, seed: int = 0) -> None:
         "add_eos_token": False,
         "model_max_length": TEXT.max_positions,
     } | special
-    (folder / "tokenizer_config.json").write_text(json.dumps(content, indent=2) + "\n")
-    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
+    write_json(folder / "tokenizer_config.json", content, indent=2)
+    write_json(folder / "special_tokens_map.json", special, indent=2)
 
 
 _STDDEV = 0.5  # of embeddings and codes

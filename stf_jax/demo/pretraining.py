@@ -7,7 +7,6 @@ learnt to talk about scenes, but that has never seen a picture. Both are written
 `transformers`, as PyTorch users have them.
 """
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from stf_jax.demo import language, tower
 from stf_jax.demo.language import TEXT, Phase, train_language, write_tokenizer
 from stf_jax.demo.tower import VISION, train_tower
 from stf_jax.models.weights import Entry
-from stf_jax.util.files import new_directory
+from stf_jax.util.files import new_directory, write_json
 
 DATA = Path(__file__).parent / "data"
 LANGUAGE, TOWER = DATA / "language", DATA / "tower"
@@ -72,7 +71,7 @@ def _make_tower(folder: Path, *, steps: int, scenes: int, seed: int) -> None:
         # CLIP has this norm; LLaVA never runs it.
         | {f"{TOWER_PREFIX}post_layernorm.{kind}": array for kind, array in norm.items()},
     )
-    _write_json(folder / "preprocessor_config.json", _PREPROCESSOR)
+    write_json(folder / "preprocessor_config.json", _PREPROCESSOR, indent=2)
 
 
 def _make_language(folder: Path, *, phases: Sequence[Phase], seed: int) -> None:
@@ -98,15 +97,11 @@ def _tensors(entries: Sequence[Entry], leaves: Mapping[str, Any]) -> dict[str, A
 
 def _write(folder: Path, config: Mapping[str, Any], tensors: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "config.json", {**config, "torch_dtype": "float32"})
+    write_json(folder / "config.json", {**config, "torch_dtype": "float32"}, indent=2)
     file = folder / "model.safetensors"
     safetensors.numpy.save_file(tensors, file, {"format": "pt"})
     # It is written for its owner alone.
     file.chmod(0o644)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _say(text: str) -> None:

@@ -1,12 +1,12 @@
 """What a run has found: every number of the report, as it lies in `results.json`."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stf_jax.demo.evaluation import Cost, Score
+from stf_jax.util.files import write_json
 
 BASELINE, CLAIM = "average", "stf_mbtf"
 
@@ -92,4 +92,4 @@ class Results:
             "settings": dict(self.settings),
             "arms": {arm.name: arm.to_json() for arm in self.arms},
         }
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(path, content, indent=1)

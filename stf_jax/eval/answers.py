@@ -9,8 +9,9 @@ from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from stf_jax.eval.files import name_some, read_jsonl
+from stf_jax.eval.files import read_jsonl
 from stf_jax.eval.questions import Question
+from stf_jax.util.files import name_some
 
 Key = TypeVar("Key", bound=Hashable)
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from stf_jax.eval.answers import AnswerRecord, by_id, pair
-from stf_jax.eval.files import name_some, read_jsonl
+from stf_jax.eval.files import read_jsonl
 from stf_jax.eval.questions import Decoding, Question
+from stf_jax.util.files import name_some
 
 # By role ("questions", "images", "annotations", ...).
 Paths = Mapping[str, Path]

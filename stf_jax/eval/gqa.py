@@ -5,8 +5,9 @@ from pathlib import Path
 
 from stf_jax.eval.answers import AnswerRecord, by_id, pair
 from stf_jax.eval.benchmark import Benchmark, Paths, Score
-from stf_jax.eval.files import check_fields, check_kinds, read_json, write_json
+from stf_jax.eval.files import check_fields, check_kinds
 from stf_jax.eval.questions import read_llava_questions
+from stf_jax.util.files import read_json, write_json
 
 
 def _prediction(answer: AnswerRecord) -> str:
@@ -15,7 +16,7 @@ def _prediction(answer: AnswerRecord) -> str:
 
 def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -> Score:
     path = paths["annotations"]
-    truth = read_json(path, dict)
+    truth = read_json(path)
     check_fields(path, list(truth.items()), ("answer",))
     check_kinds(path, list(truth.items()), {"answer": str})
     paired = pair(list(truth), answers, key=by_id, answered_only=answered_only)

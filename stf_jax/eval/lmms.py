@@ -11,8 +11,10 @@ from typing import Any
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
-import stf_jax
 from stf_jax.data.conversation import IMAGE_MARKER
+from stf_jax.infer.load import load
+from stf_jax.infer.model import Request
+from stf_jax.infer.sampling import GREEDY, Sampling
 
 # Pictures of so many questions are in memory at a time.
 _CHUNK = 256
@@ -47,7 +49,7 @@ class StfJax(lmms):
         device: str | None = None,
     ) -> None:
         super().__init__()
-        self._model = stf_jax.load(path, dtype=dtype, vision_tower=vision_tower)
+        self._model = load(path, dtype=dtype, vision_tower=vision_tower)
         self._template, self._slots = template, int(batch_size)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
@@ -75,21 +77,21 @@ class StfJax(lmms):
         """Refused."""
         raise NotImplementedError("stf_jax generates only; choose tasks of generate_until")
 
-    def _request(self, request: Any) -> stf_jax.Request:
+    def _request(self, request: Any) -> Request:
         context, _, pictures_of, document, task, split = request.args
         pictures = list(pictures_of(self.task_dict[task][split][document]) or ())
         # Where marks and pictures do not match, the pictures come first.
         if context.count(IMAGE_MARKER) != len(pictures):
             context = context.replace(IMAGE_MARKER, "")
-        return stf_jax.Request(prompt=context, images=pictures)
+        return Request(prompt=context, images=pictures)
 
 
 def _options(asked: Mapping[str, Any]) -> dict[str, Any]:
     """Generation arguments of `transformers` as ours."""
     sampled = asked.get("do_sample", True) and (asked.get("temperature") or 0) > 0
-    sampling = stf_jax.Sampling()
+    sampling = GREEDY
     if sampled:
-        sampling = stf_jax.Sampling(
+        sampling = Sampling(
             temperature=asked["temperature"],
             top_p=asked.get("top_p") or 1.0,
             top_k=asked.get("top_k") or 0,

@@ -12,8 +12,9 @@ from typing import Any
 
 from stf_jax.eval.answers import AnswerRecord, by_id, pair
 from stf_jax.eval.benchmark import Benchmark, Paths, Score
-from stf_jax.eval.files import check_fields, name_some, write_whole
+from stf_jax.eval.files import check_fields
 from stf_jax.eval.questions import OPTION_LETTER, Decoding, Question, image_prompt
+from stf_jax.util.files import name_some, write_whole
 
 _LETTERS = "ABCD"
 _ROTATION = 1_000_000
@@ -178,7 +179,8 @@ def _submit(paths: Paths, answers: Sequence[AnswerRecord], folder: Path, *, name
             else:
                 cell.value = value
     out = folder / f"{name}.xlsx"
-    write_whole(out, book.save)
+    with write_whole(out) as unfinished:
+        book.save(unfinished)
     return out
 
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from stf_jax.eval.answers import AnswerRecord, pair
 from stf_jax.eval.benchmark import Benchmark, Paths, Score
-from stf_jax.eval.files import read_text, write_text
 from stf_jax.eval.questions import read_llava_questions
+from stf_jax.util.files import read_text, write_text
 
 PERCEPTION = (
     "existence",

@@ -10,8 +10,8 @@ from typing import Any
 
 from stf_jax.data.conversation import get_template, render_prompt
 from stf_jax.eval.benchmark import Benchmark, Paths
-from stf_jax.eval.files import read_json, sha256, write_text
 from stf_jax.eval.questions import Answerer, Question
+from stf_jax.util.files import read_json, sha256, write_json
 
 NAME = "protocol.json"
 
@@ -61,9 +61,9 @@ def settle(folder: Path, protocol: Mapping[str, Any]) -> None:
                 f"{found[0]}: there is no {NAME} that says who answered, and how; score it as it "
                 "is with --answers, or give another --out"
             )
-        write_text(path, json.dumps(protocol, indent=2, ensure_ascii=False) + "\n")
+        write_json(path, protocol, indent=2)
         return
-    stored = read_json(path, dict)
+    stored = read_json(path)
     if different := _differences(stored, protocol):
         raise ValueError(
             f"{path}: the answers there were given under another protocol "
@@ -91,4 +91,4 @@ def _differences(stored: Any, now: Any, name: str = "") -> list[str]:
 def stored_beside(answers: Path) -> dict[str, Any] | None:
     """The protocol of an answer file; None if it came without, as the reference's do."""
     path = answers.with_name(NAME)
-    return read_json(path, dict) if path.exists() else None
+    return read_json(path) if path.exists() else None

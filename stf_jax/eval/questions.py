@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from stf_jax.data.conversation import IMAGE_MARKER
-from stf_jax.eval.files import check_kinds, name_some, read_jsonl
+from stf_jax.eval.files import check_kinds, read_jsonl
+from stf_jax.util.files import name_some
 
 # What the reference appends to a question with lettered options.
 OPTION_LETTER = "Answer with the option's letter from the given choices directly."

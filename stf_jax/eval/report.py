@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from stf_jax.eval.files import name_some
 from stf_jax.eval.registry import BENCHMARKS
 from stf_jax.eval.runner import Result
+from stf_jax.util.files import name_some
 
 
 def render(results: Sequence[Result]) -> str:

@@ -1,7 +1,6 @@
 """A benchmark from its official files to a score: ask, record, submit, score."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,11 @@ from typing import Any
 from stf_jax.eval import protocol
 from stf_jax.eval.answers import AnswerRecord, read_answers
 from stf_jax.eval.benchmark import Benchmark, Score
-from stf_jax.eval.files import check_there, name_some, write_text
+from stf_jax.eval.files import check_there
 from stf_jax.eval.hosts import Alone, Hosts
 from stf_jax.eval.journal import AnswerLog, share
 from stf_jax.eval.questions import Answerer, Question, check_markers, missing_pictures
+from stf_jax.util.files import name_some, write_json
 
 ANSWERS = "answers.jsonl"
 SCORES = "scores.json"
@@ -99,7 +99,7 @@ def prepare(
     if lost := missing_pictures(questions[:limit]):
         raise ValueError(
             f"{benchmark.name}: {len(lost)} pictures are not there "
-            f"({name_some([str(path) for path in lost], limit=_NAMED)}); fetch them, or give their "
+            f"({name_some(lost, most=_NAMED)}); fetch them, or give their "
             "folder with --path images=DIR"
         )
     _check_truth(benchmark, located, questions)
@@ -259,8 +259,7 @@ def _finish(
         files=protocol.hashes({"answers": path, **scored}),
     )
     if out is not None:
-        text = json.dumps(result.to_json(), indent=2, ensure_ascii=False)
         # A try-out leaves the scores of all questions alone.
         name = SCORES if limit is None else TRY_OUT_SCORES.format(limit)
-        write_text(out / name, f"{text}\n")
+        write_json(out / name, result.to_json(), indent=2)
     return result

@@ -8,8 +8,9 @@ from typing import Any
 from stf_jax.data.conversation import IMAGE_MARKER
 from stf_jax.eval.answers import AnswerRecord, by_id, pair
 from stf_jax.eval.benchmark import Benchmark, Paths, Score
-from stf_jax.eval.files import check_fields, check_kinds, name_some, read_json
+from stf_jax.eval.files import check_fields, check_kinds
 from stf_jax.eval.questions import OPTION_LETTER, Decoding, Question, image_prompt
+from stf_jax.util.files import name_some, read_json
 
 _LETTERS = "ABCDE"
 # The last dot is the reference's: any character but a newline.
@@ -70,8 +71,8 @@ def _choice(text: str, choices: int) -> int | None:
 
 
 def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -> Score:
-    split = read_json(paths["splits"], dict)
-    problems = read_json(paths["problems"], dict)
+    split = read_json(paths["splits"])
+    problems = read_json(paths["problems"])
     if not isinstance(split.get("test"), list):
         raise ValueError(f"{paths['splits']}: has no split 'test'; fetch the official file again")
     if lost := [one for one in split["test"] if one not in problems]:

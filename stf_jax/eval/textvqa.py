@@ -8,8 +8,9 @@ from typing import Any
 from stf_jax.eval.answers import AnswerRecord, pair
 from stf_jax.eval.benchmark import Benchmark, Paths, Score
 from stf_jax.eval.evalai import normalise_answer
-from stf_jax.eval.files import check_fields, check_kinds, read_json
+from stf_jax.eval.files import check_fields, check_kinds
 from stf_jax.eval.questions import read_llava_questions
+from stf_jax.util.files import read_json
 
 _PEOPLE = 10
 _ENOUGH = 3
@@ -44,7 +45,7 @@ def _sum(values: Iterable[float]) -> float:
 
 def _truth(paths: Paths) -> list[dict[str, Any]]:
     path = paths["annotations"]
-    content = read_json(path, dict)
+    content = read_json(path)
     check_fields(path, [("it", content)], ("data",))
     check_kinds(path, [("it", content)], {"data": list})
     entries = content["data"]

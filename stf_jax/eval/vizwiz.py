@@ -6,8 +6,9 @@ from pathlib import Path
 from stf_jax.eval.answers import AnswerRecord, by_id
 from stf_jax.eval.benchmark import Benchmark, Paths, score_on_server
 from stf_jax.eval.evalai import normalise_answer
-from stf_jax.eval.files import read_jsonl, write_json
+from stf_jax.eval.files import read_jsonl
 from stf_jax.eval.questions import read_llava_questions
+from stf_jax.util.files import write_json
 
 
 def _submit(paths: Paths, answers: Sequence[AnswerRecord], folder: Path) -> Path:

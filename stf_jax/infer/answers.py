@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from stf_jax.data.detokenizer import StreamDecoder
-from stf_jax.data.tokenizer import Tokenizer
+from stf_jax.data.tokenizer import IMAGE_TOKEN_ID, Tokenizer
+from stf_jax.infer.prompts import Prompt
 from stf_jax.infer.stopping import StopStrings
 
 
@@ -55,6 +56,16 @@ class AnswerBuilder:
         # What was kept back may have held the end of a stop string.
         self.finished |= self._stops.stopped
         return self._emit(text)
+
+    def build(self, prompt: Prompt) -> Answer:
+        """The answer to `prompt`, when nothing more comes."""
+        return Answer(
+            text=self.text.strip(),
+            token_ids=self.token_ids,
+            prompt_tokens=len(prompt.ids),
+            vision_tokens=int((prompt.ids == IMAGE_TOKEN_ID).sum()),
+            finish_reason="stop" if self.finished else "length",
+        )
 
     def _push_one(self, token_id: int) -> str:
         self.token_ids.append(token_id)

@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stf_jax.data.conversation import IMAGE_MARKER, get_template, render_prompt
-from stf_jax.data.images import ImageSource, load_image
-from stf_jax.data.tokenizer import encode_prompt, expand_images
-from stf_jax.infer.answers import AnswerBuilder
+from stf_jax.data.images import ImageSource
 from stf_jax.infer.program import Limits, limit_new_tokens
-from stf_jax.infer.prompts import Prompt
+from stf_jax.infer.prompts import Prompt, make_prompt, read_pixels
 from stf_jax.infer.sampling import GREEDY, Sampling
 from stf_jax.infer.session import Session
 
@@ -75,8 +73,7 @@ class Chat:
         Raises:
           ImageError: a picture that cannot be used.
         """
-        # A photograph is shown upright, as its owner sees it.
-        pixels = self._model.image_processor.pixels(load_image(image, apply_orientation=True))
+        pixels = self._read_pixels(image)
         name = str(image) if isinstance(image, str | Path) else "picture"
         self._pending.append(Picture(name=name, pixels=pixels))
 
@@ -92,11 +89,7 @@ class Chat:
             raise ValueError("the question is empty; ask something")
         shown = self.pictures + self._pending
         prompt = self._prompt(asked, shown)
-        answer = AnswerBuilder(
-            self._model.tokenizer,
-            eos_ids=self._model.config.text.eos_ids,
-            stops=self._template.stop_strings,
-        )
+        answer = self._model.make_builder(self._template.stop_strings)
         stream = self._session.stream(prompt, limits=self._limits, every=_EVERY)
         try:
             for ids in stream:
@@ -123,11 +116,14 @@ class Chat:
 
     def _prompt(self, question: str, shown: list[Picture]) -> Prompt:
         text = render_prompt(question, template=self._template, history=self.history)
-        ids = encode_prompt(self._model.tokenizer, text)
-        size = self._model.config.image_size
-        pixels = [picture.pixels for picture in shown] or np.zeros((0, size, size, 3), np.float32)
-        return Prompt(
-            ids=expand_images(ids, tokens_per_image=self._model.config.tokens_per_image),
-            pixels=partial(np.asarray, pixels),
+        pixels = [picture.pixels for picture in shown] or [self._read_pixels()]
+        return make_prompt(
+            text,
+            partial(np.concatenate, pixels),
+            tokenizer=self._model.tokenizer,
+            tokens_per_image=self._model.config.tokens_per_image,
             pictures=tuple(shown),
         )
+
+    def _read_pixels(self, *images: ImageSource) -> np.ndarray:
+        return read_pixels(images, self._model.image_processor, upright=True)

@@ -6,7 +6,6 @@ taking over the cache of its prefix. A round is: insert requests into free slots
 devices until enough slots are free again, look at the tokens. The next pictures are read meanwhile.
 """
 
-import contextlib
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from stf_jax.infer.prompts import Prompt, bucket, pad_prompts
 from stf_jax.infer.sampling import Sampling
 from stf_jax.models.cache import CacheDType, KVCache
 from stf_jax.models.llava import Llava
+from stf_jax.util.errors import explain_memory
 
 # Takes a prompt's number and its new ids; returns whether the answer is to go on.
 Take = Callable[[int, Int[np.ndarray, "new"]], bool]
@@ -93,7 +93,11 @@ class Engine:
         slots, rows = batch_sizes(slots, multiple=self.program.row_multiple)
         longest = max(len(prompt.ids) for prompt in prompts) + limits.max_new_tokens
         context = bucket(min(longest, self.config.text.max_positions))
-        with _enough_memory(slots, context), ThreadPoolExecutor(_READERS) as readers:
+        shortage = (
+            f"{slots} slots of {context} positions do not fit into the memory of a device; give "
+            "fewer slots, a cache of int8 or a larger mesh"
+        )
+        with explain_memory(shortage), ThreadPoolExecutor(_READERS) as readers:
             state = self.program.start(
                 slots=slots, context=context, new=bucket(limits.max_new_tokens)
             )
@@ -145,21 +149,6 @@ class Engine:
         if any(prompt.ids[-1] == IMAGE_TOKEN_ID for prompt in prompts):
             raise ValueError("a prompt ends in a picture; put text behind it")
         return most
-
-
-@contextlib.contextmanager
-def _enough_memory(slots: int, context: int) -> Iterator[None]:
-    """Within it, what no device has memory for is one line that says what to change."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise ValueError(
-            f"{slots} slots of {context} positions do not fit into the memory of a device; give "
-            "fewer slots, a cache of int8 or a larger mesh "
-            f"({str(error).strip().partition(chr(10))[0]})"
-        ) from error
 
 
 def batch_sizes(slots: int, *, multiple: int) -> tuple[int, int]:

@@ -6,17 +6,19 @@ model = stf_jax.load("llava-stf-7b")
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 from jax.sharding import Mesh
 
 from stf_jax.data.conversation import IMAGE_MARKER, Template, get_template, render_prompt
-from stf_jax.data.images import ImageProcessor, ImageSource, load_image
-from stf_jax.data.tokenizer import IMAGE_TOKEN_ID, Tokenizer, encode_prompt, expand_images
+from stf_jax.data.images import ImageProcessor, ImageSource
+from stf_jax.data.tokenizer import Tokenizer
 from stf_jax.infer.answers import Answer, AnswerBuilder
 from stf_jax.infer.engine import Engine
-from stf_jax.infer.prompts import Prompt
+from stf_jax.infer.prompts import Prompt, make_prompt, read_pixels
 from stf_jax.infer.sampling import GREEDY, Sampling
 from stf_jax.models.cache import CacheDType
 from stf_jax.models.llava import Llava
@@ -95,27 +97,67 @@ class Model:
         form = get_template(template)
         stops = (*form.stop_strings, *([stop] if isinstance(stop, str) else stop))
         prompts = [self._prompt(request, form) for request in requests]
-        eos_ids = self.config.text.eos_ids
-        builders = [AnswerBuilder(self.tokenizer, eos_ids=eos_ids, stops=stops) for _ in prompts]
-        every = _STREAM_EVERY if on_text else _STOP_EVERY if stops else max_new_tokens
-        emit = on_text or (lambda index, text: None)
+        answers = dict(
+            self.answer(
+                prompts,
+                slots=min(slots, len(prompts)),
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                stops=stops,
+                on_text=on_text,
+            )
+        )
+        return [answers[number] for number in range(len(prompts))]
 
-        def take(index: int, ids: np.ndarray) -> bool:
-            if text := builders[index].push(ids):
-                emit(index, text)
-            return not builders[index].finished
+    def answer(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        stops: Sequence[str],
+        max_new_tokens: int,
+        sampling: Sampling,
+        slots: int,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> Iterator[tuple[int, Answer]]:
+        """Yields the number of a prompt and its answer, in the order in which they are complete.
 
-        for index in self.engine.run(
+        Args:
+            prompts: their pixels may be made when they are needed, in other threads.
+            stops: strings that end an answer.
+            max_new_tokens: as for `generate`, and likewise the others.
+            sampling: likewise.
+            slots: likewise.
+            on_text: likewise.
+
+        Raises:
+            ValueError: as `generate`.
+        """
+        builders = defaultdict[int, AnswerBuilder](partial(self.make_builder, stops))
+        _ = builders[0]  # Stops that cannot be are refused now, before the first token.
+
+        def emit(number: int, text: str) -> None:
+            if text and on_text:
+                on_text(number, text)
+
+        def take(number: int, ids: np.ndarray) -> bool:
+            emit(number, builders[number].push(ids))
+            return not builders[number].finished
+
+        for number in self.engine.run(
             prompts,
-            slots=min(slots, len(prompts)),
+            slots=slots,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            every=every,
+            every=_STREAM_EVERY if on_text else _STOP_EVERY if stops else max_new_tokens,
             take=take,
         ):
-            if text := builders[index].finish():
-                emit(index, text)
-        return [self._answer(*pair) for pair in zip(builders, prompts, strict=True)]
+            builder = builders.pop(number)
+            emit(number, builder.finish())
+            yield number, builder.build(prompts[number])
+
+    def make_builder(self, stops: Sequence[str]) -> AnswerBuilder:
+        """What turns this model's ids into text."""
+        return AnswerBuilder(self.tokenizer, eos_ids=self.config.text.eos_ids, stops=stops)
 
     def _prompt(self, request: Request, template: Template) -> Prompt:
         """Text to ids with a placeholder for each vision token, pictures to pixels."""
@@ -136,24 +178,11 @@ class Model:
             )
         if not request.prompt.replace(IMAGE_MARKER, "").strip():
             raise ValueError("the prompt is empty; ask something")
-        ids = encode_prompt(self.tokenizer, render_prompt(question, template=template))
-        # A photograph is shown upright, as its owner sees it.
-        pictures = [load_image(image, apply_orientation=True) for image in images]
-        size = self.config.image_size
-        pixels = np.zeros((len(pictures), size, size, 3), np.float32)
-        for picture, out in zip(pictures, pixels, strict=True):
-            out[...] = self.image_processor.pixels(picture)
-        return Prompt(
-            ids=expand_images(ids, tokens_per_image=self.config.tokens_per_image),
-            pixels=pixels,
-            pictures=hashlib.sha256(pixels.tobytes()).digest() if pictures else None,
-        )
-
-    def _answer(self, builder: AnswerBuilder, prompt: Prompt) -> Answer:
-        return Answer(
-            text=builder.text.strip(),
-            token_ids=builder.token_ids,
-            prompt_tokens=len(prompt.ids),
-            vision_tokens=int((prompt.ids == IMAGE_TOKEN_ID).sum()),
-            finish_reason="stop" if builder.finished else "length",
+        pixels = read_pixels(images, self.image_processor, upright=True)
+        return make_prompt(
+            render_prompt(question, template=template),
+            pixels,
+            tokenizer=self.tokenizer,
+            tokens_per_image=self.config.tokens_per_image,
+            pictures=hashlib.sha256(pixels.tobytes()).digest() if images else None,
         )

@@ -2,12 +2,20 @@
 
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from stf_jax.data.batch import IGNORED_LABEL, Batch
-from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
+from stf_jax.data.batch import Batch
+from stf_jax.data.images import ImageError, ImageProcessor, ImageSource, load_image
+from stf_jax.data.tokenizer import (
+    IGNORED_LABEL,
+    IMAGE_TOKEN_ID,
+    Tokenizer,
+    encode_prompt,
+    expand_images,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,6 +48,57 @@ class Prompt:
     def load(self) -> np.ndarray:
         """The pixels."""
         return self.pixels() if callable(self.pixels) else self.pixels
+
+
+def make_prompt(
+    text: str,
+    pixels: np.ndarray | Callable[[], np.ndarray],
+    *,
+    tokenizer: Tokenizer,
+    tokens_per_image: int,
+    pictures: Hashable | None = None,
+) -> Prompt:
+    """`text`, in a template's form, as ids with placeholders for every image.
+
+    Args:
+        text: with an `<image>` for each image.
+        pixels: from `read_pixels`, or what calls it when they are needed.
+        tokenizer: of the model.
+        tokens_per_image: of the model.
+        pictures: as the prompt's.
+    """
+    ids = expand_images(encode_prompt(tokenizer, text), tokens_per_image=tokens_per_image)
+    return Prompt(ids=ids, pixels=pixels, pictures=pictures)
+
+
+def read_pixels(
+    images: Sequence[ImageSource],
+    image_processor: ImageProcessor,
+    *,
+    upright: bool,
+    unnamed: str = "the picture",
+) -> np.ndarray:
+    """What the tower sees of images: float32 [images, S, S, 3].
+
+    Args:
+        images: where they come from.
+        image_processor: of the model.
+        upright: turn a photograph as its owner sees it; LLaVA's own code ignores EXIF.
+        unnamed: what errors call an image that is no file.
+
+    Raises:
+        ImageError: an image that cannot be used, by its name.
+    """
+    size = image_processor.image_size
+    pixels = np.zeros((len(images), size, size, 3), np.float32)
+    for image, out in zip(images, pixels, strict=True):
+        name = str(image) if isinstance(image, str | Path) else unnamed
+        loaded = load_image(image, name=name, apply_orientation=upright)
+        try:
+            out[...] = image_processor.pixels(loaded)
+        except ImageError as error:
+            raise ImageError(f"{name}: {error}") from error
+    return pixels
 
 
 def bucket(length: int, *, least: int = 64) -> int:

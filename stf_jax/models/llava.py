@@ -9,7 +9,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from stf_jax.data.batch import IGNORED_LABEL, Batch
+from stf_jax.data.batch import Batch
+from stf_jax.data.tokenizer import IGNORED_LABEL
 from stf_jax.models.attention import IMAGE, TEXT, Marks
 from stf_jax.models.cache import CacheDType, KVCache
 from stf_jax.models.clip import VisionTower

@@ -26,6 +26,7 @@ from stf_jax.systems import named_config
 from stf_jax.systems.base import LlavaConfig
 from stf_jax.train.config import TrainConfig
 from stf_jax.train.program import make_program
+from stf_jax.util.errors import DeviceMemoryError, explain_memory
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -145,11 +146,10 @@ def compile_and_read(compile: Callable[[dict[str, Any]], Any]) -> tuple[Any, str
         # The text is the compiler's own: JAX cannot read back all that it makes of a long program.
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
-            compiled = compile(options)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            return needed(str(error)), ""
+            with explain_memory("the program does not fit into the memory of a device"):
+                compiled = compile(options)
+        except DeviceMemoryError as error:
+            return needed(str(error.__cause__)), ""
         (text,) = (path.read_text() for path in Path(folder).glob("*.after_codegen.txt"))
     return compiled, text
 

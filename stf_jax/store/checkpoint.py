@@ -27,7 +27,7 @@ from stf_jax.systems import config_from_dict
 from stf_jax.systems.base import LlavaConfig
 from stf_jax.systems.older import older_path, upgrade_config, upgrade_path
 from stf_jax.util.errors import CheckpointError, missing
-from stf_jax.util.files import absolute, file_size, list_some, new_directory
+from stf_jax.util.files import absolute, file_size, list_some, new_directory, read_json
 
 FORMAT = "stf_jax"
 VERSION = 2
@@ -63,8 +63,8 @@ def is_native(path: epath.PathLike) -> bool:
     if not config.is_file():
         return False
     try:
-        return bool(json.loads(config.read_text()).get("format") == FORMAT)
-    except (ValueError, AttributeError):
+        return bool(read_json(config).get("format") == FORMAT)
+    except ValueError:
         return False
 
 
@@ -113,7 +113,7 @@ def open_native(path: epath.PathLike) -> "NativeCheckpoint":
         raise CheckpointError(
             f"{path} is not a native checkpoint; `stf-jax convert import` makes one from PyTorch's"
         )
-    content = json.loads((path / _CONFIG).read_text())
+    content = read_json(path / _CONFIG)
     version, model, files = (content.get(key) for key in ("version", "model", "files"))
     if isinstance(version, int) and not _OLDEST <= version <= VERSION:
         raise CheckpointError(

@@ -20,7 +20,7 @@ from etils import epath
 from stf_jax.store.checkpoint import flatten
 from stf_jax.systems.older import is_older, older_path, upgrade_path
 from stf_jax.train.step import TrainState
-from stf_jax.util.errors import CheckpointError
+from stf_jax.util.errors import CheckpointError, first_line
 
 # What decides the numbers of a run; recorded to explain them, not to refuse a resumption.
 _VERSIONS = ("stf-jax", "jax", "flax", "optax", "orbax-checkpoint")
@@ -124,10 +124,9 @@ class Checkpoints:
         try:
             yield
         except (OSError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
             raise CheckpointError(
-                f"{self._directory}: no checkpoint can be written ({reason}); see that there is "
-                "room and that it may be written to"
+                f"{self._directory}: no checkpoint can be written ({first_line(error)}); see "
+                "that there is room and that it may be written to"
             ) from error
 
     def restore(self, like: TrainState) -> TrainState:

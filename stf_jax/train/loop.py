@@ -40,7 +40,8 @@ from stf_jax.train.optimizer import Parameters, schedule
 from stf_jax.train.program import TrainProgram, make_program
 from stf_jax.train.screen import first_screen
 from stf_jax.train.step import Metrics, TrainState, init_state
-from stf_jax.util.files import absolute
+from stf_jax.util.errors import explain_memory
+from stf_jax.util.files import absolute, write_text
 
 Ending = Literal["finished", "interrupted"]
 
@@ -106,7 +107,11 @@ def train(config: TrainConfig) -> Ending:
         state, frozen = _parameters(config, first, checkpoints, program)
         # While it is written the step is compiled; no step runs before a full disk is found out.
         checkpoints.save(start, state)
-        step = _compile(program)
+        with explain_memory(
+            "a training step does not fit into the memory of a device; use more micro_batches, "
+            "remat full, a larger mesh or fewer images_per_row"
+        ):
+            step = program.compile()
         checkpoints.wait()
         _say(first_screen(config, first, data, program, step, steps=steps, start=start))
         log = stack.enter_context(
@@ -315,11 +320,9 @@ def _fingerprint(first: NativeCheckpoint, data: TrainingData) -> dict[str, Any]:
 
 
 def _write_config(config: TrainConfig, out: epath.Path) -> None:
-    unfinished = out / f".{CONFIG}.unfinished"
     # YAML has no tuples.
     plain = json.loads(json.dumps(config.to_dict()))
-    unfinished.write_text(yaml.safe_dump(plain, sort_keys=False))
-    unfinished.replace(out / CONFIG)
+    write_text(out / CONFIG, yaml.safe_dump(plain, sort_keys=False))
 
 
 def _parameters(
@@ -353,19 +356,6 @@ def _new_adapters(config: TrainConfig, model: LlavaConfig, program: TrainProgram
 
     # Compiled, nothing but the adapters is ever made.
     return jax.jit(make)()
-
-
-def _compile(program: TrainProgram) -> Any:
-    try:
-        return program.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise TrainingError(
-            "a training step does not fit into the memory of a device; use more micro_batches, "
-            "remat full, a larger mesh or fewer images_per_row "
-            f"({str(error).strip().partition(chr(10))[0]})"
-        ) from error
 
 
 def _flops(config: TrainConfig, model: LlavaConfig) -> float:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from stf_jax.store.run import METRICS, TENSORBOARD
+from stf_jax.util.files import write_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,9 +113,7 @@ class MetricsLog:
     def flush(self) -> None:
         """Brings the file up to date where it cannot be appended to, as on gs://."""
         if self._writes and self._file is None:
-            unfinished = self._path.with_name(f".{self._path.name}.unfinished")
-            unfinished.write_text("".join(self._lines))
-            unfinished.replace(self._path)
+            write_text(self._path, "".join(self._lines))
 
     def close(self) -> None:
         """Ends the progress bar and closes the files."""

@@ -15,7 +15,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from stf_jax.data.batch import IGNORED_LABEL, Batch
+from stf_jax.data.batch import Batch
+from stf_jax.data.tokenizer import IGNORED_LABEL
 from stf_jax.models.layers import Remat
 from stf_jax.models.llava import Llava
 from stf_jax.models.lora import DropoutKey

@@ -1,13 +1,39 @@
 """Errors that a user can mend; each message is one line that names the fix."""
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 
 from etils import epath
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read or written; the message names the fix."""
+
+
+class DeviceMemoryError(ValueError):
+    """More than a device has memory for; the cause is XLA's own error, with all its lines."""
+
+
+@contextlib.contextmanager
+def explain_memory(message: str) -> Iterator[None]:
+    """Within it, what no device has memory for is one line: `message`, and what XLA says.
+
+    Raises:
+        DeviceMemoryError: instead of JAX's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # JAX's is one; `stf-jax --help` need not import it
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DeviceMemoryError(f"{message} ({first_line(error)})") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, without the pages that follow."""
+    return str(error).strip().partition("\n")[0]
 
 
 def missing(path: epath.PathLike) -> CheckpointError:

@@ -1,13 +1,187 @@
 """Files: written whole or not at all, read with errors that name the file."""
 
 import contextlib
+import hashlib
+import json
 import os
+import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from etils import epath
 
 from stf_jax.util.errors import CheckpointError
+
+_FIX = "mend it or fetch it again"
+
+# JSON can name half a surrogate pair, such as \ud800 alone, which no UTF-8 can hold.
+_HALF = re.compile(r"[\ud800-\udfff]")
+_ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def read_text(
+    path: epath.PathLike, *, error: type[ValueError] = ValueError, fix: str = _FIX
+) -> str:
+    """The text of a UTF-8 file, without its byte order mark.
+
+    Args:
+        path: local or on gs://.
+        error: what is raised, with one line that names the file.
+        fix: ends that line.
+
+    Raises:
+        ValueError: or `error`, if the file cannot be read or is not UTF-8.
+    """
+    with _explain(path, error, fix):
+        return _decode(epath.Path(path).read_bytes())
+
+
+def read_json(
+    path: epath.PathLike,
+    kind: type = dict,
+    *,
+    error: type[ValueError] = ValueError,
+    fix: str = _FIX,
+) -> Any:
+    """What a JSON file holds, which must be a `kind` (dict or list).
+
+    Raises:
+        ValueError: or `error`, as `read_text`; also for no JSON, JSON of another kind, and text
+            that is no valid unicode.
+    """
+    with _explain(path, error, fix):
+        return decode_json(epath.Path(path).read_bytes(), kind)
+
+
+def read_jsonl(
+    path: epath.PathLike, *, error: type[ValueError] = ValueError, fix: str = _FIX
+) -> dict[int, Any]:
+    """What each line of a file holds, by its number from 1; empty lines are left out.
+
+    Raises:
+        ValueError: or `error`, as `read_json`.
+    """
+    lines: dict[int, Any] = {}
+    with _explain(path, error, fix):
+        text = _decode(epath.Path(path).read_bytes())
+        # Not splitlines(), which would also cut at the odd line separators inside a string.
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                try:
+                    lines[number] = parse_json(line)
+                except ValueError as cause:
+                    raise ValueError(f"line {number} is {cause}") from cause
+        _check_unicode(text, {f"line {number}": line for number, line in lines.items()})
+    return lines
+
+
+def decode_json(data: bytes, kind: type = dict) -> Any:
+    """What the bytes of a JSON file hold, as `read_json`.
+
+    Raises:
+        ValueError: what is wrong with them, in a few words.
+    """
+    text = _decode(data)
+    content = parse_json(text)
+    if not isinstance(content, kind):
+        raise ValueError(f"holds a {type(content).__name__} where a {kind.__name__} is expected")
+    _check_unicode(text, {"": content})
+    return content
+
+
+def parse_json(text: str) -> Any:
+    """What JSON text holds.
+
+    Raises:
+        ValueError: what is wrong with it, in a few words.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("not valid JSON (nested too deeply)") from None
+    except ValueError as error:
+        raise ValueError(f"not valid JSON ({error})") from error
+
+
+@contextlib.contextmanager
+def _explain(path: epath.PathLike, error: type[ValueError], fix: str) -> Iterator[None]:
+    """Within it, what is wrong with a file becomes one line with its name and the fix."""
+    try:
+        yield
+    except OSError as cause:
+        raise error(f"{path}: cannot be read ({cause.strerror or cause}); {fix}") from cause
+    except ValueError as cause:
+        raise error(f"{path}: {cause}; {fix}") from cause
+
+
+def _decode(data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 ({error.reason})") from error
+
+
+def _check_unicode(text: str, parts: Mapping[str, Any]) -> None:
+    """Raises ValueError naming the places in what `text` holds that are no valid unicode."""
+    # Only an escape brings half a pair into what was UTF-8, and hardly any text has one.
+    if not _ESCAPED_HALF.search(text):
+        return
+    halves = []
+    waiting: list[tuple[tuple[str, ...], Any]] = [
+        ((place,), content) for place, content in parts.items()
+    ]
+    for place, content in waiting:  # It grows meanwhile; a recursion would have an end.
+        if isinstance(content, dict):
+            for name, value in content.items():
+                waiting += [((*place, "a name"), name), ((*place, name), value)]
+        elif isinstance(content, list):
+            waiting += [((*place, f"entry {n}"), value) for n, value in enumerate(content, start=1)]
+        elif isinstance(content, str) and _HALF.search(content):
+            halves.append(", ".join(filter(None, place)))
+    if halves:
+        raise ValueError(
+            f"half a surrogate pair, which is no valid unicode, stands in {name_some(halves)}"
+        )
+
+
+@contextlib.contextmanager
+def write_whole(path: epath.PathLike) -> Iterator[epath.Path]:
+    """A file to fill, beside `path`, which takes that name on success and vanishes on failure."""
+    path = epath.Path(path)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: epath.PathLike, text: str) -> None:
+    """Writes `text` as UTF-8, whole or not at all."""
+    with write_whole(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def write_json(path: epath.PathLike, content: Any, *, indent: int | None = None) -> None:
+    """Writes a JSON file whole: without an indent as `json.dump` does, else for people to read."""
+    if indent is None:
+        write_text(path, json.dumps(content))
+    else:
+        write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Of a local file; or of a folder's JSON and text files with their names, images left out."""
+    path = Path(path)
+    if not path.is_dir():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    files = sorted(file for file in path.rglob("*") if file.suffix in (".json", ".txt"))
+    listing = "".join(f"{file.relative_to(path).as_posix()} {sha256(file)}\n" for file in files)
+    return hashlib.sha256(listing.encode()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -46,6 +220,12 @@ def list_some(lines: list[str], *, most: int = 100) -> str:
     if len(lines) > most:
         shown.append(f"  ... and {len(lines) - most} more")
     return "\n".join(shown)
+
+
+def name_some(names: Sequence[object], *, most: int = 5) -> str:
+    """The first names, in one line, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
 
 
 def absolute(path: epath.PathLike) -> epath.Path:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-import stf_jax
 from stf_jax import Answer, Request, Sampling
 from stf_jax.cli.main import main
 
@@ -61,7 +60,7 @@ def test_every_option_arrives(
         seen.update(options, path=path)
         return Model()
 
-    monkeypatch.setattr(stf_jax, "load", load)
+    monkeypatch.setattr("stf_jax.infer.load.load", load)
     options = "--temperature 0.7 --top-p 0.8 --top-k 5 --seed 6 --max-new-tokens 7 --template plain"
     more = "--stop one --stop two --dtype bfloat16 --vision-tower clip --json --image b.png"
     assert main([*ask("model", "a.png", "Why?"), *options.split(), *more.split()]) == 0

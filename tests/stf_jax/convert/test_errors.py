@@ -174,7 +174,7 @@ def test_no_index(sharded: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["{", "", "[1]"])
 def test_bad_json(name: str, content: str, sharded: Path, tmp_path: Path) -> None:
     (sharded / name).write_text(content)
-    refused(sharded, tmp_path / "out", rf"{name} (is not JSON|holds no JSON object)")
+    refused(sharded, tmp_path / "out", rf"{name}(: not valid JSON|: holds a list where a dict)")
 
 
 def test_no_config(sharded: Path, tmp_path: Path) -> None:

@@ -13,8 +13,7 @@ from safetensors.numpy import load_file
 
 from stf_jax.data.conversation import TEMPLATES, get_template
 from stf_jax.data.encoding import EncodedConversation, encode_conversation, expand_conversation
-from stf_jax.data.reference_labels import IGNORED_LABEL
-from stf_jax.data.tokenizer import IMAGE_TOKEN_ID, Tokenizer, load_tokenizer
+from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID, Tokenizer, load_tokenizer
 
 NAMES = sorted(set(TEMPLATES) - {"vicuna_v1"})
 ALL = [

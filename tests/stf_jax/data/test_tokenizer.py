@@ -211,7 +211,7 @@ def test_missing_and_damaged_tokenizers_are_named(directory: Path, tmp_path: Pat
     with pytest.raises(ValueError, match=r"tokenizer_config.json: not valid JSON"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"tokenizer_config.json: holds list"):
+    with pytest.raises(ValueError, match=r"tokenizer_config.json: holds a list"):
         load_tokenizer(tmp_path)
 
 
