@@ -28,14 +28,14 @@ from stf_jax.convert.layouts import published
 from stf_jax.convert.mapping import carried, table
 from stf_jax.convert.safetensors_file import SafetensorsWriter, TensorInfo
 from stf_jax.convert.sidecars import llava_sidecars
-from stf_jax.systems.base import LlavaConfig
+from stf_jax.systems import named_config
 
 LIMIT = 6 * 2**30
 
 
 def make(directory: pathlib.Path) -> int:
     """Writes the checkpoint; returns its size in bytes."""
-    config = LlavaConfig.llava_stf_7b()
+    config = named_config("llava_stf_7b")
     shapes = {name: entry.shape for entry in table(config) for name in entry.tensors}
     shapes |= carried(config)
     float16 = FLOATS["float16"]

@@ -33,10 +33,12 @@ from stf_jax.infer.engine import Engine
 from stf_jax.infer.prompts import Prompt
 from stf_jax.infer.sampling import GREEDY
 from stf_jax.models.cache import KVCache
+from stf_jax.models.connector import Architecture
 from stf_jax.models.layers import unstack
-from stf_jax.models.llava import Llava
+from stf_jax.models.llava import Llava, marks_of
 from stf_jax.store.checkpoint import flatten, unflatten
-from stf_jax.systems.base import FusionConfig, LlavaConfig
+from stf_jax.systems.base import LlavaConfig
+from stf_jax.systems.stf import STF, MBTFConfig
 
 HEAD = 128
 IMAGE_ID = 31999
@@ -115,12 +117,12 @@ def build(config: LlavaConfig, weights: Weights, dtype: str) -> Llava:
     return model
 
 
-def prompt_of(config: LlavaConfig, text: int) -> Prompt:
+def prompt_of(config: Architecture, text: int) -> Prompt:
     """One image in the midst of `text` random tokens."""
     rng = np.random.default_rng(0)
     ids = rng.integers(3, 31000, text)
     place = np.full(config.tokens_per_image, text // 2)
-    size = config.vision.image_size
+    size = config.image_size
     return Prompt(
         ids=np.insert(ids, place, IMAGE_TOKEN_ID).astype(np.int32),
         pixels=rng.standard_normal((1, size, size, 3), dtype=np.float32),
@@ -156,7 +158,7 @@ class Ours:
         self._position = jnp.asarray([length], jnp.int32)
         hidden = (1, length, model.config.text.width)
         embeds = 0.02 * np.random.default_rng(1).standard_normal(hidden, np.float32)
-        self._embeds = jnp.asarray(embeds, model.projector.linear_2.kernel.dtype)
+        self._embeds = jnp.asarray(embeds, model.connector.projector.linear_2.kernel.dtype)
         slots = length + new
 
         def prefill(state: nnx.State, batch: Batch) -> tuple[jax.Array, KVCache]:
@@ -167,7 +169,7 @@ class Ours:
             state: nnx.State, embeds: jax.Array, batch: Batch
         ) -> tuple[jax.Array, KVCache]:
             text = nnx.merge(graph, state).text
-            hidden, cache = text.prefill(embeds, positions=batch.positions, segments=batch.segments)
+            hidden, cache = text.prefill(embeds, marks=marks_of(batch))
             return text.logits(hidden[:, -1:])[:, 0], cache.pad_to(slots)
 
         def decode(
@@ -286,8 +288,12 @@ def main() -> None:
     if torch.cuda.is_available():
         torch_model = torch_model.cuda()
     layers = args.vision_layers
-    fusion = FusionConfig.stf(vision_width=args.vision_width, taps=tuple(range(layers - 1, 0, -1)))
-    stf_config = dataclasses.replace(config, fusion=fusion)
+    system = STF(
+        taps=tuple(range(layers - 1, 0, -1)),
+        mbtf=MBTFConfig(mlp_width=4 * args.vision_width),
+        projector_width=16 * args.vision_width,
+    )
+    stf_config = dataclasses.replace(config, system=system)
     models = {576: build(config, weights, args.dtype), 144: build(stf_config, weights, args.dtype)}
     del weights
     prompts = {k: prompt_of(model.config, args.text) for k, model in models.items()}

@@ -20,7 +20,8 @@ from forward import IMAGE_ID, Task, build, imported, interleave, make_torch
 from stf_jax.data.batch import IGNORED_LABEL, Batch
 from stf_jax.models.llava import Llava
 from stf_jax.store.checkpoint import flatten
-from stf_jax.systems.base import FusionConfig, LlavaConfig
+from stf_jax.systems.base import LlavaConfig
+from stf_jax.systems.stf import STF, MBTFConfig
 from stf_jax.train.optimizer import OptimizerConfig, make_optimizer, split_trained
 from stf_jax.train.step import init_state, make_step
 
@@ -128,8 +129,9 @@ def main() -> None:
     if torch.cuda.is_available():
         torch_model = torch_model.cuda()
     taps = tuple(range(args.vision_layers - 1, 0, -1))
-    stf = FusionConfig.stf(vision_width=args.vision_width, taps=taps)
-    configs = {576: config, 144: dataclasses.replace(config, fusion=stf)}
+    width = args.vision_width
+    stf = STF(taps=taps, mbtf=MBTFConfig(mlp_width=4 * width), projector_width=16 * width)
+    configs = {576: config, 144: dataclasses.replace(config, system=stf)}
     batches = {k: make_batch(one, args) for k, one in configs.items()}
     ours = {
         k: Ours(build(one, weights, args.dtype), batches[k], dtype=args.dtype)

@@ -18,7 +18,8 @@ from stf_jax.parallel.mesh import MeshConfig
 from stf_jax.plan.chips import Topology
 from stf_jax.plan.client import plan
 from stf_jax.plan.request import Plan
-from stf_jax.systems.base import LlavaConfig, check_divisible
+from stf_jax.systems import named_config
+from stf_jax.systems.base import check_divisible
 from stf_jax.train.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -78,7 +79,7 @@ def test_it_divides_its_chips(path: Path) -> None:
     assert topologies
     assert path.stem.endswith("-inference")
     assert config.architecture is not None
-    model = LlavaConfig.by_name(config.architecture)
+    model = named_config(config.architecture)
     for topology in topologies:
         sizes = (config.mesh or MeshConfig(fsdp=1)).sizes(Topology.parse(topology).chips)
         mesh: Any = SimpleNamespace(shape=sizes)
@@ -91,7 +92,7 @@ def test_it_divides_its_slices(path: Path) -> None:
     if not topologies:
         return
     assert config.architecture is not None
-    model = LlavaConfig.by_name(config.architecture)
+    model = named_config(config.architecture)
     assert config.data.sequence_length <= model.text.max_positions
     for topology in topologies:
         sizes = (config.mesh or MeshConfig(fsdp=1)).sizes(Topology.parse(topology).chips)
@@ -200,7 +201,7 @@ def test_stage_2_of_7b_as_it_is_shipped(monkeypatch: pytest.MonkeyPatch) -> None
     assert isinstance(made, Plan)
     assert made.fits
     # AdamW in float32 holds twelve bytes a parameter; the tower has none.
-    text = LlavaConfig.llava_stf_7b().text
+    text = named_config("llava_stf_7b").text
     layers = text.layers * (4 * text.width**2 + 3 * text.width * text.mlp_width)
     assert made.arguments > 12 * (layers + 2 * text.padded_vocab_size * text.width) / 16
     said = re.search(r"peak (\S+) GiB", script().planned(path.read_text())["v5e:4x4"])

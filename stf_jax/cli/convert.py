@@ -24,8 +24,8 @@ def add_convert(verbs: Verbs) -> None:
     parser.add_argument("--vision-tower", metavar="DIR", help="CLIP, where SRC has none inside")
     parser.add_argument("--base", metavar="DIR", help="the language model under an adapter")
     parser.add_argument(
-        "--fusion",
-        choices=("stf", "llava", "average"),
+        "--system",
+        metavar="NAME",
         help="what a language model alone gets, with random weights (stf)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of these random weights (0)")
@@ -45,7 +45,7 @@ def add_convert(verbs: Verbs) -> None:
         "--layout",
         required=True,
         choices=("llava-stf", "llava", "hf", "adapter", "native"),
-        help="llava-stf takes models with MBTF, llava those without (LLaVA-1.5's fusion, average); "
+        help="llava-stf takes models with MBTF, llava all others; "
         "hf is LLaVA-1.5 for transformers, adapter mm_projector.bin alone; "
         "native makes one checkpoint of a run and what it began with",
     )

@@ -55,13 +55,13 @@ def load_config(cls: type[Config], path: epath.PathLike, overrides: Sequence[str
         del parsed["config"]
         return cls(**vars(parser.instantiate(parsed)))
     except (jsonargparse.ArgumentError, TypeError) as error:
-        raise ValueError(f"{path}: {_plain(str(error))}") from error
+        raise ValueError(f"{path}: {plain(str(error))}") from error
     except ValueError as error:
         # An optional section's own refusal comes wrapped.
         raise ValueError(f"{path}: {error.__cause__ or error}") from error
 
 
-def _plain(message: str) -> str:
+def plain(message: str) -> str:
     """Jsonargparse's message on one line, in the words of a config rather than of Python."""
     union = re.search(r'key "(.+?)".*Subtypes: \[(.*?)\].*Given value: (.*)', message, re.DOTALL)
     if union:

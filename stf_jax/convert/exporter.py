@@ -15,7 +15,7 @@ from etils import epath
 
 from stf_jax.convert.dtypes import FLOATS, Array, DType, FloatName, cast
 from stf_jax.convert.layouts import ExportLayout, PublishedLayout, published
-from stf_jax.convert.mapping import Entry, carried, fusion_entries, is_buffer, table
+from stf_jax.convert.mapping import carried, connector_entries, is_buffer, table
 from stf_jax.convert.processor import IMAGE_TOKEN, PAD_TOKEN, ImageTokens
 from stf_jax.convert.readers import read_json
 from stf_jax.convert.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorInfo
@@ -23,10 +23,11 @@ from stf_jax.convert.sidecars import hf_sidecars, language_keys, llava_sidecars
 from stf_jax.convert.source import THREADS
 from stf_jax.convert.torch_file import import_torch, write_torch
 from stf_jax.data.processors import read_tokenizer
+from stf_jax.models.weights import Entry
 from stf_jax.store import checkpoint
 from stf_jax.store.checkpoint import NativeCheckpoint, extra_files
 from stf_jax.store.run import open_model
-from stf_jax.systems.base import FusionConfig, LlavaConfig
+from stf_jax.systems.base import LlavaConfig, System
 from stf_jax.util.errors import CheckpointError
 from stf_jax.util.files import list_some, new_directory
 from stf_jax.util.progress import byte_progress
@@ -119,7 +120,7 @@ def export_checkpoint(
             raise CheckpointError("layout native keeps the vocabulary; leave out --vocabulary")
         _write_native(native.checkpoint, out, None if dtype is None else FLOATS[dtype])
         return
-    _check_layout(native.config.fusion, layout)
+    _check_layout(native.config.system, layout)
     known = _known_tokens(native)
     tokens = _image_tokens(native, layout, known)
     rows = _rows(native, tokens) if vocabulary is None else vocabulary
@@ -160,17 +161,15 @@ def _open(source: epath.PathLike) -> Native:
     )
 
 
-def _check_layout(fusion: FusionConfig, layout: str) -> None:
-    right = "llava" if fusion.mbtf is None else "llava-stf"
-    if layout == "hf" and (fusion.mbtf is not None or fusion.reduction != "identity"):
+def _check_layout(system: System, layout: str) -> None:
+    right = system.layout
+    if layout == "hf" and not system.fits_transformers:
         raise CheckpointError(
             "transformers' Llava has one projector over every vision token of a layer, and no "
-            f"place for this fusion ({fusion.reduction}, {len(fusion.taps)} taps); "
-            f"use --layout {right}"
+            f"place for this system ({system.describe()}); use --layout {right}"
         )
-    if layout in ("llava", "llava-stf") and layout != right:
-        has = "no MBTF weights" if right == "llava" else "MBTF weights"
-        raise CheckpointError(f"this model has {has}; use --layout {right}")
+    if layout not in ("hf", "adapter", right):
+        raise CheckpointError(f"this model is of layout {right}; use --layout {right}")
 
 
 def _known_tokens(native: Native) -> dict[str, int]:
@@ -224,7 +223,7 @@ def _least_rows(
 def _plan(native: Native, layout: PublishedLayout, rows: int, dtype: DType | None) -> _Plan:
     entries = table(native.config, vocabulary=rows)
     if layout == "adapter":
-        entries = fusion_entries(native.config)
+        entries = connector_entries(native.config)
     missing = [e.native for e in entries if e.native not in native.checkpoint.shapes]
     infos = {
         published(name, layout): TensorInfo(entry.shape, dtype or native.dtype(name, entry))

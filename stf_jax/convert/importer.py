@@ -7,10 +7,10 @@ from etils import epath
 
 from stf_jax.convert.dtypes import FloatName
 from stf_jax.convert.safetensors_file import SafetensorsWriter, TensorInfo, local_file
-from stf_jax.convert.source import NewFusion, Source, open_source
+from stf_jax.convert.source import Source, open_source
 from stf_jax.data.processors import check_tokenizer, read_tokenizer
 from stf_jax.store import checkpoint
-from stf_jax.systems.base import FusionConfig
+from stf_jax.systems.base import System
 from stf_jax.util.errors import CheckpointError
 from stf_jax.util.progress import byte_progress
 
@@ -21,7 +21,7 @@ def import_checkpoint(
     *,
     vision_tower: epath.PathLike | None = None,
     base: epath.PathLike | None = None,
-    fusion: NewFusion | FusionConfig | None = None,
+    system: str | System | None = None,
     seed: int = 0,
     dtype: FloatName | None = None,
     vocabulary_multiple: int = 1,
@@ -41,7 +41,7 @@ def import_checkpoint(
         source,
         vision_tower=vision_tower,
         base=base,
-        fusion=fusion,
+        system=system,
         seed=seed,
         dtype=dtype,
         vocabulary_multiple=vocabulary_multiple,

@@ -1,29 +1,28 @@
-"""What lies between tower and language model, read from shapes and config keys, and written back.
+"""The system of a PyTorch checkpoint, read from shapes and config keys, and written back.
 
-No published key says "STF": taps, window and widths follow from the weights. What the weights
-cannot tell and the published default does not either, stands in config.json under our own key:
+No published key says which system it is: the weights tell, or the user. What they do not tell
+stands in config.json under our own key, any of whose keys may be left out:
 
-    "mm_fusion": {"taps": [3, 1], "reduction": "average", "window": 2, "last_activation": false}
+    "mm_system": {"name": "average", "taps": [3], "window": 2}
 
-It is written only where it is needed; any of its keys may be left out.
+It is written only where it is needed.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from collections.abc import Mapping
+from typing import Any
 
 from stf_jax.config.vision import VisionConfig
 from stf_jax.convert.hf_config import section
-from stf_jax.convert.mapping import CROSSLAYER, PROJECTOR, fusion_entries
-from stf_jax.systems.base import STF_TAPS, FusionConfig, LlavaConfig, MBTFConfig, Reduction
+from stf_jax.convert.mapping import connector_entries
+from stf_jax.systems import SYSTEMS, get_system, system_from_dict
+from stf_jax.systems.base import LlavaConfig, Shapes, System
+from stf_jax.systems.older import upgrade_fusion
 from stf_jax.util.errors import CheckpointError
 
-KEY = "mm_fusion"
-
-# By their number, where config.json does not name them: the released taps, and those of the
-# unpublished 13B run.
-_TAPS = {8: STF_TAPS, 4: (23, 18, 12, 6)}
+KEY = "mm_system"
+# The key before systems had names.
+OLDER_KEY = "mm_fusion"
 
 # Settings that change the computation, and the only values that the models here compute.
 _REQUIRED: dict[str, tuple[Any, ...]] = {
@@ -37,96 +36,82 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
     "vision_feature_select_strategy": ("default",),
 }
 
-Shapes = Mapping[str, tuple[int, ...]]
 
-
-def infer_fusion(shapes: Shapes, hf: Mapping[str, Any], vision: VisionConfig) -> FusionConfig:
-    """The fusion of a PyTorch checkpoint.
+def infer_system(shapes: Shapes, hf: Mapping[str, Any], vision: VisionConfig) -> System:
+    """The system of a PyTorch checkpoint.
 
     Args:
-        shapes: Its tensors by canonical name.
-        hf: Its config.json.
-        vision: Its tower.
+        shapes: its tensors by canonical name.
+        hf: its config.json.
+        vision: its tower.
 
     Raises:
-        CheckpointError: a setting that is not supported, or weights that fit no fusion.
+        CheckpointError: a setting that is not supported, or weights that fit no system.
     """
     for key, allowed in _REQUIRED.items():
         if hf.get(key, allowed[0]) not in allowed:
             raise CheckpointError(
                 f"{key} is {hf[key]!r} in config.json; stf_jax computes only {allowed[0]!r}"
             )
-    ours = section(hf, KEY)
-    unknown = ours.keys() - {"taps", "reduction", "window", "last_activation"}
-    if unknown:
-        raise CheckpointError(f"{KEY} in config.json has an unknown key {sorted(unknown)[0]!r}")
-    _check_ours(ours)
-    width = vision.width
-    mixer = _matrix(shapes, f"{CROSSLAYER}0.weight")
-    projector = _matrix(shapes, f"{PROJECTOR}0.weight")
-    if projector is None:
-        raise CheckpointError(
-            f"there is no {PROJECTOR}0.weight: a projector of type mlp2x_gelu is expected"
+    given = section(hf, KEY) or upgrade_fusion(section(hf, OLDER_KEY))
+    try:
+        system = _system_of(given, shapes, vision)
+        fields = system.fields_of(
+            shapes, vision, selected=lambda: _selected_layer(hf, vision), given=given
         )
-    if "taps" in ours:
-        taps = tuple(ours["taps"])
-    elif mixer is None:
-        taps = (_selected_layer(hf, vision),)
-    else:
-        taps = _default_taps(mixer[1], hf, vision)
-    mbtf = None
-    if mixer is not None:
-        mbtf = MBTFConfig(mlp_width=mixer[0], last_activation=ours.get("last_activation", False))
-    area = projector[1] / width
-    side = math.isqrt(int(area))
-    if side**2 != area or side == 0:
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    try:
+        return system_from_dict({"name": system.name, **_merge(fields, given)})
+    except ValueError as error:
+        if not given:
+            raise CheckpointError(str(error)) from error
+        key = KEY if KEY in hf else OLDER_KEY
         raise CheckpointError(
-            f"the projector takes {projector[1]} channels, which is no square window of tokens "
-            f"of the tower's width {width}; is this the right vision tower?"
-        )
-    return FusionConfig(
-        taps=taps,
-        mbtf=mbtf,
-        reduction=ours.get("reduction", "stf" if side > 1 else "identity"),
-        window=ours.get("window", side),
-        projector_width=projector[0],
-    )
+            f"{key} in config.json does not fit: {error}; an example: "
+            f'"{KEY}": {{"name": "average", "taps": [3], "window": 2}}'
+        ) from error
 
 
-def fusion_keys(config: LlavaConfig) -> dict[str, Any]:
-    """The config.json keys of LLaVA from which `infer_fusion` reads this model's fusion."""
-    fusion, vision = config.fusion, config.vision
+def system_keys(config: LlavaConfig) -> dict[str, Any]:
+    """The config.json keys of LLaVA from which `infer_system` reads this model's system."""
+    system, vision = config.system, config.vision
     # The published STF keeps LLaVA's value, though its taps are others.
-    selected = -2 if fusion.mbtf else fusion.taps[0] - vision.layers - 1
+    selected = -2 if len(system.taps) > 1 else system.taps[0] - vision.layers - 1
     keys: dict[str, Any] = {"mm_vision_select_layer": selected}
-    shapes = {name: e.shape for e in fusion_entries(config) for name in e.tensors}
-    if _try_infer(shapes, keys, vision) != fusion:
-        keys[KEY] = {
-            "taps": list(fusion.taps),
-            "reduction": fusion.reduction,
-            "window": fusion.window,
-            "last_activation": fusion.mbtf is not None and fusion.mbtf.last_activation,
-        }
+    shapes = {name: e.shape for e in connector_entries(config) for name in e.tensors}
+    try:
+        told = infer_system(shapes, keys, vision)
+    except CheckpointError:
+        told = None
+    if told != system:
+        keys[KEY] = system.to_dict()
     return keys
 
 
-def _try_infer(
-    shapes: Shapes, keys: Mapping[str, Any], vision: VisionConfig
-) -> FusionConfig | None:
-    try:
-        return infer_fusion(shapes, keys, vision)
-    except CheckpointError:
-        return None
+def _system_of(given: Mapping[str, Any], shapes: Shapes, vision: VisionConfig) -> type[System]:
+    if "name" in given:
+        return get_system(given["name"])
+    for system in SYSTEMS.values():
+        if system.recognizes(shapes, vision):
+            return system
+    raise CheckpointError(
+        "there is no mm_projector.0.weight: a projector of type mlp2x_gelu is expected"
+    )
 
 
-def new_fusion(kind: str, *, vision: VisionConfig, text_width: int) -> FusionConfig:
-    """The fusion that training starts with: "stf", "llava" or "average"."""
-    tap = vision.layers - 1
-    if kind == "llava":
-        return FusionConfig.llava(text_width=text_width, tap=tap)
-    if kind == "average":
-        return FusionConfig.average(text_width=text_width, tap=tap)
-    return FusionConfig.stf(vision_width=vision.width)
+def _merge(fields: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` over `fields`, section by section; without the name."""
+    merged = dict(fields)
+    for key, value in given.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            value = _merge(old, value)
+        merged[key] = value
+    merged.pop("name", None)
+    return merged
 
 
 def _selected_layer(hf: Mapping[str, Any], vision: VisionConfig) -> int:
@@ -140,47 +125,6 @@ def _selected_layer(hf: Mapping[str, Any], vision: VisionConfig) -> int:
             "stf_jax reads one layer, or LLaVA-STF"
         )
     return layer if layer >= 0 else vision.layers + 1 + layer
-
-
-def _default_taps(inputs: int, hf: Mapping[str, Any], vision: VisionConfig) -> tuple[int, ...]:
-    count, rest = divmod(inputs, vision.width)
-    if rest:
-        raise CheckpointError(
-            f"{CROSSLAYER}0.weight takes {inputs} channels, no multiple of the tower's width "
-            f"{vision.width}; is this the right vision tower?"
-        )
-    if count == 1:
-        return (_selected_layer(hf, vision),)
-    if count not in _TAPS:
-        raise CheckpointError(
-            f"{CROSSLAYER}0.weight mixes {count} hidden states of the tower, and nothing says "
-            f'which; add "{KEY}": {{"taps": [...]}} to config.json, in order of concatenation'
-        )
-    return _TAPS[count]
-
-
-def _check_ours(ours: Mapping[str, Any]) -> None:
-    right: dict[str, Callable[[Any], bool]] = {
-        "taps": lambda taps: isinstance(taps, list) and all(type(tap) is int for tap in taps),
-        "reduction": lambda kind: kind in get_args(Reduction),
-        "window": lambda window: type(window) is int,
-        "last_activation": lambda on: isinstance(on, bool),
-    }
-    for key, value in ours.items():
-        if not right[key](value):
-            raise CheckpointError(
-                f"{key} in {KEY} of config.json is {value!r}; an example of all its keys: "
-                '{"taps": [3, 1], "reduction": "average", "window": 2, "last_activation": false}'
-            )
-
-
-def _matrix(shapes: Shapes, name: str) -> tuple[int, int] | None:
-    if name not in shapes:
-        return None
-    if len(shapes[name]) != 2:
-        raise CheckpointError(f"{name} has shape {shapes[name]}; a matrix is expected")
-    rows, columns = shapes[name]
-    return rows, columns
 
 
 def replace_vocabulary(config: LlavaConfig, rows: int) -> LlavaConfig:

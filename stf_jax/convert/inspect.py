@@ -46,13 +46,12 @@ class Report:
                 f"  parameters        {total:,} in {self.tensors:,} tensors ({dtypes}){kept}"
             )
         if self.config is not None:
-            vision, fusion, text = self.config.vision, self.config.fusion, self.config.text
+            vision, text = self.config.vision, self.config.text
             padded = f", padded to {text.padded_vocab_size:,}" if text.vocab_padding else ""
             lines += [
                 f"  vision tower      {vision.layers} layers, width {vision.width}, "
                 f"{vision.image_size} px, patch {vision.patch_size}",
-                f"  fusion            {fusion.reduction}, window {fusion.window}, "
-                f"taps {', '.join(map(str, fusion.taps))}",
+                f"  system            {self.config.system.describe()}",
                 f"  tokens per image  {self.config.tokens_per_image}",
                 f"  language model    {text.layers} layers, width {text.width}, "
                 f"vocabulary {text.vocab_size:,}{padded}",

@@ -3,17 +3,21 @@
 from collections.abc import Iterable
 from typing import Literal
 
+from stf_jax.systems import connector_prefixes
+
 # What a directory of PyTorch weights can be; the first three are whole models.
 Layout = Literal["llava-stf", "llava", "hf", "llama", "clip", "adapter"]
 PublishedLayout = Literal["llava-stf", "llava", "hf", "adapter"]
 ExportLayout = Literal[PublishedLayout, "native"]
 
+# What lies between tower and language model, of every system.
+_CONNECTOR = tuple((f"model.{prefix}", prefix) for prefix in connector_prefixes())
+
 _LLAVA = (
     ("model.vision_tower.vision_tower.vision_model.", "vision_model."),
     # As saved by transformers 5, whose CLIP has lost a level.
     ("model.vision_tower.vision_tower.", "vision_model."),
-    ("model.mm_projector_crosslayer.", "mm_projector_crosslayer."),
-    ("model.mm_projector.", "mm_projector."),
+    *_CONNECTOR,
     ("model.", "model."),
     ("lm_head.", "lm_head."),
 )
@@ -48,10 +52,7 @@ _PREFIXES: dict[Layout, tuple[tuple[str, str], ...]] = {
         ("encoder.", "vision_model.encoder."),
         ("post_layernorm.", "vision_model.post_layernorm."),
     ),
-    "adapter": (
-        ("model.mm_projector_crosslayer.", "mm_projector_crosslayer."),
-        ("model.mm_projector.", "mm_projector."),
-    ),
+    "adapter": _CONNECTOR,
 }
 
 # The rest of a whole CLIP: its text tower has no place in a LLaVA.
@@ -68,10 +69,14 @@ def recognise(names: Iterable[str]) -> Layout | None:
     if any_has("multi_modal_projector."):
         return "hf"
     language = any_has("model.layers.") or any_has("model.embed_tokens.")
-    if any_has("mm_projector"):
+    connector = {
+        layout for prefix, layout in connector_prefixes().items() if any_has(f"model.{prefix}")
+    }
+    if connector:
         if not language:
             return "adapter"
-        return "llava-stf" if any_has("mm_projector_crosslayer.") else "llava"
+        # What every system has says least.
+        return next(layout for layout in ("llava-stf", "llava") if layout in connector)
     if language:
         return "llama"
     return "clip" if any_has("embeddings.class_embedding") else None

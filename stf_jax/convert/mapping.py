@@ -1,54 +1,33 @@
 """Which PyTorch tensor is which native parameter: one table for each part of a model.
 
 Tensors have canonical names here: those of `transformers` for the tower (`vision_model.*`) and the
-language model (`model.*`, `lm_head.weight`), and LLaVA's for what lies between (`mm_projector.*`,
-`mm_projector_crosslayer.*`). How each published layout spells them is in `stf_jax.convert.layouts`.
+language model (`model.*`, `lm_head.weight`), and LLaVA's for the connector, which its system lists.
+How each published layout spells them is in `stf_jax.convert.layouts`.
 """
 
-import dataclasses
 import re
 
 from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
-from stf_jax.convert.transforms import (
+from stf_jax.models.weights import (
     LINEAR,
     SAME,
+    Entry,
     Transform,
     embedding,
     head,
     join_heads,
+    make_entry,
     patches,
     split_head_bias,
     split_heads,
-    windows,
 )
-from stf_jax.systems.base import FusionConfig, LlavaConfig
+from stf_jax.systems.base import LlavaConfig
 
-PROJECTOR = "mm_projector."
-CROSSLAYER = "mm_projector_crosslayer."
 TOWER = "vision_model."
 
 # Buffers that some releases of transformers saved; they are computed anew and hold no weight.
 _BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|position_ids)")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One native parameter, and the tensor or the tensors, one a layer, that it is made of."""
-
-    native: str  # "text/layers/mlp/up/kernel"
-    torch: str  # "model.layers.{}.mlp.up_proj.weight"
-    shape: tuple[int, ...]  # of each tensor
-    native_shape: tuple[int, ...]  # of the parameter
-    transform: Transform
-    layers: int | None = None  # None: not stacked
-
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        """The canonical names of its tensors, in the order of the stack."""
-        if self.layers is None:
-            return (self.torch,)
-        return tuple(self.torch.format(layer) for layer in range(self.layers))
 
 
 def table(config: LlavaConfig, *, vocabulary: int | None = None) -> tuple[Entry, ...]:
@@ -59,8 +38,8 @@ def table(config: LlavaConfig, *, vocabulary: int | None = None) -> tuple[Entry,
         vocabulary: Rows of the PyTorch embedding, where they are not `config.text.vocab_size`.
     """
     return (
-        *tower_entries(config.vision, layers=max(config.fusion.taps)),
-        *fusion_entries(config),
+        *tower_entries(config.vision, layers=max(config.system.taps)),
+        *connector_entries(config),
         *text_entries(config.text, vocabulary=vocabulary or config.text.vocab_size),
     )
 
@@ -72,7 +51,7 @@ def carried(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
     """
     computed = {
         name
-        for entry in tower_entries(config.vision, layers=max(config.fusion.taps))
+        for entry in tower_entries(config.vision, layers=max(config.system.taps))
         for name in entry.tensors
     }
     whole = {
@@ -96,16 +75,16 @@ def tower_entries(vision: VisionConfig, *, layers: int) -> tuple[Entry, ...]:
     patch = vision.patch_size
 
     def one(native: str, torch: str, *shape: int) -> Entry:
-        return _entry(f"vision/{native}", TOWER + torch, shape, shape, SAME)
+        return make_entry(f"vision/{native}", TOWER + torch, shape, shape, SAME)
 
     def stacked(
         native: str, torch: str, shape: tuple[int, ...], to: tuple[int, ...], transform: Transform
     ) -> Entry:
         name = f"{TOWER}encoder.layers.{{}}.{torch}"
-        return _entry(f"vision/layers/{native}", name, shape, to, transform, layers=layers)
+        return make_entry(f"vision/layers/{native}", name, shape, to, transform, layers=layers)
 
     entries = [
-        _entry(
+        make_entry(
             "vision/patch_embedding/kernel",
             f"{TOWER}embeddings.patch_embedding.weight",
             (width, 3, patch, patch),
@@ -168,30 +147,9 @@ def tower_entries(vision: VisionConfig, *, layers: int) -> tuple[Entry, ...]:
     return tuple(entries)
 
 
-def fusion_entries(config: LlavaConfig) -> tuple[Entry, ...]:
-    """MBTF, where the model has it, and the projector: what a stage-1 adapter holds."""
-    fusion, width = config.fusion, config.vision.width
-    mbtf: tuple[Entry, ...] = ()
-    if fusion.mbtf is not None:
-        inputs = len(fusion.taps) * width
-        mbtf = _mlp("fusion/mbtf", CROSSLAYER, inputs, fusion.mbtf.mlp_width, width, LINEAR)
-    first: Transform = windows(fusion.window) if fusion.reduction == "stf" else LINEAR
-    return (
-        *mbtf,
-        *_mlp(
-            "projector",
-            PROJECTOR,
-            projector_inputs(fusion, width),
-            fusion.projector_width,
-            config.text.width,
-            first,
-        ),
-    )
-
-
-def projector_inputs(fusion: FusionConfig, width: int) -> int:
-    """Width of one fused token, for a tower of this width."""
-    return width * fusion.window**2 if fusion.reduction == "stf" else width
+def connector_entries(config: LlavaConfig) -> tuple[Entry, ...]:
+    """What lies between tower and language model: what a stage-1 adapter holds."""
+    return config.system.weights(config.vision, config.text)
 
 
 def text_entries(text: TextConfig, *, vocabulary: int) -> tuple[Entry, ...]:
@@ -204,10 +162,10 @@ def text_entries(text: TextConfig, *, vocabulary: int) -> tuple[Entry, ...]:
         native: str, torch: str, shape: tuple[int, ...], to: tuple[int, ...], transform: Transform
     ) -> Entry:
         name = f"model.layers.{{}}.{torch}.weight"
-        return _entry(f"text/layers/{native}", name, shape, to, transform, layers=text.layers)
+        return make_entry(f"text/layers/{native}", name, shape, to, transform, layers=text.layers)
 
     entries = [
-        _entry(
+        make_entry(
             "text/embedding",
             "model.embed_tokens.weight",
             (vocabulary, width),
@@ -254,10 +212,10 @@ def text_entries(text: TextConfig, *, vocabulary: int) -> tuple[Entry, ...]:
                 LINEAR,
             )
         )
-    entries.append(_entry("text/norm/scale", "model.norm.weight", (width,), (width,), SAME))
+    entries.append(make_entry("text/norm/scale", "model.norm.weight", (width,), (width,), SAME))
     if not text.tie_embeddings:
         entries.append(
-            _entry(
+            make_entry(
                 "text/head/kernel",
                 "lm_head.weight",
                 (vocabulary, width),
@@ -265,39 +223,4 @@ def text_entries(text: TextConfig, *, vocabulary: int) -> tuple[Entry, ...]:
                 head(vocabulary, padded),
             )
         )
-    return tuple(entries)
-
-
-def _entry(
-    native: str,
-    torch: str,
-    shape: tuple[int, ...],
-    to: tuple[int, ...],
-    transform: Transform,
-    *,
-    layers: int | None = None,
-) -> Entry:
-    return Entry(
-        native=native,
-        torch=torch,
-        shape=shape,
-        native_shape=to if layers is None else (layers, *to),
-        transform=transform,
-        layers=layers,
-    )
-
-
-def _mlp(
-    native: str, torch: str, inputs: int, hidden: int, outputs: int, first: Transform
-) -> tuple[Entry, ...]:
-    entries: list[Entry] = []
-    for number, module, rows, columns, transform in (
-        (1, 0, hidden, inputs, first),
-        (2, 2, outputs, hidden, LINEAR),
-    ):
-        to, name = f"{native}/linear_{number}", f"{torch}{module}"
-        entries += [
-            _entry(f"{to}/kernel", f"{name}.weight", (rows, columns), (columns, rows), transform),
-            _entry(f"{to}/bias", f"{name}.bias", (rows,), (rows,), SAME),
-        ]
     return tuple(entries)

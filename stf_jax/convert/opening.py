@@ -39,12 +39,7 @@ class OpenedModel:
         Raises:
             CheckpointError: a file that is missing, damaged or of another model.
         """
-        return read_processors(
-            self.path,
-            self.files,
-            text=self.config.text,
-            tokens_per_image=self.config.tokens_per_image,
-        )
+        return read_processors(self.path, self.files, config=self.config)
 
 
 def open_any(path: epath.PathLike, *, vision_tower: epath.PathLike | None = None) -> OpenedModel:

@@ -9,10 +9,12 @@ from etils import epath
 
 from stf_jax.convert.dtypes import Array, DType
 from stf_jax.convert.layouts import Layout, canonical, is_ignored, recognise
-from stf_jax.convert.mapping import CROSSLAYER, PROJECTOR, TOWER, Entry
+from stf_jax.convert.mapping import TOWER
 from stf_jax.convert.readers import Tensors, open_tensors, read_json
 from stf_jax.convert.safetensors_file import TensorInfo
+from stf_jax.models.weights import Entry
 from stf_jax.store.checkpoint import is_native
+from stf_jax.systems import connector_prefixes
 from stf_jax.util.errors import CheckpointError
 
 
@@ -58,9 +60,9 @@ class Part:
         return self.select(TOWER)
 
     @property
-    def fusion(self) -> dict[str, Tensor]:
+    def connector(self) -> dict[str, Tensor]:
         """The tensors of an adapter."""
-        return self.select(PROJECTOR, CROSSLAYER)
+        return self.select(*connector_prefixes())
 
     @property
     def language(self) -> dict[str, Tensor]:

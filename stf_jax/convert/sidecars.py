@@ -18,8 +18,14 @@ from stf_jax.convert.hf_config import (
     vision_from_hf,
     vision_to_hf,
 )
-from stf_jax.convert.infer import KEY, fusion_keys, infer_fusion, replace_vocabulary
-from stf_jax.convert.mapping import fusion_entries
+from stf_jax.convert.infer import (
+    KEY,
+    OLDER_KEY,
+    infer_system,
+    replace_vocabulary,
+    system_keys,
+)
+from stf_jax.convert.mapping import connector_entries
 from stf_jax.convert.processor import ImageTokens, Json, encode_json, processor_files
 from stf_jax.convert.readers import read_json
 from stf_jax.convert.tower import PUBLISHED
@@ -79,7 +85,7 @@ def hf_sidecars(
             "projector_hidden_act": "gelu",
             "multimodal_projector_bias": True,
             "vision_feature_select_strategy": "default",
-            "vision_feature_layer": config.fusion.taps[0] - config.vision.layers - 1,
+            "vision_feature_layer": config.system.taps[0] - config.vision.layers - 1,
             "tie_word_embeddings": config.text.tie_embeddings,
             "torch_dtype": kind,
             "text_config": {**text, "architectures": ["LlamaForCausalLM"]},
@@ -137,14 +143,15 @@ def _llava_config(hf: Json, config: LlavaConfig, dtype: FloatName | None) -> Jso
             "tokenizer_model_max_length": min(2048, config.text.max_positions),
             "tokenizer_padding_side": "right",
             "use_mm_proj": True,
-            **fusion_keys(config),
+            **system_keys(config),
         }
     else:
         result["model_type"] = base["model_type"]
-    shapes = {name: e.shape for e in fusion_entries(config) for name in e.tensors}
-    if infer_fusion(shapes, result, config.vision) != config.fusion:
-        result.pop(KEY, None)
-        result |= fusion_keys(config)
+    shapes = {name: e.shape for e in connector_entries(config) for name in e.tensors}
+    if infer_system(shapes, result, config.vision) != config.system:
+        for key in (KEY, OLDER_KEY):
+            result.pop(key, None)
+        result |= system_keys(config)
     return _with_dtype(result, dtype)
 
 

@@ -1,7 +1,7 @@
 """A PyTorch checkpoint of any layout, opened as the native model that it will be.
 
-Whole models come as they are; a language model takes a vision tower and a new fusion beside it; a
-stage-1 adapter takes a language model and a tower.
+Whole models come as they are; a language model takes a vision tower and a new connector beside it;
+a stage-1 adapter takes a language model and a tower.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from etils import epath
@@ -17,14 +17,16 @@ from etils import epath
 from stf_jax.config.text import TextConfig
 from stf_jax.convert.dtypes import FLOATS, Array, DType, FloatName, cast, common, is_float
 from stf_jax.convert.hf_config import TEXT_DEFAULTS, text_from_hf
-from stf_jax.convert.infer import infer_fusion, new_fusion
+from stf_jax.convert.infer import infer_system
 from stf_jax.convert.layouts import Layout
-from stf_jax.convert.mapping import Entry, carried, fusion_entries, is_buffer, table
+from stf_jax.convert.mapping import carried, connector_entries, is_buffer, table
 from stf_jax.convert.parts import Part, RandomTensors, Tensor, open_part
 from stf_jax.convert.sidecars import language_keys
 from stf_jax.convert.tower import TowerChoice, choose_tower
+from stf_jax.models.weights import Entry
 from stf_jax.store.checkpoint import Leaf
-from stf_jax.systems.base import FusionConfig, LlavaConfig
+from stf_jax.systems import get_system
+from stf_jax.systems.base import LlavaConfig, System
 from stf_jax.util.errors import CheckpointError
 from stf_jax.util.files import list_some
 
@@ -32,7 +34,6 @@ T = TypeVar("T")
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
-NewFusion = Literal["stf", "llava", "average"]
 
 # Files that travel along, where they are: nothing else in the directory is read.
 _FILES = (
@@ -129,7 +130,7 @@ def open_source(
     *,
     vision_tower: epath.PathLike | None = None,
     base: epath.PathLike | None = None,
-    fusion: NewFusion | FusionConfig | None = None,
+    system: str | System | None = None,
     seed: int = 0,
     dtype: FloatName | None = None,
     vocabulary_multiple: int = 1,
@@ -142,8 +143,8 @@ def open_source(
         vision_tower: A directory with CLIP's config.json, and its weights where `path` has none.
             Needed where config.json does not lead to one.
         base: The language model under an adapter.
-        fusion: What a language model alone gets between tower and decoder: new random weights, of
-            a kind with the published sizes, or of the sizes given.
+        system: What makes the tokens of a language model alone: a name, with the published
+            proportions, or a system. Its weights are new, random ones; "stf" by default.
         seed: Of these random weights.
         dtype: The dtype of every parameter; None keeps those of the file.
         vocabulary_multiple: Pads the vocabulary to a multiple, so that it can be sharded.
@@ -166,22 +167,25 @@ def open_source(
     tower = choose_tower(part, language, vision_tower)
     tensors = language.language | dict(tower.tensors)
     if part.layout == "llama":
-        between = (
-            fusion
-            if isinstance(fusion, FusionConfig)
-            else new_fusion(fusion or "stf", vision=tower.config, text_width=text.width)
+        chosen = (
+            system
+            if isinstance(system, System)
+            else _name_checkpoint(
+                part, lambda: get_system(system or "stf").sized(vision=tower.config, text=text)
+            )
         )
-    elif fusion is not None:
-        raise CheckpointError(f"{path} has a fusion of its own; leave out --fusion {fusion}")
+    elif system is not None:
+        given = system.name if isinstance(system, System) else system
+        raise CheckpointError(f"{path} has a system of its own; leave out --system {given}")
     else:
-        tensors |= part.fusion
+        tensors |= part.connector
         hf = part.hf or language.hf
         shapes = {name: tensor.info.shape for name, tensor in tensors.items()}
-        between = _name_checkpoint(
-            part, infer_fusion, shapes, hf, tower.config, assumed=_describe_defaults(None, tower)
+        chosen = _name_checkpoint(
+            part, infer_system, shapes, hf, tower.config, assumed=_describe_defaults(None, tower)
         )
     config = _name_checkpoint(
-        part, lambda: LlavaConfig(vision=tower.config, text=text, fusion=between)
+        part, lambda: LlavaConfig(vision=tower.config, text=text, system=chosen)
     )
     if part.layout == "llama":
         tensors |= _random(config, tensors, seed)
@@ -258,7 +262,7 @@ def _describe_defaults(language: Part | None, tower: TowerChoice) -> str:
 def _random(config: LlavaConfig, tensors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
     like = tensors.get("model.embed_tokens.weight")
     dtype = like.info.dtype if like else FLOATS["float32"]
-    drawn = RandomTensors.for_entries(fusion_entries(config), dtype=dtype, seed=seed)
+    drawn = RandomTensors.for_entries(connector_entries(config), dtype=dtype, seed=seed)
     return {name: Tensor(drawn, name) for name in drawn.infos}
 
 

@@ -5,6 +5,7 @@ on 8-bit values), centre crop, then CLIP's mean and deviation; "pad" first pads 
 `fast` comes close to it in about two thirds of the time.
 """
 
+import dataclasses
 import io
 import re
 import warnings
@@ -217,6 +218,11 @@ class ImageProcessor:
             )
         if {len(self.mean), len(self.std)} != {3} or min(self.std) <= 0:
             raise ValueError("mean and std must have three values, and std be positive")
+
+    def for_size(self, image_size: int) -> "ImageProcessor":
+        """The same for a tower that sees images of another side, in pixels."""
+        edge = self.shortest_edge * image_size // self.image_size
+        return dataclasses.replace(self, image_size=image_size, shortest_edge=edge)
 
     @cached_property
     def pad_colour(self) -> tuple[int, int, int]:

@@ -6,11 +6,12 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from etils import epath
 
 from stf_jax.config.text import TextConfig
+from stf_jax.config.vision import VisionConfig
 from stf_jax.data.conversation import IMAGE_MARKER
 from stf_jax.data.images import ImageProcessor
 from stf_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -32,12 +33,28 @@ class Processors:
     tokens_per_image: int
 
 
+class ModelSizes(Protocol):
+    """What processors ask of a model; `stf_jax.systems.base.LlavaConfig` is one."""
+
+    @property
+    def text(self) -> TextConfig:
+        """The language model."""
+
+    @property
+    def vision(self) -> VisionConfig:
+        """The tower."""
+
+    @property
+    def image_size(self) -> int:
+        """The side in pixels at which the tower sees an image."""
+
+    @property
+    def tokens_per_image(self) -> int:
+        """K."""
+
+
 def read_processors(
-    path: epath.Path,
-    files: Mapping[str, epath.Path],
-    *,
-    text: TextConfig,
-    tokens_per_image: int,
+    path: epath.Path, files: Mapping[str, epath.Path], *, config: ModelSizes
 ) -> Processors:
     """The processors in `files`, which belong into the directory `path`.
 
@@ -45,11 +62,14 @@ def read_processors(
         CheckpointError: a file that is missing, damaged, of another kind or of another model.
     """
     tokenizer = read_tokenizer(path, files)
-    check_tokenizer(path, tokenizer, text=text)
+    check_tokenizer(path, tokenizer, text=config.text)
+    images = read_image_processor(path, files)
+    if images.image_size == config.vision.image_size != config.image_size:
+        images = images.for_size(config.image_size)
     return Processors(
         tokenizer=tokenizer,
-        image_processor=read_image_processor(path, files),
-        tokens_per_image=tokens_per_image,
+        image_processor=images,
+        tokens_per_image=config.tokens_per_image,
     )
 
 

@@ -2,8 +2,8 @@
 
     scenes/      pictures, LLaVA's JSON, held-out questions
     data/        the same as TFDS datasets, by `stf-jax data build`
-    ARM/start    by `stf-jax convert import`: tower, new fusion, language model
-    ARM/stage1   by `stf-jax train`: fusion and projector learn captions
+    ARM/start    by `stf-jax convert import`: tower, new connector, language model
+    ARM/stage1   by `stf-jax train`: the connector learns captions
     ARM/stage2   by `stf-jax train`: with the language model, they learn conversations
     ARM/answers.json
     results.json, report.md, *.png
@@ -211,7 +211,7 @@ def _import(arm: Arm, out: Path, *, seed: int) -> None:
     _say(f"\n== {arm.title}")
     _show("convert", "import", LANGUAGE, start, "--vision-tower", TOWER, "--dtype", "float32")
     import_checkpoint(
-        LANGUAGE, start, vision_tower=TOWER, fusion=arm.fusion, seed=seed, dtype="float32"
+        LANGUAGE, start, vision_tower=TOWER, system=arm.system, seed=seed, dtype="float32"
     )
 
 
@@ -248,7 +248,7 @@ def _export(arm: str, out: Path) -> None:
     best, trained = out / "best", out / arm / "stage2"
     if best.is_dir():
         return
-    layout: Any = "llava-stf" if _config(trained).fusion.mbtf else "llava"
+    layout: Any = _config(trained).system.layout
     _show("convert", "export", trained, best, "--layout", layout)
     export_checkpoint(trained, best, layout=layout)
 

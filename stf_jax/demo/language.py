@@ -32,6 +32,7 @@ from stf_jax.demo import scenes
 from stf_jax.demo.scenes import CAPTIONS, GRID, KINDS, MOST, NAMES, Scene
 from stf_jax.models.layers import Init
 from stf_jax.models.llama import Llama
+from stf_jax.models.llava import marks_of
 from stf_jax.store.checkpoint import flatten, unflatten
 
 VOCABULARY = 544
@@ -183,9 +184,7 @@ class Reader(nnx.Module):
         codes, slots = self.codes[window - 1](seen), batch.image_slots[..., None]
         placed = jnp.take_along_axis(codes, jnp.maximum(slots, 0), axis=1)
         spliced = jnp.where(slots >= 0, placed, self.text.embed(batch.ids))
-        return self.text.logits(
-            self.text(spliced, positions=batch.positions, segments=batch.segments)
-        )
+        return self.text.logits(self.text(spliced, marks=marks_of(batch)))
 
     def loss(self, batch: Batch, seen: Seen, *, window: int) -> Array:
         """Mean cross entropy of the answers, in nats."""

@@ -18,11 +18,12 @@ import safetensors.numpy
 
 from stf_jax.convert.hf_config import text_to_hf, vision_to_hf
 from stf_jax.convert.mapping import TOWER as TOWER_PREFIX
-from stf_jax.convert.mapping import Entry, text_entries, tower_entries
+from stf_jax.convert.mapping import text_entries, tower_entries
 from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.demo import language, tower
 from stf_jax.demo.language import TEXT, Phase, train_language, write_tokenizer
 from stf_jax.demo.tower import VISION, train_tower
+from stf_jax.models.weights import Entry
 from stf_jax.util.files import new_directory
 
 DATA = Path(__file__).parent / "data"

@@ -84,7 +84,7 @@ def write_report(results: Results, asked: Sequence[HeldOut], out: Path) -> None:
         examples=_examples(asked),
         guessed=100 * _chance(asked),
         narrow=TEXT.width,
-        wide=arms["stf_mbtf"].fusion.projector_width,
+        wide=arms["stf_mbtf"].system.projector_width,
         choice=", ".join(f"{rate:g}" for rate in RATES),
         rates=", ".join(
             f"{arms[arm.name].pretrain_rate:g} for {arm.title}" for arm in results.arms

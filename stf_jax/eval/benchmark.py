@@ -46,7 +46,6 @@ class Benchmark:
       to_ask: roles needed to put the questions.
       to_score: roles needed to score or submit existing answers.
       decoding: how the reference puts and answers its questions.
-      published: the paper's figures by system (FACTS section 5), in the unit of `Score.headline`.
       read: the questions.
       score: (paths, answers, answered_only) to a score.
       submit: (paths, answers, folder) writes what the server or the official script takes and
@@ -59,7 +58,6 @@ class Benchmark:
     to_ask: tuple[str, ...]
     to_score: tuple[str, ...]
     decoding: Decoding = dataclasses.field(default_factory=Decoding)
-    published: Mapping[str, float | None]
     read: Callable[[Paths], list[Question]]
     score: Callable[[Paths, Sequence[AnswerRecord], bool], Score]
     submit: Callable[[Paths, Sequence[AnswerRecord], Path], Path] | None = None
@@ -79,14 +77,6 @@ class Benchmark:
         if data is None:
             return dict(given)
         return {role: given.get(role, data / place) for role, place in self.paths.items()}
-
-
-SYSTEMS = ("LLaVA-1.5", "AvgPool 25 %", "LLaVA-STF")
-
-
-def published(*figures: float | None) -> dict[str, float | None]:
-    """Figures of the systems of FACTS section 5, in their order."""
-    return dict(zip(SYSTEMS, figures, strict=True))
 
 
 def score_on_server(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -> Score:

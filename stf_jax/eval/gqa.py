@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stf_jax.eval.answers import AnswerRecord, by_id, pair
-from stf_jax.eval.benchmark import Benchmark, Paths, Score, published
+from stf_jax.eval.benchmark import Benchmark, Paths, Score
 from stf_jax.eval.files import check_fields, check_kinds, read_json, write_json
 from stf_jax.eval.questions import read_llava_questions
 
@@ -50,7 +50,6 @@ GQA = Benchmark(
     },
     to_ask=("questions", "images"),
     to_score=("annotations",),
-    published=published(62.0, 62.1, 61.9),
     read=read_llava_questions,
     score=_score,
     submit=_submit,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stf_jax.eval.answers import AnswerRecord, by_id, pair
-from stf_jax.eval.benchmark import Benchmark, Paths, Score, published
+from stf_jax.eval.benchmark import Benchmark, Paths, Score
 from stf_jax.eval.files import check_fields, name_some, write_whole
 from stf_jax.eval.questions import OPTION_LETTER, Decoding, Question, image_prompt
 
@@ -182,9 +182,7 @@ def _submit(paths: Paths, answers: Sequence[AnswerRecord], folder: Path, *, name
     return out
 
 
-def _mmbench(
-    name: str, title: str, split: str, ending: str, figures: tuple[float, float, float]
-) -> Benchmark:
+def _mmbench(name: str, title: str, split: str, ending: str) -> Benchmark:
     return Benchmark(
         name=name,
         title=title,
@@ -192,14 +190,11 @@ def _mmbench(
         to_ask=("questions",),
         to_score=("questions",),
         decoding=Decoding(max_new_tokens=1024),
-        published=published(*figures),
         read=functools.partial(_read, ending=ending),
         score=_score,
         submit=functools.partial(_submit, name=split),
     )
 
 
-MMBENCH = _mmbench("mmbench", "MMB", "mmbench_dev_20230712", OPTION_LETTER, (64.3, 65.0, 66.2))
-MMBENCH_CN = _mmbench(
-    "mmbench-cn", "MMB-CN", "mmbench_dev_cn_20231003", "请直接回答选项字母。", (58.3, 57.9, 58.9)
-)
+MMBENCH = _mmbench("mmbench", "MMB", "mmbench_dev_20230712", OPTION_LETTER)
+MMBENCH_CN = _mmbench("mmbench-cn", "MMB-CN", "mmbench_dev_cn_20231003", "请直接回答选项字母。")

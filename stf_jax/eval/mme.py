@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from stf_jax.eval.answers import AnswerRecord, pair
-from stf_jax.eval.benchmark import Benchmark, Paths, Score, published
+from stf_jax.eval.benchmark import Benchmark, Paths, Score
 from stf_jax.eval.files import read_text, write_text
 from stf_jax.eval.questions import read_llava_questions
 
@@ -146,7 +146,6 @@ MME = Benchmark(
     },
     to_ask=("questions", "images"),
     to_score=("images",),
-    published=published(1510.7, None, 1482.8),
     read=read_llava_questions,
     score=_score,
     submit=_submit,

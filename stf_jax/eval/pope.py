@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stf_jax.eval.answers import AnswerRecord, by_id, pair
-from stf_jax.eval.benchmark import Benchmark, Paths, Score, published
+from stf_jax.eval.benchmark import Benchmark, Paths, Score
 from stf_jax.eval.files import check_kinds, read_jsonl
 from stf_jax.eval.questions import read_llava_questions
 
@@ -121,7 +121,6 @@ POPE = Benchmark(
     },
     to_ask=("questions", "images"),
     to_score=("questions", "annotations"),
-    published=published(85.9, 86.3, 86.0),
     read=read_llava_questions,
     score=_score,
 )

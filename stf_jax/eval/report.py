@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from stf_jax.eval.benchmark import SYSTEMS
 from stf_jax.eval.files import name_some
 from stf_jax.eval.registry import BENCHMARKS
 from stf_jax.eval.runner import Result
@@ -10,13 +9,19 @@ from stf_jax.eval.runner import Result
 
 def render(results: Sequence[Result]) -> str:
     """A table with a line for each result, then what is missing and what is to be submitted."""
-    rows: list[tuple[str, ...]] = [("", "this model", *SYSTEMS)]
+    # Imported here: scoring to JSON does without jax.
+    from stf_jax.systems import SYSTEMS
+
+    systems = [system for system in SYSTEMS.values() if system.published]
+    titles = (system.title for system in systems)
+    rows: list[tuple[str, ...]] = [("", "this model", *titles)]
     for result in results:
         benchmark = BENCHMARKS[result.benchmark]
         unknown = "on the server" if benchmark.submit else "-"
         here = unknown if result.score.headline is None else f"{result.score.headline:.1f}"
-        there = ("-" if one is None else f"{one:.1f}" for one in benchmark.published.values())
-        rows.append((benchmark.title, here, *there))
+        published = (system.published.get(benchmark.name) for system in systems)
+        figures = ("-" if figure is None else f"{figure:.1f}" for figure in published)
+        rows.append((benchmark.title, here, *figures))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows

@@ -7,7 +7,7 @@ from typing import Any
 
 from stf_jax.data.conversation import IMAGE_MARKER
 from stf_jax.eval.answers import AnswerRecord, by_id, pair
-from stf_jax.eval.benchmark import Benchmark, Paths, Score, published
+from stf_jax.eval.benchmark import Benchmark, Paths, Score
 from stf_jax.eval.files import check_fields, check_kinds, name_some, read_json
 from stf_jax.eval.questions import OPTION_LETTER, Decoding, Question, image_prompt
 
@@ -121,7 +121,6 @@ SCIENCEQA = Benchmark(
     to_ask=("questions", "images"),
     to_score=("problems", "splits"),
     decoding=Decoding(max_new_tokens=1024),
-    published=published(66.8, 69.8, 70.5),
     read=_read,
     score=_score,
 )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from stf_jax.eval.answers import AnswerRecord, pair
-from stf_jax.eval.benchmark import Benchmark, Paths, Score, published
+from stf_jax.eval.benchmark import Benchmark, Paths, Score
 from stf_jax.eval.evalai import normalise_answer
 from stf_jax.eval.files import check_fields, check_kinds, read_json
 from stf_jax.eval.questions import read_llava_questions
@@ -86,7 +86,6 @@ TEXTVQA = Benchmark(
     },
     to_ask=("questions", "images"),
     to_score=("annotations",),
-    published=published(58.2, 55.5, 57.4),
     read=read_llava_questions,
     score=_score,
 )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stf_jax.eval.answers import AnswerRecord, by_id
-from stf_jax.eval.benchmark import Benchmark, Paths, published, score_on_server
+from stf_jax.eval.benchmark import Benchmark, Paths, score_on_server
 from stf_jax.eval.evalai import normalise_answer
 from stf_jax.eval.files import read_jsonl, write_json
 from stf_jax.eval.questions import read_llava_questions
@@ -27,7 +27,6 @@ VIZWIZ = Benchmark(
     paths={"questions": "vizwiz/llava_test.jsonl", "images": "vizwiz/test"},
     to_ask=("questions", "images"),
     to_score=("questions",),
-    published=published(50.0, 44.0, 51.1),
     read=read_llava_questions,
     score=score_on_server,
     submit=_submit,

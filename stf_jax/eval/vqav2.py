@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stf_jax.eval.answers import AnswerRecord, by_id
-from stf_jax.eval.benchmark import Benchmark, Paths, Score, published, score_on_server
+from stf_jax.eval.benchmark import Benchmark, Paths, Score, score_on_server
 from stf_jax.eval.evalai import normalise_answer
 from stf_jax.eval.files import name_some, read_jsonl, write_json
 from stf_jax.eval.questions import read_llava_questions
@@ -50,7 +50,6 @@ VQAV2 = Benchmark(
     },
     to_ask=("questions", "images"),
     to_score=("questions", "test_questions"),
-    published=published(78.5, 77.0, 78.1),
     read=read_llava_questions,
     score=_score,
     submit=_submit,

@@ -124,7 +124,7 @@ class Chat:
     def _prompt(self, question: str, shown: list[Picture]) -> Prompt:
         text = render_prompt(question, template=self._template, history=self.history)
         ids = encode_prompt(self._model.tokenizer, text)
-        size = self._model.config.vision.image_size
+        size = self._model.config.image_size
         pixels = [picture.pixels for picture in shown] or np.zeros((0, size, size, 3), np.float32)
         return Prompt(
             ids=expand_images(ids, tokens_per_image=self._model.config.tokens_per_image),

@@ -9,7 +9,7 @@ from etils import epath
 from stf_jax.config.yaml import load_config, read_yaml
 from stf_jax.models.cache import CacheDType
 from stf_jax.parallel.mesh import MeshConfig
-from stf_jax.systems.base import LlavaConfig
+from stf_jax.systems import named_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class InferenceConfig:
         if self.slots < 1:
             raise ValueError(f"slots is {self.slots}; give 1 or more")
         if self.architecture is not None:
-            LlavaConfig.by_name(self.architecture)
+            named_config(self.architecture)
 
     @classmethod
     def load(cls, path: epath.PathLike, overrides: Sequence[str] = ()) -> Self:

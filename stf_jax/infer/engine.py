@@ -202,7 +202,7 @@ class _Feed:
             return
         chunk, loaded = self._chunks.popleft(), [one.result() for one in self._coming]
         self._coming = self._read()
-        size = self._program.config.vision.image_size
+        size = self._program.config.image_size
         batch = pad_prompts(loaded, rows=self._rows, image_size=size)
         self.prefixes = self._program.prefill(batch)
         self.waiting.extend(

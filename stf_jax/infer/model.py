@@ -139,7 +139,7 @@ class Model:
         ids = encode_prompt(self.tokenizer, render_prompt(question, template=template))
         # A photograph is shown upright, as its owner sees it.
         pictures = [load_image(image, apply_orientation=True) for image in images]
-        size = self.config.vision.image_size
+        size = self.config.image_size
         pixels = np.zeros((len(pictures), size, size, 3), np.float32)
         for picture, out in zip(pictures, pixels, strict=True):
             out[...] = self.image_processor.pixels(picture)

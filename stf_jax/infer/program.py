@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
 
 from stf_jax.data.batch import Batch
 from stf_jax.infer.sampling import Sampling, sample
+from stf_jax.models.attention import Marks
 from stf_jax.models.cache import CacheDType, KVCache
 from stf_jax.models.layers import unstack
 from stf_jax.models.llava import Llava
@@ -186,13 +187,14 @@ class Program:
         )
         layers = [layer] * text.layers
         integers = jnp.zeros(slots, jnp.int32, out_sharding=rows)
+        empty = jnp.zeros((slots, context), jnp.int32, out_sharding=rows)
         return Slots(
             tokens=jnp.full((slots, new), text.pad_id, jnp.int32, out_sharding=rows),
             counts=integers,
             last=integers,
             positions=integers,
             finished=jnp.ones(slots, bool, out_sharding=rows),
-            cache=KVCache.of(layers, layers, dtype=self.cache_dtype),
+            cache=KVCache.of(layers, layers, Marks.text(empty, empty), dtype=self.cache_dtype),
         )
 
     def _insert_requests(
@@ -208,7 +210,9 @@ class Program:
         spec = self._rules.tokens
         # No more than is there travels from the prefixes to the slots.
         room = min(prefixes.slots + questions.ids.shape[1], slots.cache.slots)
-        cache = prefixes.rows(questions.prefixes, spec=self._rules.cache).pad_to(room)
+        cache = prefixes.rows(
+            questions.prefixes, spec=self._rules.cache, marks=self._rules.tokens
+        ).pad_to(room)
         begun = self._first_tokens(
             parameters, questions, cache, limits, slots.tokens.shape[1], greedy
         )
@@ -222,7 +226,9 @@ class Program:
             last=put(slots.last, begun.last),
             positions=put(slots.positions, begun.positions),
             finished=put(slots.finished, begun.finished),
-            cache=slots.cache.insert(questions.slots, begun.cache, spec=self._rules.cache),
+            cache=slots.cache.insert(
+                questions.slots, begun.cache, spec=self._rules.cache, marks=self._rules.tokens
+            ),
         )
 
     def _resume_requests(

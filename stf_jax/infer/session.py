@@ -86,7 +86,7 @@ class Session:
         return 0 if IMAGE_TOKEN_ID in prompt.ids[common:] else common
 
     def _begin(self, prompt: Prompt, limits: Limits, *, context: int, new: int) -> Slots:
-        rows, size = self._program.row_multiple, self._program.config.vision.image_size
+        rows, size = self._program.row_multiple, self._program.config.image_size
         batch = pad_prompts([prompt.until(prompt.prefix)], rows=rows, image_size=size)
         prefixes = self._program.prefill(batch)
         empty = self._program.start(slots=rows, context=context, new=new)

@@ -1,10 +1,13 @@
 """Attention over heads, masked by a rule rather than by an array that the caller builds.
 
-Splash on a TPU, cuDNN on a GPU for 16-bit numbers, XLA elsewhere.
+A rule says of two positions' marks whether the first sees the second. Splash serves `causal` on a
+TPU, cuDNN 16-bit numbers on a GPU, XLA everything else.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,26 +16,47 @@ from jaxtyping import Array, Bool, Float, Int
 
 from stf_jax.parallel.splash import splash_attention
 
+# What a position holds.
+TEXT, IMAGE = 0, 1
 
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Mask:
-    """A query sees the keys of its own segment; with `causal`, only those at or before its index.
+class Marks:
+    """What a rule may ask of a position of a sequence, or of a slot of a cache.
 
-    Segment 0 is padding: it is never seen.
+    Attributes:
+        position: rotary position, from 0 in each segment.
+        segment: which sequence of a packed row it belongs to, from 1; 0 is padding or an empty
+            slot, which nothing sees.
+        kind: `TEXT` or `IMAGE`.
     """
 
-    query_segments: Int[Array, "B T"]
-    key_segments: Int[Array, "B S"]
-    causal: bool
+    position: Int[Array, "B T"]
+    segment: Int[Array, "B T"]
+    kind: Int[Array, "B T"]
 
-    def array(self) -> Bool[Array, "B 1 T S"]:
-        """The rule as an array, True where a query sees a key."""
-        query, key = self.query_segments[:, :, None], self.key_segments[:, None, :]
-        seen = (query == key) & (key != 0)
-        if self.causal:
-            index = jnp.arange(query.shape[1])[:, None] >= jnp.arange(key.shape[2])[None, :]
-            seen &= index
-        return seen[:, None]
+    @classmethod
+    def text(cls, position: Int[Array, "B T"], segment: Int[Array, "B T"]) -> "Marks":
+        """Of positions that all hold text."""
+        return cls(position=position, segment=segment, kind=jnp.zeros_like(position))
+
+
+# (marks of the queries [B, T, 1], marks of the keys [B, 1, S]) -> True where a query sees a key.
+Rule: TypeAlias = Callable[[Marks, Marks], Bool[Array, "B T S"]]
+
+
+def causal(query: Marks, key: Marks) -> Bool[Array, "B T S"]:
+    """A query sees its own segment, up to its own position."""
+    same = (query.segment == key.segment) & (key.segment != 0)
+    return same & (query.position >= key.position)
+
+
+def visible(rule: Rule, query: Marks, key: Marks) -> Bool[Array, "B T S"]:
+    """The rule as an array."""
+    queries: Marks = jax.tree.map(lambda mark: mark[:, :, None], query)
+    keys: Marks = jax.tree.map(lambda mark: mark[:, None, :], key)
+    return rule(queries, keys)
 
 
 def attention(
@@ -40,23 +64,33 @@ def attention(
     key: Float[Array, "B S K D"],
     value: Float[Array, "B S K D"],
     *,
-    mask: Mask | None = None,
+    marks: Marks | None = None,
+    rule: Rule = causal,
 ) -> Float[Array, "B T N D"]:
     """softmax(q k^T / sqrt(D)) v, with the softmax in float32; N is a multiple of K.
 
     A query that sees no key (padding) gets a finite value that means nothing.
+
+    Args:
+        query: T positions, N heads.
+        key: S positions, K heads.
+        value: as `key`.
+        marks: of the positions, where queries and keys are the same ones; None lets every query
+            see every key.
+        rule: read with `marks` only.
     """
     with jax.named_scope("attention"):
         place = platform()
-        if place == "tpu":
-            return _per_device(query, key, value, mask)
+        # Splash knows one rule. It goes by index, which is the same: positions ascend in a segment.
+        if place == "tpu" and (marks is None or rule is causal):
+            return _per_device(query, key, value, None if marks is None else marks.segment)
         cudnn = place in ("cuda", "gpu") and query.dtype in (jnp.bfloat16, jnp.float16)
-        seen = mask.array() if mask else None
+        mask = None if marks is None else visible(rule, marks, marks)[:, None]
         query, key, value = (checkpoint_name(array, "attention") for array in (query, key, value))
-        found = jax.nn.dot_product_attention(
-            query, key, value, mask=seen, implementation="cudnn" if cudnn else None
+        attended = jax.nn.dot_product_attention(
+            query, key, value, mask=mask, implementation="cudnn" if cudnn else None
         )
-        return checkpoint_name(found, "attention")
+        return checkpoint_name(attended, "attention")
 
 
 def platform() -> str:
@@ -65,12 +99,12 @@ def platform() -> str:
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
-def _per_device(query: Array, key: Array, value: Array, mask: Mask | None) -> Array:
+def _per_device(query: Array, key: Array, value: Array, segments: Array | None) -> Array:
     """Splash, on each device's rows and heads: the compiler cannot split a kernel."""
-    segments = () if mask is None else (mask.query_segments, mask.key_segments)
-    kernel = partial(splash_attention, causal=mask is not None and mask.causal)
+    extra = () if segments is None else (segments, segments)
+    kernel = partial(splash_attention, causal=segments is not None)
     if jax.sharding.get_abstract_mesh().empty:
-        return kernel(query, key, value, *segments)
-    specs = tuple(jax.typeof(array).sharding.spec for array in (query, key, value, *segments))
+        return kernel(query, key, value, *extra)
+    specs = tuple(jax.typeof(array).sharding.spec for array in (query, key, value, *extra))
     sharded = jax.shard_map(kernel, in_specs=specs, out_specs=specs[0], check_vma=False)
-    return sharded(query, key, value, *segments)
+    return sharded(query, key, value, *extra)

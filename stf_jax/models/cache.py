@@ -1,4 +1,4 @@
-"""The key-value cache of the decoder: preallocated, written in place, slot p for position p."""
+"""The key-value cache of the decoder: preallocated, written in place, slots that carry marks."""
 
 import dataclasses
 import math
@@ -11,10 +11,13 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from stf_jax.models.attention import platform
+from stf_jax.models.attention import Marks, Rule, causal, platform, visible
 
 # How keys and values are kept; None is the dtype that they are computed in.
 CacheDType = Literal["bfloat16", "int8"]
+
+# The score of a slot that is not seen.
+_HIDDEN = -1e30
 
 # The least rows that a TPU gives to its matrix unit. Fewer go through the vector unit, which by the
 # compiler's estimate takes three times as long; so a query is taken eight times (docs/tpu.md).
@@ -49,14 +52,14 @@ def _store(x: Float[Array, "B T K D"], dtype: CacheDType | None) -> Stored:
 class KVCache:
     """Keys (already rotated) and values of S slots for each row, one array a layer.
 
-    The token at position p of a row lies in slot p, and attention looks at no slot beyond a query's
-    position: what padding left in later slots is overwritten before anything sees it. Layers are
+    A slot is seen as its marks say; an empty one has segment 0, so nothing sees it. Layers are
     separate arrays, since a slice of a stacked one would be copied at every step; and heads come
     before slots, since attention multiplies by each head's [S, D], which must lie in one piece.
     """
 
     keys: tuple[Stored, ...]
     values: tuple[Stored, ...]
+    marks: Marks
     dtype: CacheDType | None = dataclasses.field(metadata={"static": True})
 
     @classmethod
@@ -64,11 +67,13 @@ class KVCache:
         cls,
         keys: Sequence[Float[Array, "B T K D"]],
         values: Sequence[Float[Array, "B T K D"]],
+        marks: Marks,
         *,
         dtype: CacheDType | None,
     ) -> "KVCache":
         """A cache of T slots that hold these, layer by layer."""
         return cls(
+            marks=marks,
             keys=tuple(_store(key, dtype) for key in keys),
             values=tuple(_store(value, dtype) for value in values),
             dtype=dtype,
@@ -79,20 +84,31 @@ class KVCache:
         """S, how many positions there is room for."""
         return int(jax.tree.leaves(self.keys[0])[0].shape[2])
 
+    def mark(self, slots: Int[Array, "B T"], marks: Marks) -> "KVCache":
+        """With the marks of new tokens at these slots; those beyond S are dropped.
+
+        What stood in these slots is hidden from now on: `write` follows in every layer.
+        """
+
+        def put(old: Array, new: Array) -> Array:
+            return jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop"))(old, slots, new)
+
+        return dataclasses.replace(self, marks=jax.tree.map(put, self.marks, marks))
+
     def write(
         self,
         layer: int,
         key: Float[Array, "B T K D"],
         value: Float[Array, "B T K D"],
         *,
-        positions: Int[Array, "B T"],
+        slots: Int[Array, "B T"],
     ) -> "KVCache":
-        """With one layer's keys and values at these positions; those beyond S are dropped."""
+        """With one layer's keys and values at these slots; those beyond S are dropped."""
         # An index for each head: to write several at once, a TPU would copy the cache to [B S K D].
-        at = positions[:, None] + jnp.zeros_like(key[..., 0].swapaxes(1, 2), jnp.int32)
+        at = slots[:, None] + jnp.zeros_like(key[..., 0].swapaxes(1, 2), jnp.int32)
 
         def put(stored: Array, new: Array) -> Array:
-            head = jax.vmap(lambda one, at, new: one.at[at].set(new, mode="drop"))
+            head = jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop"))
             return jax.vmap(head)(stored, at, new)
 
         keys, values = list(self.keys), list(self.values)
@@ -101,31 +117,62 @@ class KVCache:
         return dataclasses.replace(self, keys=tuple(keys), values=tuple(values))
 
     def pad_to(self, slots: int) -> "KVCache":
-        """With room for `slots` positions, S or more."""
-        room = ((0, 0), (0, 0), (0, slots - self.slots), (0, 0))
-        widened: KVCache = jax.tree.map(lambda one: jnp.pad(one, room), self)
-        return widened
+        """With room for `slots` slots, S or more; the new ones are empty."""
 
-    def rows(self, which: Int[Array, "R"], *, spec: PartitionSpec | None) -> "KVCache":
-        """These rows, a row as often as it is named."""
+        def pad(array: Array) -> Array:
+            axis = _slot_axis(array)
+            room = [(0, 0)] * array.ndim
+            room[axis] = (0, slots - array.shape[axis])
+            return jnp.pad(array, room)
+
+        padded: KVCache = jax.tree.map(pad, self)
+        return padded
+
+    def rows(
+        self, which: Int[Array, "R"], *, spec: PartitionSpec | None, marks: PartitionSpec | None
+    ) -> "KVCache":
+        """These rows, a row as often as it is named.
+
+        Args:
+            which: rows.
+            spec: the partition spec of keys and values.
+            marks: that of their marks.
+        """
         taken: KVCache = jax.tree.map(
-            lambda one: one.at[which].get(mode="clip", out_sharding=spec), self
+            lambda array: array.at[which].get(
+                mode="clip", out_sharding=marks if array.ndim == 2 else spec
+            ),
+            self,
         )
         return taken
 
     def insert(
-        self, at: Int[Array, "R"], rows: "KVCache", *, spec: PartitionSpec | None
+        self,
+        at: Int[Array, "R"],
+        rows: "KVCache",
+        *,
+        spec: PartitionSpec | None,
+        marks: PartitionSpec | None,
     ) -> "KVCache":
         """With `rows` where the rows `at` begin; rows beyond B are dropped.
 
-        `rows` may have fewer slots: what stood in the later ones is left there.
+        `rows` may have fewer slots: the later ones are empty then.
         """
-        replaced: KVCache = jax.tree.map(
-            lambda one, new: one.at[at, :, : rows.slots].set(new, mode="drop", out_sharding=spec),
-            self,
-            rows,
-        )
-        return replaced
+
+        def put(old: Array, new: Array) -> Array:
+            if old.ndim == 2:
+                # Whole rows, so that nothing sees what stood in the later slots.
+                new = jnp.pad(new, ((0, 0), (0, old.shape[1] - new.shape[1])))
+                return old.at[at].set(new, mode="drop", out_sharding=marks)
+            return old.at[at, :, : rows.slots].set(new, mode="drop", out_sharding=spec)
+
+        inserted: KVCache = jax.tree.map(put, self, rows)
+        return inserted
+
+
+def _slot_axis(array: Array) -> int:
+    """Keys and values are [B, K, S, D], marks [B, S]."""
+    return 1 if array.ndim == 2 else 2
 
 
 def cache_attention(
@@ -133,12 +180,22 @@ def cache_attention(
     key: Stored,
     value: Stored,
     *,
-    positions: Int[Array, "B T"],
+    marks: Marks,
+    slots: Marks,
+    rule: Rule = causal,
 ) -> Float[Array, "B T N D"]:
-    """softmax(q k^T / sqrt(D)) v against one layer; a query sees up to its own position.
+    """softmax(q k^T / sqrt(D)) v against one layer of a cache.
 
     With few queries a row this waits for memory: keys and values are read as they lie, and scales
     go to the scores and the weights, which are fewer.
+
+    Args:
+        query: T positions, N heads.
+        key: of S slots.
+        value: of S slots.
+        marks: of the queries.
+        slots: of the slots.
+        rule: which slots a query sees.
     """
     with jax.named_scope("attention"):
         rows, length, heads, dim = query.shape
@@ -146,18 +203,19 @@ def cache_attention(
         # A weight times a scale may be too small for float16.
         small = isinstance(value, Quantised) and query.dtype == jnp.float16
         values, value_scales = _split_scales(value, jnp.bfloat16 if small else query.dtype)
-        kv_heads, slots = keys.shape[1:3]
+        kv_heads = keys.shape[1]
         group = heads // kv_heads
         grouped = query.reshape(rows, length, kv_heads, group, dim)
         if platform() == "tpu":
             copies = math.ceil(_MATRIX_ROWS / (length * group))
             grouped = jnp.concatenate([grouped] * copies, axis=3)
         scores = jnp.einsum("btkgd,bksd->bktgs", grouped, keys, preferred_element_type=jnp.float32)
-        seen = (jnp.arange(slots) <= positions[:, :, None])[:, None, :, None]
-        scores = jnp.where(seen, scores * (key_scales / math.sqrt(dim)), -jnp.inf)
+        seen = visible(rule, marks, slots)[:, None, :, None]
+        # A query of padding sees nothing; a finite score keeps NaN out of its row.
+        scores = jnp.where(seen, scores * (key_scales / math.sqrt(dim)), _HIDDEN)
         weights = jax.nn.softmax(scores, axis=-1) * value_scales
-        found = jnp.einsum("bktgs,bksd->btkgd", weights.astype(values.dtype), values)
-        return found[:, :, :, :group].reshape(query.shape).astype(query.dtype)
+        attended = jnp.einsum("bktgs,bksd->btkgd", weights.astype(values.dtype), values)
+        return attended[:, :, :, :group].reshape(query.shape).astype(query.dtype)
 
 
 def _split_scales(

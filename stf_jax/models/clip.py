@@ -3,6 +3,7 @@
 Radford et al. 2021, arXiv 2103.00020; LLaVA-STF, arXiv 2506.07138, reads eight of its blocks.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -109,8 +110,9 @@ class VisionTower(nnx.Module):
 
     def embed(self, pixels: Float[Array, "B height width 3"]) -> Float[Array, "B P+1 C"]:
         """Patches, class token and positions. The patch convolution is a matmul over patches."""
-        grid, size = self.config.grid, self.config.patch_size
-        batch, width = pixels.shape[0], self.config.width
+        size = self.config.patch_size
+        batch, side, width = pixels.shape[0], pixels.shape[1], self.config.width
+        grid = side // size
         patches = jax.lax.reshape(
             pixels, (batch, grid, size, grid, size, 3), out_sharding=self.rules.tokens
         )
@@ -121,5 +123,37 @@ class VisionTower(nnx.Module):
             self.class_embedding[...], (batch, 1, width), out_sharding=self.rules.tokens
         )
         patches = self.patch_embedding(patches.astype(first.dtype), out=self.rules.tokens)
-        x = jnp.concatenate([first, patches], axis=1) + self.position_embedding[...]
+        x = jnp.concatenate([first, patches], axis=1) + self.positions(grid)
         return self.pre_norm(x)
+
+    def positions(self, grid: int) -> Float[Array, "P+1 C"]:
+        """Positions of the class token and of a grid of patches, interpolated where it is smaller.
+
+        Bicubic, as `transformers` interpolates them for images of another size.
+        """
+        table, trained = self.position_embedding[...], self.config.grid
+        if grid == trained:
+            return table
+        weights = jnp.asarray(bicubic(trained, grid), table.dtype)
+        square = table[1:].reshape(trained, trained, -1)
+        small = jnp.einsum("or,pc,rcw->opw", weights, weights, square)
+        return jnp.concatenate([table[:1], small.reshape(grid * grid, -1)])
+
+
+def bicubic(inputs: int, outputs: int) -> Float[np.ndarray, "outputs inputs"]:
+    """Weights that resize a row of values: Keys' kernel with a = -0.75, half-pixel centers.
+
+    Edge values repeat, and nothing is smoothed before it is sampled, as in PyTorch.
+    """
+    weights = np.zeros((outputs, inputs))
+    for output in range(outputs):
+        center = (output + 0.5) * inputs / outputs - 0.5
+        first = math.floor(center) - 1
+        for tap in range(first, first + 4):
+            distance = abs(center - tap)
+            if distance <= 1:
+                weight = 1.25 * distance**3 - 2.25 * distance**2 + 1
+            else:
+                weight = -0.75 * (distance**3 - 5 * distance**2 + 8 * distance - 4)
+            weights[output, min(max(tap, 0), inputs - 1)] += weight
+    return weights

@@ -7,35 +7,35 @@ arXiv 2204.02311, appendix B); what `remat` computes again is not counted.
 import dataclasses
 from typing import Literal
 
-from stf_jax.systems.base import LlavaConfig
+from stf_jax.models.connector import Architecture
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flops:
-    """By part of the model; fusion includes the projector, text the head."""
+    """By part of the model; the connector includes the projector, the text the head."""
 
     vision: float
-    fusion: float
+    connector: float
     text: float
 
     @property
     def total(self) -> float:
         """Of the whole model."""
-        return self.vision + self.fusion + self.text
+        return self.vision + self.connector + self.text
 
 
-def forward(config: LlavaConfig, *, rows: int, length: int, images: int) -> Flops:
+def forward(config: Architecture, *, rows: int, length: int, images: int) -> Flops:
     """Of one forward pass over `rows` rows of `length` positions with `images` images each."""
     weights, attention = _text(config, length)
     return Flops(
         vision=rows * images * _vision(config),
-        fusion=rows * images * _fusion(config),
+        connector=rows * images * _connector(config),
         text=rows * (weights + attention),
     )
 
 
 def training(
-    config: LlavaConfig,
+    config: Architecture,
     *,
     stage: Literal["pretrain", "finetune", "lora"],
     rows: int,
@@ -51,31 +51,26 @@ def training(
     passes = 3 if stage == "finetune" else 2
     return Flops(
         vision=rows * images * _vision(config),
-        fusion=rows * images * _fusion(config) * 3,
+        connector=rows * images * _connector(config) * 3,
         text=rows * (weights * passes + attention * 3),
     )
 
 
-def _vision(config: LlavaConfig) -> float:
+def _vision(config: Architecture) -> float:
     """Of one image, up to the last tap."""
-    vision, layers = config.vision, max(config.fusion.taps)
-    width, tokens = vision.width, vision.patches + 1
+    vision, layers = config.vision, max(config.system.taps)
+    width, patches = vision.width, (config.image_size // vision.patch_size) ** 2
+    tokens = patches + 1
     layer = 2 * tokens * (4 * width**2 + 2 * width * vision.mlp_width) + 4 * tokens**2 * width
-    return 2 * vision.patches * 3 * vision.patch_size**2 * width + layers * layer
+    return 2 * patches * 3 * vision.patch_size**2 * width + layers * layer
 
 
-def _fusion(config: LlavaConfig) -> float:
+def _connector(config: Architecture) -> float:
     """Of one image."""
-    fusion, width = config.fusion, config.vision.width
-    mixed = 0
-    if fusion.mbtf is not None:
-        mixed = config.vision.patches * fusion.mbtf.mlp_width * width * (len(fusion.taps) + 1)
-    fused = width * (fusion.window**2 if fusion.reduction == "stf" else 1)
-    projected = config.tokens_per_image * fusion.projector_width * (fused + config.text.width)
-    return 2 * (mixed + projected)
+    return config.system.flops(config.vision, config.text)
 
 
-def _text(config: LlavaConfig, length: int) -> tuple[float, float]:
+def _text(config: Architecture, length: int) -> tuple[float, float]:
     """Of one row: products with weights, and attention."""
     text = config.text
     heads, kv_heads = text.heads * text.head_dim, text.kv_heads * text.head_dim

@@ -13,24 +13,21 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from stf_jax.config.text import RopeScaling, TextConfig
-from stf_jax.models.attention import Mask, attention
-from stf_jax.models.cache import CacheDType, KVCache, cache_attention
+from stf_jax.models.attention import Marks, Rule, causal
+from stf_jax.models.cache import CacheDType, KVCache
 from stf_jax.models.layers import (
     Init,
     Linear,
     Remat,
     RMSNorm,
-    apply_layers,
     barrier,
     barrier_gradient,
     stack,
     unstack,
 )
+from stf_jax.models.loop import run_layers
 from stf_jax.models.lora import LoRAConfig
-from stf_jax.parallel.sharding import all_gather_fsdp
-
-# Hidden states, cache, layers done.
-Extending = tuple[Float[Array, "B T H"], KVCache, int]
+from stf_jax.parallel.sharding import all_gather_fsdp, reshard
 
 
 def rope_frequencies(config: TextConfig) -> Float[Array, "D/2"]:
@@ -190,58 +187,67 @@ class Llama(nnx.Module):
         self,
         x: Float[Array, "B T H"],
         *,
-        positions: Int[Array, "B T"],
-        segments: Int[Array, "B T"],
+        marks: Marks,
+        rule: Rule = causal,
         remat: Remat = "none",
     ) -> Float[Array, "B T H"]:
         """Normed hidden states of whole sequences; several segments may share a row."""
-        return self._sequences(x, positions, segments, keep=False, remat=remat)[0]
+        with jax.named_scope("decoder"):
+            angles = self._angles(marks.position)
+            x, _, _ = run_layers(x, self.layers, angles=angles, marks=marks, rule=rule, remat=remat)
+            return self.norm(x)
 
     def prefill(
         self,
         x: Float[Array, "B T H"],
         *,
-        positions: Int[Array, "B T"],
-        segments: Int[Array, "B T"],
+        marks: Marks,
+        rule: Rule = causal,
         cache_dtype: CacheDType | None = None,
     ) -> tuple[Float[Array, "B T H"], KVCache]:
         """The same, and a cache of T slots; a row holds one sequence from position 0 on."""
-        x, kept = self._sequences(x, positions, segments, keep=True)
-        keys, values = zip(*kept, strict=True)
-        return x, KVCache.of(keys, values, dtype=cache_dtype)
+        with jax.named_scope("decoder"):
+            angles = self._angles(marks.position)
+            x, _, kept = run_layers(
+                x, self.layers, angles=angles, marks=marks, rule=rule, keep=True
+            )
+            keys, values = zip(*(pair for pair in kept if pair is not None), strict=True)
+            return self.norm(x), KVCache.of(keys, values, marks, dtype=cache_dtype)
 
     def extend(
-        self, x: Float[Array, "B T H"], *, positions: Int[Array, "B T"], cache: KVCache
+        self,
+        x: Float[Array, "B T H"],
+        *,
+        marks: Marks,
+        slots: Int[Array, "B T"],
+        cache: KVCache,
+        rule: Rule = causal,
     ) -> tuple[Float[Array, "B T H"], KVCache]:
-        """T further tokens a row against the cache, which takes them in; decoding has T = 1."""
+        """T further tokens a row against the cache, which takes them in; decoding has T = 1.
+
+        Args:
+            x: their embeddings.
+            marks: of the tokens; padding has segment 0.
+            slots: where the cache holds them; those beyond it are dropped.
+            cache: of everything before them.
+            rule: which slots a token sees.
+        """
         with jax.named_scope("extend"):
-            angles = self._angles(positions)
-
-            def step(carry: Extending, layer: DecoderLayer) -> tuple[Extending, None]:
-                x, cache, index = carry
-                query, key, value = layer.project(x, angles)
-                cache = cache.write(index, key, value, positions=positions)
-                held = cache.keys[index], cache.values[index]
-                attended = cache_attention(query, *held, positions=positions)
-                return (layer.finish(x, attended), cache, index + 1), None
-
-            (x, cache, _), _ = apply_layers(step, (x, cache, 0), unstack(self.layers))
-            return self.norm(x), cache
-
-    def _sequences(
-        self, x: Array, positions: Array, segments: Array, *, keep: bool, remat: Remat = "none"
-    ) -> tuple[Array, list[tuple[Array, Array] | None]]:
-        with jax.named_scope("decoder"):
-            angles = self._angles(positions)
-            mask = Mask(query_segments=segments, key_segments=segments, causal=True)
-
-            def step(x: Array, layer: DecoderLayer) -> tuple[Array, tuple[Array, Array] | None]:
-                query, key, value = layer.project(x, angles)
-                x = layer.finish(x, attention(query, key, value, mask=mask))
-                return x, (key, value) if keep else None
-
-            x, kept = apply_layers(step, x, self.layers, remat=remat)
-            return self.norm(x), kept
+            # New marks lie where those of the cache do.
+            rows = self.rules.tokens
+            slots, marks = jax.tree.map(lambda array: reshard(array, rows), (slots, marks))
+            angles, cache = self._angles(marks.position), cache.mark(slots, marks)
+            x, extended, _ = run_layers(
+                x,
+                unstack(self.layers),
+                angles=angles,
+                marks=marks,
+                rule=rule,
+                cache=cache,
+                slots=slots,
+            )
+            assert extended is not None
+            return self.norm(x), extended
 
     def _angles(self, positions: Array) -> tuple[Array, Array]:
         """Cosine and sine of each position's turns, [B, T, 1, D] in float32."""

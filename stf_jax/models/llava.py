@@ -1,6 +1,6 @@
-"""The vision-language model: encode images, splice their tokens into the text, decode, loss.
+"""The vision-language model: encode images, insert their tokens into the text, decode, loss.
 
-Liu et al. 2023, arXiv 2310.03744, with the fusion of arXiv 2506.07138 between tower and projector.
+Liu et al. 2023, arXiv 2310.03744; what a system changes comes with the config.
 """
 
 import jax
@@ -10,36 +10,29 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from stf_jax.data.batch import IGNORED_LABEL, Batch
+from stf_jax.models.attention import IMAGE, TEXT, Marks
 from stf_jax.models.cache import CacheDType, KVCache
 from stf_jax.models.clip import VisionTower
-from stf_jax.models.layers import MLP, Init, Remat, gelu
+from stf_jax.models.connector import Architecture, VisionFeatures
+from stf_jax.models.layers import Init, Remat
 from stf_jax.models.llama import Llama
 from stf_jax.models.lora import LoRAConfig
 from stf_jax.parallel.sharding import ShardingRules, on_mesh
-from stf_jax.systems import Fusion, fused_width
-from stf_jax.systems.base import LlavaConfig
 
 
 class Llava(nnx.Module):
-    """CLIP tower -> fusion -> projector -> LLaMA, which has adapters where `lora` is given."""
+    """CLIP tower -> connector -> LLaMA, which has adapters where `lora` is given."""
 
-    def __init__(self, config: LlavaConfig, *, init: Init, lora: LoRAConfig | None = None):
-        vision_width = config.vision.width
+    def __init__(self, config: Architecture, *, init: Init, lora: LoRAConfig | None = None):
         self.config, self.rules = config, init.rules
-        self.vision = VisionTower(config.vision, taps=config.fusion.taps, init=init)
-        self.fusion = Fusion(config.fusion, vision_width=vision_width, init=init)
-        self.projector = MLP(
-            fused_width(config.fusion, vision_width=vision_width),
-            config.fusion.projector_width,
-            config.text.width,
-            init=init,
-        )
+        self.vision = VisionTower(config.vision, taps=config.system.taps, init=init)
+        self.connector = config.system.connector(config.vision, config.text, init=init)
         self.text = Llama(config.text, init=init, lora=lora)
 
     @classmethod
     def abstract(
         cls,
-        config: LlavaConfig,
+        config: Architecture,
         *,
         rules: ShardingRules = ShardingRules.none(),
         dtype: DTypeLike = jnp.float32,
@@ -55,7 +48,7 @@ class Llava(nnx.Module):
             nnx.update(model, jax.tree.map(lambda leaf: on_mesh(leaf, mesh), nnx.state(model)))
         return model
 
-    def encode_images(self, pixels: Float[Array, "B I height width 3"]) -> Float[Array, "B I*K H"]:
+    def encode(self, pixels: Float[Array, "B I height width 3"]) -> Float[Array, "B I*K H"]:
         """Vision tokens of every image of a row, one image after the other.
 
         The tower is frozen in every stage, so no gradient enters it.
@@ -63,17 +56,16 @@ class Llava(nnx.Module):
         rows, images, *image = pixels.shape
         flat = jax.lax.reshape(pixels, (rows * images, *image), out_sharding=self.rules.tokens)
         taps = jax.lax.stop_gradient(self.vision(flat))
-        with jax.named_scope("projector"):
-            tokens = self.projector(self.fusion(taps), activation=gelu)
+        tokens = self.connector(VisionFeatures(taps=taps)).values
         row = (rows, images * tokens.shape[1], tokens.shape[2])
         return jax.lax.reshape(tokens, row, out_sharding=self.rules.tokens)
 
-    def splice(self, batch: Batch) -> Float[Array, "B T H"]:
+    def insert(self, batch: Batch) -> Float[Array, "B T H"]:
         """Text embeddings with image tokens at their slots: two gathers, no ragged pieces."""
         text = self.text.embed(batch.ids)
         if batch.pixels.shape[1] == 0:
             return text
-        tokens = self.encode_images(batch.pixels)
+        tokens = self.encode(batch.pixels)
         slots = batch.image_slots[..., None]
         images = jnp.take_along_axis(tokens, jnp.maximum(slots, 0), axis=1)
         return jnp.where(slots >= 0, images, text)
@@ -109,10 +101,7 @@ class Llava(nnx.Module):
     ) -> tuple[Float[Array, "B V"], KVCache]:
         """Logits after each row's last position, and a cache of T slots; a row is one sequence."""
         hidden, cache = self.text.prefill(
-            self.splice(batch),
-            positions=batch.positions,
-            segments=batch.segments,
-            cache_dtype=cache_dtype,
+            self.insert(batch), marks=marks_of(batch), cache_dtype=cache_dtype
         )
         return self._logits_at((batch.segments > 0).sum(axis=1) - 1, hidden), cache
 
@@ -128,8 +117,12 @@ class Llava(nnx.Module):
 
         What stands in `ids` behind them is padding.
         """
-        positions = start[:, None] + jnp.arange(ids.shape[1], dtype=jnp.int32)
-        hidden, cache = self.text.extend(self.text.embed(ids), positions=positions, cache=cache)
+        index = jnp.arange(ids.shape[1], dtype=jnp.int32)
+        positions = start[:, None] + index
+        marks = Marks.text(positions, (index < lengths[:, None]).astype(jnp.int32))
+        hidden, cache = self.text.extend(
+            self.text.embed(ids), marks=marks, slots=positions, cache=cache
+        )
         return self._logits_at(lengths - 1, hidden), cache
 
     def _logits_at(
@@ -139,9 +132,7 @@ class Llava(nnx.Module):
         return self.text.logits(one)[:, 0]
 
     def _hidden(self, batch: Batch, *, remat: Remat = "none") -> Float[Array, "B T H"]:
-        return self.text(
-            self.splice(batch), positions=batch.positions, segments=batch.segments, remat=remat
-        )
+        return self.text(self.insert(batch), marks=marks_of(batch), remat=remat)
 
     def _cross_entropy(
         self,
@@ -156,3 +147,9 @@ class Llava(nnx.Module):
         right = jnp.where(chosen, logits, 0).sum(-1)
         lost = jax.nn.logsumexp(logits, axis=-1) - right
         return jnp.where(known, lost, 0).sum(), known.sum()
+
+
+def marks_of(batch: Batch) -> Marks:
+    """What each position of a batch is, for the rule of attention."""
+    kind = jnp.where(batch.image_slots >= 0, jnp.int32(IMAGE), jnp.int32(TEXT))
+    return Marks(position=batch.positions, segment=batch.segments, kind=kind)

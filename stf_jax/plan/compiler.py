@@ -22,6 +22,7 @@ from stf_jax.plan.chips import Topology
 from stf_jax.plan.measure import measure
 from stf_jax.plan.padding import padding
 from stf_jax.plan.request import Plan, Request
+from stf_jax.systems import named_config
 from stf_jax.systems.base import LlavaConfig
 from stf_jax.train.config import TrainConfig
 from stf_jax.train.program import make_program
@@ -79,7 +80,7 @@ def architecture(config: TrainConfig) -> LlavaConfig:
         ValueError: neither is there.
     """
     if config.architecture is not None:
-        return LlavaConfig.by_name(config.architecture)
+        return named_config(config.architecture)
     if not Path(config.model).exists() and "://" not in config.model:
         raise ValueError(
             f"{config.model} is not there, and the config has no architecture; "

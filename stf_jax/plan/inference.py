@@ -26,6 +26,7 @@ from stf_jax.plan.compiler import compile_and_read, mesh_of
 from stf_jax.plan.measure import measure
 from stf_jax.plan.phases import InferencePlan, Phase
 from stf_jax.plan.request import Request
+from stf_jax.systems import named_config
 from stf_jax.systems.base import LlavaConfig
 
 
@@ -41,7 +42,7 @@ def make_inference_plan(request: Request) -> InferencePlan:
         raise ValueError(
             f"{request.config} has no architecture; add --architecture=llava_stf_7b, for instance"
         )
-    model, chip = LlavaConfig.by_name(config.architecture), topology.chip
+    model, chip = named_config(config.architecture), topology.chip
     mesh, work, dtype = mesh_of(config.mesh, topology), config.workload, config.dtype or "bfloat16"
     program = abstract_program(
         model, mesh=mesh, dtype=jnp.dtype(dtype), cache_dtype=config.cache_dtype
@@ -58,7 +59,7 @@ def make_inference_plan(request: Request) -> InferencePlan:
     lengths = sorted({bucket(one, least=LEAST_QUESTION) for one in work.question_tokens})
     lowered = lower(
         program,
-        batch=pad_prompts([prompt], rows=rows, image_size=model.vision.image_size),
+        batch=pad_prompts([prompt], rows=rows, image_size=model.image_size),
         questions=[Suffixes.empty(rows, length, slots=slots) for length in lengths],
         limits=Limits(sampling=GREEDY, max_new_tokens=work.max_new_tokens),
         slots=slots,
@@ -115,7 +116,7 @@ def _compile(phase: Phase, lowered: Any, plan: InferencePlan, topology: Topology
 
 def _prompt(model: LlavaConfig, length: int, images: int) -> Prompt:
     """Text, then images, of so many positions."""
-    size = model.vision.image_size
+    size = model.image_size
     ids = np.zeros(length, np.int32)
     ids[length - images * model.tokens_per_image :] = IMAGE_TOKEN_ID
     return Prompt(ids=ids, pixels=np.zeros((images, size, size, 3), np.float32))

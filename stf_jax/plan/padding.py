@@ -11,7 +11,7 @@ _LANES = 128
 def padding(model: LlavaConfig, mesh: Mesh) -> dict[str, float]:
     """The part of each size that is padding on a chip, where there is any."""
     tensor = mesh.shape["tensor"]
-    text, vision, fusion = model.text, model.vision, model.fusion
+    text, vision = model.text, model.vision
     sizes = {
         "text.width": text.width,
         "text.mlp_width": text.mlp_width // tensor,
@@ -20,8 +20,8 @@ def padding(model: LlavaConfig, mesh: Mesh) -> dict[str, float]:
         "vision.width": vision.width,
         "vision.mlp_width": vision.mlp_width // tensor,
         "vision.head_dim": vision.head_dim,
-        "vision tokens in attention": vision.patches + 1,
-        "fusion.projector_width": fusion.projector_width // tensor,
+        "vision tokens in attention": (model.image_size // vision.patch_size) ** 2 + 1,
+        **{f"system.{name}": size // tensor for name, size in model.system.tensor_sizes().items()},
     }
     whole = {name: -(-size // _LANES) * _LANES for name, size in sizes.items()}
     return {name: 1 - size / whole[name] for name, size in sizes.items() if size != whole[name]}

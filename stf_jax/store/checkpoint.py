@@ -23,12 +23,16 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
 
+from stf_jax.systems import config_from_dict
 from stf_jax.systems.base import LlavaConfig
+from stf_jax.systems.older import older_path, upgrade_config, upgrade_path
 from stf_jax.util.errors import CheckpointError, missing
 from stf_jax.util.files import absolute, file_size, list_some, new_directory
 
 FORMAT = "stf_jax"
-VERSION = 1
+VERSION = 2
+# Before it, a model had a "fusion" in place of a system.
+_OLDEST = 1
 
 _CONFIG = "config.json"
 _PARAMS = "params"
@@ -111,12 +115,12 @@ def open_native(path: epath.PathLike) -> "NativeCheckpoint":
         )
     content = json.loads((path / _CONFIG).read_text())
     version, model, files = (content.get(key) for key in ("version", "model", "files"))
-    if isinstance(version, int) and version != VERSION:
+    if isinstance(version, int) and not _OLDEST <= version <= VERSION:
         raise CheckpointError(
             f"{path} has format version {version}, this stf_jax reads {VERSION}; "
             "install the release that wrote it"
         )
-    if version != VERSION or not isinstance(model, dict) or not isinstance(files, dict):
+    if not isinstance(version, int) or not isinstance(model, dict) or not isinstance(files, dict):
         raise _damage_error(path / _CONFIG)
     found = _sizes(path)
     broken = [
@@ -127,10 +131,12 @@ def open_native(path: epath.PathLike) -> "NativeCheckpoint":
     if broken:
         raise CheckpointError(f"{_damage_error(path)}:\n" + list_some(broken))
     try:
-        config = LlavaConfig.from_dict(model)
+        config = config_from_dict(upgrade_config(model))
     except ValueError as error:
         raise _damage_error(path / _CONFIG) from error
-    return NativeCheckpoint(path=path, config=config, id=str(content.get("id", "")))
+    return NativeCheckpoint(
+        path=path, config=config, id=str(content.get("id", "")), version=version
+    )
 
 
 def _damage_error(path: epath.Path) -> CheckpointError:
@@ -145,11 +151,13 @@ class NativeCheckpoint:
         path: its directory.
         config: the model's.
         id: the same for every copy of it, and for nothing else.
+        version: of the format.
     """
 
     path: epath.Path
     config: LlavaConfig
     id: str
+    version: int
 
     @property
     def extras(self) -> epath.Path:
@@ -169,7 +177,7 @@ class NativeCheckpoint:
         if stored is None:
             raise _damage_error(self.path / _PARAMS)
         return {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            upgrade_path(name): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
             for name, leaf in flatten(stored).items()
         }
 
@@ -212,7 +220,13 @@ class NativeCheckpoint:
 
     def load(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """Parameters by path, each cast and placed like `host_like` or a shape with a sharding."""
-        return flatten(load_some(self.path / _PARAMS, unflatten(wanted)))
+        stored = {self.stored_path(name): like for name, like in wanted.items()}
+        leaves = flatten(load_some(self.path / _PARAMS, unflatten(stored)))
+        return {upgrade_path(name): leaf for name, leaf in leaves.items()}
+
+    def stored_path(self, name: str) -> str:
+        """Where a parameter lies in this checkpoint, which may be an older one."""
+        return older_path(name) if self.version < VERSION else name
 
     def copy_extras(self, directory: epath.Path) -> None:
         """Copies tokenizer, image processor and the rest of `EXTRAS` into another checkpoint."""

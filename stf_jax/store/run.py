@@ -31,6 +31,7 @@ from stf_jax.store.checkpoint import (
     open_native,
     place,
 )
+from stf_jax.systems.older import is_older, older_path, upgrade_path
 from stf_jax.util.errors import CheckpointError
 from stf_jax.util.files import absolute
 
@@ -84,6 +85,7 @@ def open_model(path: epath.PathLike) -> NativeCheckpoint:
         id=_identity(first, run, step=max(steps)),
         path=path,
         config=first.config,
+        version=first.version,
         first=first,
         lora=run["lora"],
         step=max(steps),
@@ -115,6 +117,10 @@ class TrainedCheckpoint(NativeCheckpoint):
     @functools.cached_property
     def trained(self) -> dict[str, Any]:
         """Shape and dtype of the parameters that the run trains, by path; adapters among them."""
+        return {upgrade_path(path): leaf for path, leaf in self._stored.items()}
+
+    @functools.cached_property
+    def _stored(self) -> dict[str, Any]:
         return dict(ocp.metadata(self._state).metadata["parameters"])
 
     def load(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,8 +149,10 @@ class TrainedCheckpoint(NativeCheckpoint):
         return merged
 
     def _load_trained_leaves(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
-        loaded: dict[str, Any] = load_some(self._state, {"parameters": dict(wanted)})["parameters"]
-        return loaded
+        older = is_older(self._stored)
+        stored = {older_path(path) if older else path: like for path, like in wanted.items()}
+        loaded: dict[str, Any] = load_some(self._state, {"parameters": stored})["parameters"]
+        return {upgrade_path(path): leaf for path, leaf in loaded.items()}
 
     @property
     def _state(self) -> epath.Path:

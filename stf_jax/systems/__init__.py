@@ -1,43 +1,102 @@
-"""The paper: making few vision tokens of many, one file for each way.
+"""The papers, one file each; this file lists them.
 
-"Learning Compact Vision Tokens for Efficient Large Multimodal Models", arXiv 2506.07138.
-`mbtf.py` is Multi-Block Token Fusion, `stf.py` Spatial Token Fusion, `average.py` the paper's
-pooling baseline, `identity.py` LLaVA-1.5 itself. A fusion knows no language model.
+`base.py` says what a system is. `llava.py` is what all of them change, `stf.py` is LLaVA-STF,
+`average.py` its baseline; `random.py` and `downsample.py` are controls.
 """
 
-from flax import nnx
-from jaxtyping import Array, Float
+from collections.abc import Mapping
+from typing import Any
 
-from stf_jax.models.layers import Init
-from stf_jax.systems.average import average_pooling
-from stf_jax.systems.base import FusionConfig
-from stf_jax.systems.llava import identity
-from stf_jax.systems.mbtf import MBTF
-from stf_jax.systems.stf import spatial_token_fusion
+from stf_jax.config.text import TextConfig
+from stf_jax.config.vision import VisionConfig
+from stf_jax.systems.average import Average
+from stf_jax.systems.base import LlavaConfig, System, parse, published_models
+from stf_jax.systems.downsample import Downsample
+from stf_jax.systems.llava import Llava
+from stf_jax.systems.random import Random
+from stf_jax.systems.stf import STF, MBTFConfig
 
-REDUCTIONS = {
-    "identity": identity,
-    "average": average_pooling,
-    "stf": spatial_token_fusion,
+# In the order of tables.
+SYSTEMS: Mapping[str, type[System]] = {
+    system.name: system for system in (Llava, Average, Random, Downsample, STF)
 }
 
 
-def fused_width(config: FusionConfig, *, vision_width: int) -> int:
-    """Channels of one fused token: what the projector takes in."""
-    return vision_width * (config.window**2 if config.reduction == "stf" else 1)
+def get_system(name: object) -> type[System]:
+    """The system of that name.
+
+    Raises:
+        ValueError: there is none; lists them.
+    """
+    if not isinstance(name, str) or name not in SYSTEMS:
+        raise ValueError(f"system {name!r} is not one of {', '.join(SYSTEMS)}")
+    return SYSTEMS[name]
 
 
-class Fusion(nnx.Module):
-    """Tower taps to vision tokens: blocks are fused first, then space (paper, figure 2)."""
+def system_from_dict(tree: Mapping[str, Any]) -> System:
+    """Reads what `System.to_dict` wrote.
 
-    def __init__(self, config: FusionConfig, *, vision_width: int, init: Init):
-        self.config, self.rules = config, init.rules
-        self.mbtf = config.mbtf and MBTF(
-            config.mbtf, blocks=len(config.taps), vision_width=vision_width, init=init
+    Raises:
+        ValueError: no such system, an unknown or mistyped key, or a value that does not fit.
+    """
+    fields = {key: value for key, value in tree.items() if key != "name"}
+    name = tree.get("name")
+    if not isinstance(name, str):
+        raise ValueError(f"system.name is {name!r}; choose one of {', '.join(SYSTEMS)}")
+    system: System = parse(get_system(name), fields)
+    return system
+
+
+def config_from_dict(tree: Mapping[str, Any]) -> LlavaConfig:
+    """Reads what `LlavaConfig.to_dict` wrote.
+
+    Raises:
+        ValueError: an unknown or mistyped key, or a value that does not fit.
+    """
+    unknown = tree.keys() - {"vision", "text", "system"}
+    if unknown:
+        raise ValueError(f"not a model config: there is no key {sorted(unknown)[0]!r}")
+    try:
+        return LlavaConfig(
+            vision=parse(VisionConfig, tree.get("vision", {})),
+            text=parse(TextConfig, tree.get("text", {})),
+            system=system_from_dict(tree.get("system", {})),
         )
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"not a model config: {error}") from error
 
-    def __call__(self, taps: tuple[Float[Array, "B P C"], ...]) -> Float[Array, "B K _"]:
-        """M taps -> K tokens an image, in raster order."""
-        features = self.mbtf.mix(taps) if self.mbtf else taps[0]
-        reduce = REDUCTIONS[self.config.reduction]
-        return reduce(features, window=self.config.window, out=self.rules.tokens)
+
+def named_config(name: str) -> LlavaConfig:
+    """A published size, such as "llava_stf_7b", or "tiny".
+
+    Raises:
+        ValueError: there is none of that name; lists them.
+    """
+    if name == "tiny":
+        return tiny_config()
+    models = dict(published_models(SYSTEMS))
+    if name not in models:
+        raise ValueError(f"architecture {name!r} is not one of {', '.join([*models, 'tiny'])}")
+    return models[name]
+
+
+def tiny_config() -> LlavaConfig:
+    """LLaVA-STF small enough for a test: 4 tokens an image."""
+    vision = VisionConfig.tiny()
+    system = STF(
+        taps=(3, 1),
+        mbtf=MBTFConfig(mlp_width=4 * vision.width),
+        projector_width=16 * vision.width,
+    )
+    return LlavaConfig(vision=vision, text=TextConfig.tiny(), system=system)
+
+
+def connector_prefixes() -> dict[str, str]:
+    """What a connector's tensors begin with in PyTorch, and the layout that each prefix tells.
+
+    The longest come first, so that the first that fits is the right one.
+    """
+    prefixes: dict[str, str] = {}
+    for system in SYSTEMS.values():
+        prefixes |= system.prefixes
+    return dict(sorted(prefixes.items(), key=lambda item: -len(item[0])))

@@ -1,12 +1,13 @@
-"""What a model is: frozen dataclasses for the vision tower, the fusion and the language model.
+"""What a system is, and the config of a whole model.
 
-Architecture only, nothing about files, devices or training; the published sizes are factories.
-`stf_jax.convert.hf_config` translates the parts from and to the `config.json` of `transformers`.
+A system is one way to show an image to the language model in few tokens. It is a frozen dataclass:
+its fields are its keys in YAML and in checkpoints, its methods are what it changes. What a subclass
+does not write is LLaVA-1.5's (arXiv 2310.03744).
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal, Self
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Self
 
 import jsonargparse
 from jax.sharding import Mesh
@@ -14,171 +15,258 @@ from jax.sharding import Mesh
 from stf_jax.config.checks import check_positive
 from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
+from stf_jax.config.yaml import plain
+from stf_jax.models.connector import Connector
+from stf_jax.models.layers import Init
+from stf_jax.models.weights import LINEAR, Entry, Transform, mlp_entries
 
-Reduction = Literal["identity", "average", "stf"]
+# The language models that named sizes ("llava_stf_7b") are over.
+_TEXTS = {"7b": TextConfig.vicuna_7b, "13b": TextConfig.vicuna_13b}
 
-# The hidden states of the tower that LLaVA-STF mixes, in the order of concatenation.
-STF_TAPS = (23, 21, 18, 15, 12, 9, 6, 3)
-
-# The factories of `LlavaConfig`, for configs that name one.
-ARCHITECTURES = (
-    "llava_stf_7b", "llava_stf_13b", "llava_1_5_7b", "llava_1_5_13b",
-    "llava_average_7b", "llava_average_13b", "tiny",
-)  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MBTFConfig:
-    """Multi-Block Token Fusion: the width between its linear layers, and the last activation."""
-
-    mlp_width: int = 4096
-    # The paper's figure ends in an activation; the released code and weights have none.
-    last_activation: bool = False
+# Tensors of a PyTorch checkpoint: their shapes by canonical name.
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FusionConfig:
-    """What happens between the tower and the language model. Defaults: LLaVA-STF-7B."""
+class System:
+    """LLaVA-1.5's parts, which a system changes one by one.
 
-    # Indices into the tower's hidden states: 0 is the embedding, k the output of layer k.
-    taps: tuple[int, ...] = STF_TAPS
-    mbtf: MBTFConfig | None = MBTFConfig()
-    reduction: Reduction = "stf"
-    # Side of the square window of patches that becomes one token; 1 for "identity".
-    window: int = 2
-    # Width between the two linear layers of the projector.
-    projector_width: int = 16384
+    Attributes:
+        taps: indices into the tower's hidden states: 0 is the embedding, k the output of layer k.
+        projector_width: between the two linear layers of the projector.
+    """
+
+    taps: tuple[int, ...] = (23,)
+    projector_width: int = 4096
+
+    # Its name in YAML, in checkpoints and on the command line.
+    name: ClassVar[str]
+    # Its name in tables and plots.
+    title: ClassVar[str]
+    # What named sizes begin with: "llava_stf" for "llava_stf_7b".
+    family: ClassVar[str]
+    # Scores of the 7B model by benchmark, as its paper states them.
+    published: ClassVar[Mapping[str, float]] = {}
+    # What the tensors of its connector begin with, and the layout that each prefix tells.
+    prefixes: ClassVar[Mapping[str, str]] = {"mm_projector.": "llava"}
 
     def __post_init__(self) -> None:
-        check_positive(self, "window", "projector_width")
+        check_positive(self, "projector_width")
         if not self.taps or min(self.taps) < 0 or max(self.taps) == 0:
             raise ValueError(
                 f"taps {self.taps} must be one or more hidden states, from 0 on, not all 0"
             )
-        if len(self.taps) > 1 and self.mbtf is None:
-            raise ValueError(f"{len(self.taps)} taps need mbtf to mix them; without it, give one")
-        if self.reduction == "identity" and self.window != 1:
-            raise ValueError(
-                f"reduction 'identity' keeps every token, so window must be 1, not {self.window}"
-            )
 
     @classmethod
-    def stf(
-        cls, *, vision_width: int = 1024, taps: tuple[int, ...] = STF_TAPS, window: int = 2
-    ) -> Self:
-        """LLaVA-STF: MBTF, then windows, with the released widths of 4 and 16 tower widths."""
-        return cls(
-            taps=taps,
-            mbtf=MBTFConfig(mlp_width=4 * vision_width),
-            reduction="stf",
-            window=window,
-            projector_width=16 * vision_width,
+    def sized(cls, *, vision: VisionConfig, text: TextConfig) -> Self:
+        """The system with its published proportions, for a tower and a language model."""
+        return cls(taps=(vision.layers - 1,), projector_width=text.width)
+
+    @classmethod
+    def variants(cls, *, vision: VisionConfig, text: TextConfig) -> Mapping[str, "Variant"]:
+        """The forms of this system that a comparison shows, by name."""
+        return {cls.name: Variant(title=cls.title, system=cls.sized(vision=vision, text=text))}
+
+    def check(self, vision: VisionConfig, text: TextConfig) -> None:
+        """Refuses a tower or a language model that this system does not fit.
+
+        Raises:
+            ValueError: what does not fit.
+        """
+        if len(self.taps) > 1:
+            raise ValueError(f"{self.title} reads one hidden state; taps is {self.taps}")
+
+    # --- What it computes.
+
+    def image_size(self, vision: VisionConfig) -> int:
+        """The side in pixels at which the tower sees an image."""
+        return vision.image_size
+
+    def tokens(self, vision: VisionConfig) -> int:
+        """K, the tokens of an image that the language model sees."""
+        return (self.image_size(vision) // vision.patch_size) ** 2
+
+    def token_width(self, vision: VisionConfig) -> int:
+        """Channels of a token before the projector."""
+        return vision.width
+
+    def connector(self, vision: VisionConfig, text: TextConfig, *, init: Init) -> Connector:
+        """The module between the tower and the language model, with new weights."""
+        return Connector(**self.widths(vision, text), init=init)
+
+    def widths(self, vision: VisionConfig, text: TextConfig) -> dict[str, int]:
+        """The sizes of the projector: inputs, width, outputs."""
+        return {
+            "inputs": self.token_width(vision),
+            "width": self.projector_width,
+            "outputs": text.width,
+        }
+
+    # --- What it costs, and where it lies.
+
+    def flops(self, vision: VisionConfig, text: TextConfig) -> float:
+        """Arithmetic of the connector for one image, two FLOPs a product."""
+        products = self.projector_width * (self.token_width(vision) + text.width)
+        return 2.0 * self.tokens(vision) * products
+
+    def tensor_sizes(self) -> dict[str, int]:
+        """The sizes that the mesh axis `tensor` splits, by name."""
+        return {"projector_width": self.projector_width}
+
+    # --- PyTorch's checkpoints.
+
+    def weights(self, vision: VisionConfig, text: TextConfig) -> tuple[Entry, ...]:
+        """Every parameter of the connector, and the tensor that it is in PyTorch."""
+        return self.projector_weights(vision, text, first=LINEAR)
+
+    def projector_weights(
+        self, vision: VisionConfig, text: TextConfig, *, first: Transform
+    ) -> tuple[Entry, ...]:
+        """The projector, the first of whose weights is changed by `first`."""
+        return mlp_entries(
+            "connector/projector",
+            "mm_projector.",
+            inputs=self.token_width(vision),
+            hidden=self.projector_width,
+            outputs=text.width,
+            first=first,
         )
 
     @classmethod
-    def llava(cls, *, text_width: int, tap: int = 23) -> Self:
-        """LLaVA-1.5: one tap, every token."""
-        return cls(
-            taps=(tap,), mbtf=None, reduction="identity", window=1, projector_width=text_width
-        )
+    def recognizes(cls, shapes: Shapes, vision: VisionConfig) -> bool:
+        """Whether the weights alone tell that a checkpoint is of this system."""
+        del shapes, vision
+        return False
 
     @classmethod
-    def average(cls, *, text_width: int, tap: int = 23, window: int = 2) -> Self:
-        """The paper's AvgPool arm: LLaVA-1.5 over the mean of each window."""
-        return cls(
-            taps=(tap,), mbtf=None, reduction="average", window=window, projector_width=text_width
-        )
+    def fields_of(
+        cls,
+        shapes: Shapes,
+        vision: VisionConfig,
+        *,
+        selected: Callable[[], int],
+        given: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """The fields that the weights of a checkpoint tell.
+
+        Args:
+            shapes: its tensors.
+            vision: its tower.
+            selected: gives the one hidden state that config.json selects; refuses a list.
+            given: the fields that config.json names.
+
+        Raises:
+            ValueError: weights that fit no model of this system.
+        """
+        del vision
+        rows, _ = matrix(shapes, "mm_projector.0.weight")
+        taps = [] if "taps" in given else [selected()]
+        return {"taps": taps, "projector_width": rows}
+
+    @property
+    def layout(self) -> str:
+        """The PyTorch layout that holds such a model."""
+        return "llava"
+
+    @property
+    def fits_transformers(self) -> bool:
+        """Whether `transformers.LlavaForConditionalGeneration` computes this system."""
+        return False
+
+    # --- In words and in files.
+
+    def describe(self) -> str:
+        """One line for `inspect`: the name, and the fields that are not the projector's."""
+        fields = {**dataclasses.asdict(self), "taps": ", ".join(map(str, self.taps))}
+        del fields["projector_width"]
+        return "; ".join([self.name, *(f"{key} {value}" for key, value in fields.items())])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, `name` among them."""
+        return {"name": self.name, **dataclasses.asdict(self)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A system as a comparison shows it."""
+
+    title: str
+    system: System
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlavaConfig:
-    """A whole vision-language model. Defaults: LLaVA-STF-7B."""
+    """A whole vision-language model; `stf_jax.systems` makes one by name or from a dictionary."""
 
     vision: VisionConfig = VisionConfig()
     text: TextConfig = TextConfig()
-    fusion: FusionConfig = FusionConfig()
+    system: System
 
     def __post_init__(self) -> None:
-        last, layers = max(self.fusion.taps), self.vision.layers
+        last, layers = max(self.system.taps), self.vision.layers
         if last > layers:
             raise ValueError(f"tap {last} lies beyond the tower's {layers} layers")
-        grid, window = self.vision.grid, self.fusion.window
-        if grid % window:
-            raise ValueError(f"window {window} does not divide the tower's {grid}x{grid} grid")
-
-    @classmethod
-    def llava_stf_7b(cls) -> Self:
-        """The published LLaVA-STF-7B: 144 tokens an image."""
-        return cls()
-
-    @classmethod
-    def llava_stf_13b(cls) -> Self:
-        """LLaVA-STF over Vicuna-13B-v1.5."""
-        return cls(text=TextConfig.vicuna_13b())
-
-    @classmethod
-    def llava_1_5_7b(cls) -> Self:
-        """liuhaotian/llava-v1.5-7b: 576 tokens an image."""
-        return cls(fusion=FusionConfig.llava(text_width=4096))
-
-    @classmethod
-    def llava_1_5_13b(cls) -> Self:
-        """liuhaotian/llava-v1.5-13b: 576 tokens an image."""
-        return cls(text=TextConfig.vicuna_13b(), fusion=FusionConfig.llava(text_width=5120))
-
-    @classmethod
-    def llava_average_7b(cls) -> Self:
-        """The paper's AvgPool arm over Vicuna-7B-v1.5: 144 tokens an image."""
-        return cls(fusion=FusionConfig.average(text_width=4096))
-
-    @classmethod
-    def llava_average_13b(cls) -> Self:
-        """The paper's AvgPool arm over Vicuna-13B-v1.5: 144 tokens an image."""
-        return cls(text=TextConfig.vicuna_13b(), fusion=FusionConfig.average(text_width=5120))
-
-    @classmethod
-    def tiny(cls) -> Self:
-        """LLaVA-STF small enough for a test: 4 tokens an image."""
-        vision = VisionConfig.tiny()
-        fusion = FusionConfig.stf(vision_width=vision.width, taps=(3, 1))
-        return cls(vision=vision, text=TextConfig.tiny(), fusion=fusion)
-
-    @classmethod
-    def by_name(cls, name: str) -> Self:
-        """The factory of that name.
-
-        Raises:
-            ValueError: there is none; lists them.
-        """
-        if name not in ARCHITECTURES:
-            raise ValueError(f"architecture {name!r} is not one of {', '.join(ARCHITECTURES)}")
-        config: Self = getattr(cls, name)()
-        return config
+        self.system.check(self.vision, self.text)
 
     @property
     def tokens_per_image(self) -> int:
         """K, the tokens that the language model sees for one image."""
-        return (self.vision.grid // self.fusion.window) ** 2
+        return self.system.tokens(self.vision)
 
-    @classmethod
-    def from_dict(cls, tree: Mapping[str, Any]) -> Self:
-        """Reads what `to_dict` wrote.
-
-        Raises:
-            ValueError: an unknown or mistyped key, or a value that does not fit.
-        """
-        parser = jsonargparse.ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(cls, "model")
-        try:
-            parsed = parser.parse_object({"model": dict(tree)})
-            config: Self = parser.instantiate(parsed)["model"]
-        except (jsonargparse.ArgumentError, TypeError) as error:
-            raise ValueError(f"not a model config: {error}") from error
-        return config
+    @property
+    def image_size(self) -> int:
+        """The side in pixels at which the tower sees an image."""
+        return self.system.image_size(self.vision)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dictionaries, ready for JSON or YAML."""
-        return dataclasses.asdict(self)
+        return {
+            "vision": dataclasses.asdict(self.vision),
+            "text": dataclasses.asdict(self.text),
+            "system": self.system.to_dict(),
+        }
+
+
+def published_models(systems: Mapping[str, type[System]]) -> Iterator[tuple[str, LlavaConfig]]:
+    """Every system over CLIP ViT-L/14-336 and Vicuna, by the name of its size."""
+    vision = VisionConfig.clip_l_336()
+    for system in systems.values():
+        for size, make in _TEXTS.items():
+            text = make()
+            sized = system.sized(vision=vision, text=text)
+            yield (
+                f"{system.family}_{size}",
+                LlavaConfig(vision=vision, text=text, system=sized),
+            )
+
+
+def parse(cls: type[Any], tree: Mapping[str, Any]) -> Any:
+    """A config dataclass from plain values, strictly.
+
+    Raises:
+        ValueError: an unknown or mistyped key, or a value that does not fit.
+    """
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, "config")
+    try:
+        parsed = parser.parse_object({"config": dict(tree)})
+        return parser.instantiate(parsed)["config"]
+    except (jsonargparse.ArgumentError, TypeError) as error:
+        raise ValueError(plain(str(error).replace("config.", ""))) from error
+
+
+def matrix(shapes: Shapes, name: str) -> tuple[int, int]:
+    """Rows and columns of a weight.
+
+    Raises:
+        ValueError: there is none of that name, or it is no matrix.
+    """
+    if name not in shapes:
+        raise ValueError(f"there is no {name}: a projector of type mlp2x_gelu is expected")
+    if len(shapes[name]) != 2:
+        raise ValueError(f"{name} has shape {shapes[name]}; a matrix is expected")
+    rows, columns = shapes[name]
+    return rows, columns
 
 
 def check_divisible(config: LlavaConfig, mesh: Mesh) -> None:
@@ -187,7 +275,7 @@ def check_divisible(config: LlavaConfig, mesh: Mesh) -> None:
     Raises:
         ValueError: lists every size that does not divide, and by which axis.
     """
-    text, vision, fusion = config.text, config.vision, config.fusion
+    text, vision = config.text, config.vision
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     sizes = [
         ("text.width", text.width, "fsdp", fsdp),
@@ -198,10 +286,11 @@ def check_divisible(config: LlavaConfig, mesh: Mesh) -> None:
         ("text.mlp_width", text.mlp_width, "tensor", tensor),
         ("vision.heads", vision.heads, "tensor", tensor),
         ("vision.mlp_width", vision.mlp_width, "tensor", tensor),
-        ("fusion.projector_width", fusion.projector_width, "tensor", tensor),
+        *(
+            (f"system.{name}", size, "tensor", tensor)
+            for name, size in config.system.tensor_sizes().items()
+        ),
     ]
-    if fusion.mbtf:
-        sizes.append(("fusion.mbtf.mlp_width", fusion.mbtf.mlp_width, "tensor", tensor))
     wrong = [f"{name} {size} by {axis} {by}" for name, size, axis, by in sizes if size % by]
     if wrong:
         raise ValueError(f"the mesh does not divide the model: {', '.join(wrong)}")

@@ -1,12 +1,40 @@
-"""LLaVA-1.5 (arXiv 2310.03744): every patch is a token."""
+"""LLaVA-1.5 (arXiv 2310.03744): every patch of one hidden state is a token."""
 
-from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+import dataclasses
+from typing import ClassVar
+
+from stf_jax.config.vision import VisionConfig
+from stf_jax.systems.base import Shapes, System, matrix
 
 
-def identity(
-    features: Float[Array, "B P C"], *, window: int, out: PartitionSpec | None = None
-) -> Float[Array, "B P C"]:
-    """The features as they are; there is no window to speak of."""
-    del window, out
-    return features
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llava(System):
+    """Nothing is changed: 576 tokens an image."""
+
+    name: ClassVar[str] = "llava"
+    title: ClassVar[str] = "LLaVA-1.5"
+    family: ClassVar[str] = "llava_1_5"
+    published: ClassVar = {
+        "vqav2": 78.5,
+        "gqa": 62.0,
+        "vizwiz": 50.0,
+        "scienceqa": 66.8,
+        "textvqa": 58.2,
+        "pope": 85.9,
+        "mme": 1510.7,
+        "mmbench": 64.3,
+        "mmbench-cn": 58.3,
+    }
+
+    @classmethod
+    def recognizes(cls, shapes: Shapes, vision: VisionConfig) -> bool:
+        """The projector takes a patch's channels, and nothing comes before it."""
+        if "mm_projector.0.weight" not in shapes:
+            return False
+        mixes = any(name.startswith("mm_projector_crosslayer.") for name in shapes)
+        return not mixes and matrix(shapes, "mm_projector.0.weight")[1] == vision.width
+
+    @property
+    def fits_transformers(self) -> bool:
+        """It is what `transformers` calls Llava."""
+        return True

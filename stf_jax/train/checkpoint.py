@@ -9,7 +9,7 @@ import contextlib
 import importlib.metadata
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,6 +18,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
 
 from stf_jax.store.checkpoint import flatten
+from stf_jax.systems.older import is_older, older_path, upgrade_path
 from stf_jax.train.step import TrainState
 from stf_jax.util.errors import CheckpointError
 
@@ -144,8 +145,12 @@ class Checkpoints:
             ),
             like,
         )
+        older = is_older(ocp.metadata(self._directory / str(self.latest)).metadata["parameters"])
         try:
-            return self._checkpointer.load(self.latest, abstract)
+            if older:
+                abstract = rename_keys(abstract, older_path)
+            state = self._checkpointer.load(self.latest, abstract)
+            return rename_keys(state, upgrade_path) if older else state
         except Exception as error:  # Orbax raises bare ones, too
             before = [one.step for one in self._checkpointer.checkpoints][:-1]
             instead = f"to go on from step {before[-1]}" if before else "to begin again"
@@ -186,3 +191,14 @@ def _differences(
         old, new = before.get(key), after.get(key)
         if old != new:
             yield key, f"{key}: {old!r} there, {new!r} here"
+
+
+def rename_keys(tree: Any, rename: Callable[[str], str]) -> Any:
+    """The same tree with other keys in its dictionaries, at every depth."""
+
+    def at_dictionary(node: Any) -> Any:
+        if not isinstance(node, dict):
+            return node
+        return {rename(key): rename_keys(child, rename) for key, child in node.items()}
+
+    return jax.tree.map(at_dictionary, tree, is_leaf=lambda node: isinstance(node, dict))

@@ -11,7 +11,7 @@ from stf_jax.data.config import DataConfig
 from stf_jax.models.layers import Remat
 from stf_jax.models.lora import LoRAConfig
 from stf_jax.parallel.mesh import MeshConfig
-from stf_jax.systems.base import LlavaConfig
+from stf_jax.systems import named_config
 from stf_jax.train.optimizer import OptimizerConfig, Stage
 from stf_jax.train.step import Normalization
 
@@ -35,7 +35,7 @@ class TrainConfig:
     Attributes:
         model: what is trained on: a native checkpoint, or the directory of an earlier run.
         out: directory of this run; a run that is there already goes on.
-        stage: "pretrain" trains fusion and projector, "finetune" also the language model, "lora"
+        stage: "pretrain" trains the connector, "finetune" also the language model, "lora"
             adapters of the language model in place of its weights.
         architecture: a named size, such as "llava_stf_7b", that the model must have; what
             `stf-jax plan` reads where there are no weights yet.
@@ -98,7 +98,7 @@ class TrainConfig:
         if problems:
             raise ValueError("; ".join(problems))
         if self.architecture is not None:
-            LlavaConfig.by_name(self.architecture)
+            named_config(self.architecture)
 
     @classmethod
     def load(cls, path: epath.PathLike, overrides: Sequence[str] = ()) -> Self:

@@ -30,6 +30,7 @@ from stf_jax.models.lora import is_adapter
 from stf_jax.parallel.sharding import ShardingRules, make_mesh
 from stf_jax.store.checkpoint import NativeCheckpoint, extra_files, flatten, unflatten
 from stf_jax.store.run import CHECKPOINTS, CONFIG, FILES, FREE, LOCK, TENSORBOARD, open_model
+from stf_jax.systems import named_config
 from stf_jax.systems.base import LlavaConfig
 from stf_jax.train.checkpoint import Checkpoints
 from stf_jax.train.config import TrainConfig
@@ -66,12 +67,7 @@ def train(config: TrainConfig) -> Ending:
     first = open_model(config.model)
     _check_architecture(config, first)
     carried = extra_files(first.extras)
-    processors = read_processors(
-        first.extras / "hf",
-        carried,
-        text=first.config.text,
-        tokens_per_image=first.config.tokens_per_image,
-    )
+    processors = read_processors(first.extras / "hf", carried, config=first.config)
     data = TrainingData(
         config.data,
         tokenizer=processors.tokenizer,
@@ -289,7 +285,7 @@ def _check_architecture(config: TrainConfig, first: NativeCheckpoint) -> None:
         return
     wanted, found = (
         flatten(dataclasses.asdict(one))
-        for one in (LlavaConfig.by_name(config.architecture), first.config)
+        for one in (named_config(config.architecture), first.config)
     )
     # Padding of the vocabulary is the importer's choice.
     differences = [

@@ -25,7 +25,7 @@ class OptimizerConfig:
 
     Attributes:
         learning_rate: the peak.
-        projector_learning_rate: the peak for fusion and projector, where it is another one.
+        projector_learning_rate: the peak for the connector, where it is another one.
         warmup_ratio: of all steps, rounded up.
         clip_norm: of the gradient over all parameters; None does not clip.
         weight_decay: of matrices, adapters and embeddings; biases and norms are never decayed.
@@ -60,13 +60,13 @@ class OptimizerConfig:
 def split_trained(parameters: Parameters, stage: Stage) -> tuple[Parameters, Parameters]:
     """The parameters that a stage trains, and those that it leaves alone.
 
-    Every stage trains fusion and projector and none the vision tower; of the language model
+    Every stage trains the connector and none the vision tower; of the language model
     "finetune" trains all, "lora" the adapters only.
     """
 
     def is_trained(path: str) -> bool:
         return (
-            path.startswith(("fusion/", "projector/"))
+            path.startswith("connector/")
             or (stage == "finetune" and path.startswith("text/"))
             or (stage == "lora" and is_adapter(path))
         )

@@ -158,7 +158,7 @@ def _on(leaf: Any, dtype: Any, mesh: Mesh | None) -> Any:
 def _batch(config: TrainConfig, model: LlavaConfig) -> Batch:
     """One row, for its shapes."""
     text: Any = jax.ShapeDtypeStruct((1, config.data.sequence_length), jnp.int32)
-    side = model.vision.image_size
+    side = model.image_size
     shape = (1, config.data.images_per_row, side, side, 3)
     pixels: Any = jax.ShapeDtypeStruct(shape, jnp.uint8)
     return Batch(

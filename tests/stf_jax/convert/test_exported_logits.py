@@ -18,7 +18,7 @@ pytestmark = pytest.mark.torch
 
 def test_exported_hf_gives_the_same_logits(reference: Path, tmp_path: Path) -> None:
     import_checkpoint(
-        reference / "vicuna", tmp_path / "native", vision_tower=reference / "clip", fusion="llava"
+        reference / "vicuna", tmp_path / "native", vision_tower=reference / "clip", system="llava"
     )
     export_checkpoint(tmp_path / "native", tmp_path / "hf", layout="hf")
     exported = transformers.LlavaForConditionalGeneration.from_pretrained(

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[3]
 
 KILLED = """
 import os, signal, sys
-import convert
+from stf_jax import convert
 from stf_jax.convert.safetensors_file import SafetensorsFile, SafetensorsWriter
 
 owners = {"import": (SafetensorsFile, "read"), "export": (SafetensorsWriter, "write")}
@@ -102,7 +102,7 @@ def test_killed(verb: str, reference: Path, tmp_path: Path) -> None:
 
 
 def test_no_progress_bar_in_a_pipe(reference: Path, tmp_path: Path) -> None:
-    code = "import sys, convert; convert.import_checkpoint(sys.argv[1], sys.argv[2])"
+    code = "import sys; from stf_jax import convert; convert.import_checkpoint(*sys.argv[1:])"
     process = subprocess.run(
         [sys.executable, "-c", code, str(reference / "llava-stf"), str(tmp_path / "out")],
         env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -11,8 +11,9 @@ import pytest
 
 from stf_jax.convert import export_checkpoint, import_checkpoint, open_source
 from stf_jax.store.checkpoint import open_native
-from stf_jax.systems.base import STF_TAPS
+from stf_jax.systems.stf import STF, STF_TAPS
 from stf_jax.util.errors import CheckpointError
+from tests.stf_jax.convert.refusal import edit_json
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 TOWER = "model.vision_tower.vision_tower.vision_model."
@@ -92,7 +93,7 @@ def test_leaves_are_what_is_written(reference: Path, tmp_path: Path) -> None:
     import_checkpoint(reference / "llava-stf", tmp_path / "native")
     native = open_native(tmp_path / "native")
     assert native.config == source.config
-    assert native.config.fusion.taps == STF_TAPS
+    assert native.config.system.taps == STF_TAPS
     assert native.config.tokens_per_image == 4
     leaves = list(source.leaves())
     assert {leaf.path for leaf in leaves} == native.shapes.keys()
@@ -107,7 +108,7 @@ def test_leaves_are_what_is_written(reference: Path, tmp_path: Path) -> None:
 def test_stf_weight_is_permuted(reference: Path, read: Callable) -> None:
     weight = read(reference / "llava-stf")["model.mm_projector.0.weight"]
     leaves = {leaf.path: leaf for leaf in open_source(reference / "llava-stf").leaves()}
-    native = leaves["projector/linear_1/kernel"].read()
+    native = leaves["connector/projector/linear_1/kernel"].read()
     channels = 32
     for row, column, channel in ((0, 0, 0), (0, 1, 5), (1, 0, 31), (1, 1, 17)):
         expected = weight[:, 4 * channel + 2 * row + column]
@@ -190,22 +191,22 @@ def test_native_checkpoint_is_self_contained(
 
 
 @pytest.mark.parametrize("kind", ["stf", "llava", "average"])
-def test_language_model_with_a_new_fusion(
+def test_language_model_with_a_new_system(
     kind: str, reference: Path, tmp_path: Path, read: Callable, assert_same: Callable
 ) -> None:
     vicuna, clip = reference / "vicuna", reference / "clip"
     imported = import_checkpoint(
-        vicuna, tmp_path / "native", vision_tower=clip, fusion=kind, seed=7
+        vicuna, tmp_path / "native", vision_tower=clip, system=kind, seed=7
     )
-    again = open_source(vicuna, vision_tower=clip, fusion=kind, seed=7)
-    other = open_source(vicuna, vision_tower=clip, fusion=kind, seed=8)
+    again = open_source(vicuna, vision_tower=clip, system=kind, seed=7)
+    other = open_source(vicuna, vision_tower=clip, system=kind, seed=8)
     native = open_native(tmp_path / "native")
     for ours, theirs in zip(again.leaves(), other.leaves(), strict=True):
         stored = native.read(ours.path)
         assert stored.tobytes() == ours.read().tobytes()
-        new = ours.path.startswith(("fusion/", "projector/"))
+        new = ours.path.startswith("connector/")
         assert (stored.tobytes() == theirs.read().tobytes()) != new
-    weight = native.read("projector/linear_1/kernel")
+    weight = native.read("connector/projector/linear_1/kernel")
     bound = weight.shape[0] ** -0.5
     assert np.abs(weight).max() <= bound
     assert np.std(weight) == pytest.approx(bound / 3**0.5, rel=0.05)
@@ -214,10 +215,33 @@ def test_language_model_with_a_new_fusion(
     out = read(tmp_path / "out")
     assert_same({name: out[name] for name in read(vicuna)}, read(vicuna))
     assert open_source(tmp_path / "out").config == imported.config
-    assert ("mm_fusion" in load_json(tmp_path / "out" / "config.json")) == (kind == "average")
+    assert ("mm_system" in load_json(tmp_path / "out" / "config.json")) == (kind == "average")
     wrong = "llava" if kind == "stf" else "llava-stf"
     with pytest.raises(CheckpointError, match=r"use --layout llava(-stf)?$"):
         export_checkpoint(tmp_path / "native", tmp_path / "wrong", layout=wrong)
+
+
+@pytest.mark.parametrize(
+    ("older", "today"),
+    [
+        ({"taps": [12, 3], "last_activation": True}, {"mbtf": {"last_activation": True}}),
+        ({"taps": [12, 3], "last_activation": False, "reduction": "stf", "window": 2}, {}),
+        ({"taps": [12, 3], "reduction": "average"}, {"name": "average"}),
+    ],
+)
+def test_the_key_before_systems_had_names(
+    checkpoint: Callable, older: dict[str, object], today: dict[str, object]
+) -> None:
+    def two_taps(name: str, array: np.ndarray) -> np.ndarray:
+        if "mm_projector.0.weight" in name and older.get("reduction") == "average":
+            return array[:, : array.shape[1] // 4].copy()
+        return array[:, :64].copy() if "crosslayer.0.weight" in name else array
+
+    source = checkpoint(two_taps, config={"mm_fusion": older})
+    opened = open_source(source)
+    edit_json(source / "config.json", mm_fusion=None, mm_system={"taps": [12, 3], **today})
+    assert open_source(source).config == opened.config
+    assert opened.config.system.taps == (12, 3)
 
 
 def test_own_taps_survive(
@@ -226,12 +250,13 @@ def test_own_taps_survive(
     def two_taps(name: str, array: np.ndarray) -> np.ndarray:
         return array[:, :64].copy() if "crosslayer.0.weight" in name else array
 
-    ours = {"taps": [12, 3], "last_activation": True}
-    source = checkpoint(two_taps, config={"mm_fusion": ours})
+    ours = {"taps": [12, 3], "mbtf": {"last_activation": True}}
+    source = checkpoint(two_taps, config={"mm_system": ours})
     imported = import_checkpoint(source, tmp_path / "native")
-    assert imported.config.fusion.taps == (12, 3)
-    assert imported.config.fusion.mbtf is not None
-    assert imported.config.fusion.mbtf.last_activation
+    assert imported.config.system.taps == (12, 3)
+    assert isinstance(imported.config.system, STF)
+    assert imported.config.system.mbtf is not None
+    assert imported.config.system.mbtf.last_activation
     export_checkpoint(tmp_path / "native", tmp_path / "out", layout="llava-stf")
     assert_same(read(tmp_path / "out"), read(source))
     assert load_json(tmp_path / "out" / "config.json") == load_json(source / "config.json")
@@ -244,7 +269,7 @@ def test_four_taps_are_those_of_the_13b_run(checkpoint: Callable) -> None:
     source = checkpoint(
         lambda name, array: array[:, :128].copy() if "crosslayer.0.weight" in name else array
     )
-    assert open_source(source).config.fusion.taps == (23, 18, 12, 6)
+    assert open_source(source).config.system.taps == (23, 18, 12, 6)
 
 
 def test_generation_settings_that_newer_loaders_refuse(

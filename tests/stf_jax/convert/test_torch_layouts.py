@@ -119,7 +119,7 @@ def test_hf_spellings(spelling: str, dtype: torch.dtype, tmp_path: Path) -> None
 def test_what_transformers_saves(shard: str, tmp_path: Path) -> None:
     tiny_hf().save_pretrained(tmp_path / "source", max_shard_size=shard)
     config = open_source(tmp_path / "source").config
-    assert config.fusion.taps == (2,)
+    assert config.system.taps == (2,)
     assert config.tokens_per_image == 16
     assert config.text.kv_heads == 4
 
@@ -143,7 +143,7 @@ def test_selected_layer(layer: int | list[int], tmp_path: Path) -> None:
     pixels = torch.randn(1, 3, 56, 56)
     with torch.no_grad():
         states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
-        (picked,) = imported.config.fusion.taps
+        (picked,) = imported.config.system.taps
         expected = model.model.multi_modal_projector(states[picked][:, 1:])
         found = model.model.get_image_features(pixels).pooler_output[0]
     torch.testing.assert_close(found, expected[0])
@@ -151,7 +151,7 @@ def test_selected_layer(layer: int | list[int], tmp_path: Path) -> None:
     import_checkpoint(tmp_path / "llava", tmp_path / "again")
     export_checkpoint(tmp_path / "again", tmp_path / "hf", layout="hf")
     for name in ("llava", "hf"):
-        assert open_source(tmp_path / name).config.fusion.taps == imported.config.fusion.taps
+        assert open_source(tmp_path / name).config.system.taps == imported.config.system.taps
     assert check_loads(tmp_path / "hf").config.vision_feature_layer == picked - 4
 
 
@@ -186,7 +186,7 @@ def test_hf_export_loads(tmp_path: Path) -> None:
 
 def test_llava_to_hf_pads_the_vocabulary(reference: Path, tmp_path: Path) -> None:
     import_checkpoint(
-        reference / "vicuna", tmp_path / "native", vision_tower=reference / "clip", fusion="llava"
+        reference / "vicuna", tmp_path / "native", vision_tower=reference / "clip", system="llava"
     )
     export_checkpoint(tmp_path / "native", tmp_path / "llava", layout="llava")
     export_checkpoint(tmp_path / "native", tmp_path / "hf", layout="hf", dtype="bfloat16")
@@ -220,7 +220,7 @@ def test_the_image_token_is_the_tokenizers(
 ) -> None:
     """Also where the embedding has more rows than the tokenizer, or the tokenizer the token."""
     import_checkpoint(
-        reference / "vicuna", tmp_path / "vicuna", vision_tower=reference / "clip", fusion="llava"
+        reference / "vicuna", tmp_path / "vicuna", vision_tower=reference / "clip", system="llava"
     )
     native = tmp_path / "vicuna"
     for i, (layout, rows) in enumerate(path):
@@ -255,11 +255,11 @@ def test_no_vocabulary(reference: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["stf", "average"])
-def test_hf_cannot_hold_a_fusion(kind: str, reference: Path, tmp_path: Path) -> None:
+def test_hf_cannot_hold_a_system(kind: str, reference: Path, tmp_path: Path) -> None:
     vicuna, clip = reference / "vicuna", reference / "clip"
-    import_checkpoint(vicuna, tmp_path / "native", vision_tower=clip, fusion=kind)
+    import_checkpoint(vicuna, tmp_path / "native", vision_tower=clip, system=kind)
     right = "llava-stf" if kind == "stf" else "llava"
-    with pytest.raises(CheckpointError, match=rf"no place for this fusion .*--layout {right}$"):
+    with pytest.raises(CheckpointError, match=rf"no place for this system .*--layout {right}$"):
         export_checkpoint(tmp_path / "native", tmp_path / "hf", layout="hf")
     assert not (tmp_path / "hf").exists()
 
@@ -345,6 +345,8 @@ def test_adapter(reference: Path, tmp_path: Path) -> None:
 
 def test_adapter_over_a_llava(reference: Path) -> None:
     source = open_source(reference / "mm_projector.bin", base=reference / "llava-stf")
-    (kernel,) = (leaf for leaf in source.leaves() if leaf.path == "projector/linear_2/kernel")
+    (kernel,) = (
+        leaf for leaf in source.leaves() if leaf.path == "connector/projector/linear_2/kernel"
+    )
     adapter = torch.load(reference / "mm_projector.bin", weights_only=True)
     np.testing.assert_array_equal(kernel.read().T, adapter["model.mm_projector.2.weight"].numpy())

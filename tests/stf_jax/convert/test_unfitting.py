@@ -60,7 +60,7 @@ def test_one_problem_is_counted_as_one(checkpoint: Callable, tmp_path: Path) -> 
 
 
 def llava_hf(checkpoint: Callable, **changes: object) -> Path:
-    """The reference's weights as transformers' Llava spells them, the fusion being LLaVA-1.5's."""
+    """The reference's weights as transformers' Llava spells them, with its connector."""
 
     def spell(name: str) -> str:
         for ours, theirs in (
@@ -138,11 +138,14 @@ def test_llava_hf_with_a_section_that_is_none(
     [
         ({"hidden_size": "64"}, "hidden_size is '64' in this config.json; give a whole number"),
         ({"mm_vision_tower": 3}, "mm_vision_tower is 3 in config.json; give a path or a name"),
-        ({"mm_fusion": [1]}, "mm_fusion is .* give an object"),
-        ({"mm_fusion": {"taps": "abc"}}, "taps in mm_fusion of config.json is 'abc'; an example"),
-        ({"mm_fusion": {"window": 2.0}}, "window in mm_fusion of config.json is 2.0; an example"),
-        ({"mm_fusion": {"reduction": ["stf"]}}, "reduction in mm_fusion of config.json is"),
-        ({"mm_fusion": {"last_activation": 1}}, "last_activation in mm_fusion of config.json is 1"),
+        ({"mm_system": [1]}, "mm_system is .* give an object"),
+        ({"mm_system": {"taps": "abc"}}, "mm_system in config.json .*taps.* abc.*; an example"),
+        ({"mm_system": {"window": 2.5}}, "mm_system in config.json .*window.* 2.5.*; an example"),
+        ({"mm_system": {"name": ["stf"]}}, r"system \['stf'\] is not one of llava, average"),
+        ({"mm_system": {"mbtf": {"last_activation": 1}}}, "last_activation.* 1.*; an example"),
+        ({"mm_fusion": {"window": 2.5}}, "mm_fusion in config.json .*window.* 2.5.*; an example"),
+        ({"mm_fusion": {"reduction": ["stf"]}}, r"system \['stf'\] is not one of llava, average"),
+        ({"mm_fusion": {"last_activation": 1}}, "last_activation.* 1.*; an example"),
     ],
 )
 def test_mistyped_settings(
@@ -186,10 +189,10 @@ def test_taps_that_nothing_tells(checkpoint: Callable, tmp_path: Path) -> None:
         return array[:, : 32 * 3].copy() if "crosslayer.0.weight" in name else array
 
     source = checkpoint(cut)
-    refused(source, tmp_path / "out", r'mixes 3 hidden states .* add "mm_fusion": {"taps"')
-    edit_json(source / "config.json", mm_fusion={"tap": [1]})
-    refused(source, tmp_path / "out", r"mm_fusion in config.json has an unknown key 'tap'")
-    edit_json(source / "config.json", mm_fusion={"taps": [30, 2, 1]})
+    refused(source, tmp_path / "out", r'mixes 3 hidden states .* add "mm_system": {"taps"')
+    edit_json(source / "config.json", mm_system={"taps": [3, 2, 1], "tap": [1]})
+    refused(source, tmp_path / "out", r"mm_system in config.json does not fit: .*tap")
+    edit_json(source / "config.json", mm_system={"taps": [30, 2, 1]})
     refused(source, tmp_path / "out", r"tap 30 lies beyond the tower's 24 layers")
 
 
@@ -227,7 +230,7 @@ def test_parts_alone(reference: Path, tmp_path: Path, checkpoint: Callable) -> N
     refused(reference / "vicuna", out, r"names no vision tower; give one: --vision-tower DIR$")
     whole = checkpoint()
     refused(whole, out, r"has a language model of its own; leave out --base", base=whole)
-    refused(whole, out, r"has a fusion of its own; leave out --fusion stf$", fusion="stf")
+    refused(whole, out, r"has a system of its own; leave out --system stf$", system="stf")
 
 
 def test_an_adapter_alone(reference: Path, tmp_path: Path) -> None:

@@ -43,9 +43,9 @@ def test_makes_what_the_converter_imports(tmp_path: Path) -> None:
     kept = {path.relative_to(head_start.DATA) for path in head_start.DATA.rglob("*.*")}
     assert written == kept
 
-    fusion = all_arms(VISION, TEXT)["stf_mbtf"].fusion
+    system = all_arms(VISION, TEXT)["stf_mbtf"].system
     import_checkpoint(
-        tmp_path / "language", tmp_path / "model", vision_tower=tmp_path / "tower", fusion=fusion
+        tmp_path / "language", tmp_path / "model", vision_tower=tmp_path / "tower", system=system
     )
     config = stf_jax.load(tmp_path / "model").config
     assert (config.vision.width, config.text) == (VISION.width, TEXT)

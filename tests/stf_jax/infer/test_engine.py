@@ -19,9 +19,10 @@ from stf_jax.infer.prompts import Prompt, bucket
 from stf_jax.infer.sampling import GREEDY, Sampling
 from stf_jax.models.llava import Llava
 from stf_jax.store.checkpoint import flatten, unflatten
+from stf_jax.systems import tiny_config
 from stf_jax.systems.base import LlavaConfig
 
-TINY = LlavaConfig.tiny()
+TINY = tiny_config()
 # One token in thirty ends an answer, so that the answers of a batch have many lengths.
 EOS_IDS = tuple(range(20, 40))
 CONTEXT = 120

@@ -27,7 +27,7 @@ from stf_jax.models.cache import CacheDType
 from stf_jax.models.llava import Llava
 from stf_jax.parallel.sharding import make_mesh
 from stf_jax.store.checkpoint import flatten, unflatten
-from stf_jax.systems.base import LlavaConfig
+from stf_jax.systems import tiny_config
 
 MESHES = {"fsdp 8": {"fsdp": 8}, "data 2 x tensor 4": {"data": 2, "tensor": 4}}
 
@@ -90,7 +90,7 @@ def test_reference(
     assert found == [case["output_ids"][1:] for case in cases] * 3
 
 
-TINY = LlavaConfig.tiny()
+TINY = tiny_config()
 # One token in thirty ends an answer.
 CONFIG = dataclasses.replace(
     TINY, text=dataclasses.replace(TINY.text, eos_ids=tuple(range(20, 40)), max_positions=120)

@@ -57,7 +57,7 @@ def test_a_tokenizer_beyond_the_embedding(source: Path, tmp_path: Path, multiple
 def test_tokens_that_are_never_looked_up_need_no_row(reference: Path, tmp_path: Path) -> None:
     """`<image>` and `<pad>` of a Llava of transformers, exported as LLaVA with LLaVA's rows."""
     clip = reference / "clip"
-    import_checkpoint(reference / "vicuna", tmp_path / "0", vision_tower=clip, fusion="llava")
+    import_checkpoint(reference / "vicuna", tmp_path / "0", vision_tower=clip, system="llava")
     export_checkpoint(tmp_path / "0", tmp_path / "hf", layout="hf")
     import_checkpoint(tmp_path / "hf", tmp_path / "1")
     export_checkpoint(tmp_path / "1", tmp_path / "llava", layout="llava", vocabulary=600)

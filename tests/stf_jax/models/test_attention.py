@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stf_jax.models import attention as module
-from stf_jax.models.attention import Mask, attention
+from stf_jax.models.attention import Marks, attention
 from stf_jax.parallel.sharding import P, make_mesh
 from stf_jax.parallel.splash import splash_attention
 
@@ -35,12 +35,18 @@ def arrays(case: tuple[int, int, int, int, bool], rows: int = 2) -> tuple[jax.Ar
     return query, key, value, segments, seed
 
 
+def same_segment(query: Marks, key: Marks) -> jax.Array:
+    return (query.segment == key.segment) & (key.segment != 0)
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_kernel_is_attention(case: tuple[int, int, int, int, bool]) -> None:
     """Values and gradients at every position that means something."""
     query, key, value, segments, seed = arrays(case)
     causal, real = case[-1], (segments > 0)[..., None, None]
-    mask = Mask(query_segments=segments, key_segments=segments, causal=causal)
+    index = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
+    marks = Marks.text(index, segments)
+    rule = module.causal if causal else same_segment
 
     def kernel(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         return splash_attention(
@@ -48,7 +54,7 @@ def test_kernel_is_attention(case: tuple[int, int, int, int, bool]) -> None:
         )
 
     def xla(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        return attention(query, key, value, mask=mask)
+        return attention(query, key, value, marks=marks, rule=rule)
 
     def with_gradient(function: Callable[..., jax.Array]) -> tuple[jax.Array, ...]:
         seen, back = jax.vjp(lambda *given: jnp.where(real, function(*given), 0), query, key, value)
@@ -64,17 +70,16 @@ def test_split_over_a_mesh(monkeypatch: pytest.MonkeyPatch, masked: bool) -> Non
     """Each device takes its rows and heads; on a TPU this is what `attention` does."""
     case = (130, 4, 2, 64, masked)
     query, key, value, segments, _ = arrays(case, rows=4)
-    mask = Mask(query_segments=segments, key_segments=segments, causal=True)
-    wanted = attention(query, key, value, mask=mask if masked else None)
+    marks = Marks.text(jnp.broadcast_to(jnp.arange(130), segments.shape), segments)
+    wanted = attention(query, key, value, marks=marks if masked else None)
     monkeypatch.setattr(module, "platform", lambda: "tpu")
     interpreted = lambda *given, **options: splash_attention(*given, **options, interpret=True)  # noqa: E731
     monkeypatch.setattr(module, "splash_attention", interpreted)
     rows, heads = P(("data", "fsdp")), P(("data", "fsdp"), None, "tensor")
     with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
         query, key, value = (jax.device_put(one, heads) for one in (query, key, value))
-        segments = jax.device_put(segments, rows)
-        mask = Mask(query_segments=segments, key_segments=segments, causal=True)
-        found = jax.jit(lambda *given: attention(*given, mask=mask if masked else None))(
+        marks = jax.device_put(marks, rows)
+        found = jax.jit(lambda *given: attention(*given, marks=marks if masked else None))(
             query, key, value
         )
         assert jax.typeof(found).sharding.spec[:3] == (("data", "fsdp"), None, "tensor")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stf_jax.models import cache as module
-from stf_jax.models.attention import Mask, attention
+from stf_jax.models.attention import Marks, attention
 from stf_jax.models.cache import CacheDType, KVCache, Quantised, Stored, cache_attention
 from stf_jax.parallel.sharding import P, make_mesh
 
@@ -22,13 +22,23 @@ def vectors(stored: Stored) -> np.ndarray:
     return np.asarray(stored, np.float32)
 
 
+def marks_to(rows: int, slots: int) -> Marks:
+    """Of rows that are full of text."""
+    index = jnp.broadcast_to(jnp.arange(slots), (rows, slots))
+    return Marks.text(index, jnp.ones_like(index))
+
+
+def marks_at(positions: jax.Array) -> Marks:
+    return Marks.text(positions, jnp.ones_like(positions))
+
+
 @pytest.mark.parametrize(("dtype", "error"), [(None, 0), ("bfloat16", 2**-8), ("int8", 1 / 253)])
 def test_written_row_by_row(dtype: CacheDType | None, error: float) -> None:
     """Each row at its own positions; what lies beyond the last slot is dropped."""
     first, second = random(2, 4, 3, 8), random(2, 3, 3, 8, seed=1)
-    cache = KVCache.of([first], [2 * first], dtype=dtype).pad_to(6)
+    cache = KVCache.of([first], [2 * first], marks_to(2, 4), dtype=dtype).pad_to(6)
     positions = jnp.array([[1, 2, 3], [4, 5, 6]])
-    cache = cache.write(0, second, 2 * second, positions=positions)
+    cache = cache.write(0, second, 2 * second, slots=positions)
     expected = np.zeros((2, 6, 3, 8), np.float32)
     expected[:, :4] = first
     expected[0, 1:4], expected[1, 4:6] = second[0], second[1, :2]
@@ -41,8 +51,13 @@ def test_written_row_by_row(dtype: CacheDType | None, error: float) -> None:
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "int8"])
 def test_rows_move(dtype: CacheDType | None) -> None:
     arrays = (random(4, 5, 3, 8, seed=seed) for seed in (0, 1))
-    old, new = (KVCache.of([one], [one], dtype=dtype) for one in arrays)
-    moved = old.insert(jnp.array([2, 4, 0]), new.rows(jnp.array([1, 3, 3]), spec=None), spec=None)
+    old, new = (KVCache.of([one], [one], marks_to(*one.shape[:2]), dtype=dtype) for one in arrays)
+    moved = old.insert(
+        jnp.array([2, 4, 0]),
+        new.rows(jnp.array([1, 3, 3]), spec=None, marks=None),
+        spec=None,
+        marks=None,
+    )
     rows = vectors(moved.keys[0])
     was, now = (vectors(one.keys[0]) for one in (old, new))
     np.testing.assert_array_equal(rows, np.stack([now[3], was[1], now[1], was[3]]))
@@ -50,17 +65,25 @@ def test_rows_move(dtype: CacheDType | None) -> None:
 
 def test_fewer_slots_leave_the_later_ones() -> None:
     old, new = random(2, 5, 3, 8), random(1, 3, 3, 8, seed=1)
-    long, short = (KVCache.of([one], [one], dtype=None) for one in (old, new))
-    replaced = long.insert(jnp.array([1]), short, spec=None)
+    long, short = (
+        KVCache.of([one], [one], marks_to(*one.shape[:2]), dtype=None) for one in (old, new)
+    )
+    replaced = long.insert(jnp.array([1]), short, spec=None, marks=None)
     rows = vectors(replaced.keys[0]).swapaxes(1, 2)
     np.testing.assert_array_equal(rows, old.at[1, :3].set(new[0]))
+    # Nothing sees what stood there.
+    np.testing.assert_array_equal(replaced.marks.segment, [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 
 
 def test_zeros_stay_zeros() -> None:
-    cache = KVCache.of([jnp.zeros((1, 2, 1, 4))], [jnp.zeros((1, 2, 1, 4))], dtype="int8")
+    zeros = jnp.zeros((1, 2, 1, 4))
+    cache = KVCache.of([zeros], [zeros], marks_to(1, 2), dtype="int8")
     assert not vectors(cache.keys[0]).any()
     positions = jnp.zeros((1, 1), jnp.int32)
-    seen = cache_attention(random(1, 1, 1, 4), cache.keys[0], cache.values[0], positions=positions)
+    marks = marks_at(positions)
+    seen = cache_attention(
+        random(1, 1, 1, 4), cache.keys[0], cache.values[0], marks=marks, slots=cache.marks
+    )
     assert not seen.any()
 
 
@@ -70,11 +93,12 @@ def test_long_contexts_in_float16() -> None:
     key, value = (
         (random(1, slots, 1, 16, seed=seed) * 0.02 + 0.01).astype(jnp.float16) for seed in (1, 2)
     )
-    cache = KVCache.of([key], [value], dtype="int8")
+    cache = KVCache.of([key], [value], marks_to(1, slots), dtype="int8")
     query, positions = random(1, 1, 1, 16) * 0.1, jnp.full((1, 1), slots - 1)
     held = cache.keys[0], cache.values[0]
-    wanted = cache_attention(query, *held, positions=positions)
-    found = cache_attention(query.astype(jnp.float16), *held, positions=positions)
+    seen = {"marks": marks_at(positions), "slots": cache.marks}
+    wanted = cache_attention(query, *held, **seen)
+    found = cache_attention(query.astype(jnp.float16), *held, **seen)
     assert found.dtype == jnp.float16
     np.testing.assert_allclose(found, wanted, rtol=0, atol=0.01 * float(abs(wanted).max()))
 
@@ -95,25 +119,26 @@ def test_attention(
         random(2, 9, 2, 16, seed=1),
         random(2, 9, 2, 16, seed=2),
     )
-    ones = jnp.ones((2, 9), jnp.int32)
-    mask = Mask(query_segments=ones, key_segments=ones, causal=True)
     # Each row goes on from a place of its own, with room behind it that nothing may see.
     positions = jnp.array([[5, 6, 7], [2, 3, 4]])[:, :queries]
     late = jnp.take_along_axis(query, positions[:, :, None, None], axis=1)
-    wanted = attention(query, key, value, mask=mask)
+    wanted = attention(query, key, value, marks=marks_to(2, 9))
     wanted = jnp.take_along_axis(wanted, positions[:, :, None, None], axis=1)
     room = ((0, 0), (0, 4), (0, 0), (0, 0))
     cache = KVCache.of(
-        *([jnp.pad(one, room, constant_values=9)] for one in (key, value)), dtype=dtype
+        *([jnp.pad(one, room, constant_values=9)] for one in (key, value)),
+        marks_to(2, 13),
+        dtype=dtype,
     )
     held = cache.keys[0], cache.values[0]
     monkeypatch.setattr(module, "platform", lambda: platform)
-    found = cache_attention(late, *held, positions=positions)
+    seen = {"marks": marks_at(positions), "slots": cache.marks}
+    found = cache_attention(late, *held, **seen)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=error)
     rows, heads = P(("data", "fsdp")), P(("data", "fsdp"), "tensor")
     with jax.set_mesh(make_mesh(data=2, tensor=2, devices=jax.devices()[:4])):
         late = jax.device_put(late, P(("data", "fsdp"), None, "tensor"))
         split = jax.jit(cache_attention)(
-            late, *jax.device_put(held, heads), positions=jax.device_put(positions, rows)
+            late, *jax.device_put(held, heads), **jax.device_put(seen, rows)
         )
     np.testing.assert_allclose(split, found, rtol=0, atol=1e-6)

@@ -15,7 +15,8 @@ from stf_jax.models import flops
 from stf_jax.models.layers import unstack
 from stf_jax.models.llava import Llava
 from stf_jax.parallel.sharding import ShardingRules
-from stf_jax.systems.base import FusionConfig, LlavaConfig
+from stf_jax.systems import SYSTEMS
+from stf_jax.systems.base import LlavaConfig
 from stf_jax.train.optimizer import split_trained
 
 VISION = VisionConfig(image_size=112, width=256, mlp_width=512, layers=3, heads=4)
@@ -23,22 +24,15 @@ TEXT = TextConfig(
     vocab_size=1024, width=256, mlp_width=512, layers=3, heads=4, kv_heads=2, head_dim=64
 )
 CONFIGS = {
-    "stf": LlavaConfig(
-        vision=VISION, text=TEXT, fusion=FusionConfig.stf(vision_width=256, taps=(2, 1))
-    ),
-    "llava": LlavaConfig(
-        vision=VISION, text=TEXT, fusion=FusionConfig.llava(text_width=256, tap=2)
-    ),
-    "average": LlavaConfig(
-        vision=VISION, text=TEXT, fusion=FusionConfig.average(text_width=256, tap=2)
-    ),
+    name: LlavaConfig(vision=VISION, text=TEXT, system=system.sized(vision=VISION, text=TEXT))
+    for name, system in SYSTEMS.items()
 }
 ROWS, LENGTH, IMAGES = 2, 256, 2
 
 
 def abstract_batch(config: LlavaConfig) -> Batch:
     text: Any = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
-    side = config.vision.image_size
+    side = config.image_size
     pixels: Any = jax.ShapeDtypeStruct((ROWS, IMAGES, side, side, 3), jnp.float32)
     return Batch(
         ids=text, labels=text, positions=text, segments=text, image_slots=text, pixels=pixels

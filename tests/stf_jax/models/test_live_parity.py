@@ -232,8 +232,8 @@ def test_every_hidden_state_of_clip(
     pixels = torch.randn(2, 3, vision.image_size, vision.image_size)
     with torch.no_grad():
         expected = tower(pixels, output_hidden_states=True).hidden_states
-    source = open_source(folder, fusion="llava")
-    last = max(source.config.fusion.taps)
+    source = open_source(folder, system="llava")
+    last = max(source.config.system.taps)
     assert last == vision.num_hidden_layers - 1
     weights = nnx.state(imported(source).vision)
     # The same weights, read at every tap and out of order.
@@ -256,7 +256,7 @@ def test_llama_logits(
     sizes["rope_parameters"] = {"rope_type": rope, **data.draw(ROPES[rope])}
     folder, text = new_folder(), small_text(**sizes)
     _, language = save_parts(folder, small_vision(), text, seed)
-    source = open_source(folder, fusion="llava")
+    source = open_source(folder, system="llava")
     assert source.config.text.tie_embeddings == text.tie_word_embeddings
     prompts = make_prompts(seed, lengths=(LONG, 77), images=(0, 0), config=source.config)
     batch = pad_prompts(prompts, rows=2, image_size=source.config.vision.image_size)
@@ -334,7 +334,7 @@ def mlp(inputs: int, width: int, outputs: int, seed: int) -> torch.nn.Sequential
         ("average", 3, (1, 4), False),
     ],
 )
-def test_fusion(
+def test_stf_and_average(
     reduction: str, window: int, taps: tuple[int, ...], last_activation: bool, tmp_path: Path
 ) -> None:
     vision, text = small_vision(image_size=12, num_hidden_layers=4), small_text()
@@ -347,10 +347,10 @@ def test_fusion(
     added = {f"{name}.{key}": t for part, name in names for key, t in part.state_dict().items()}
     tensors = {name: t.contiguous().numpy() for name, t in (language.state_dict() | added).items()}
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    fusion = {"taps": taps, "reduction": reduction, "window": window}
-    fusion["last_activation"] = last_activation
+    system = {"name": reduction, "taps": taps, "window": window}
+    system["mbtf"] = {"last_activation": last_activation}
     config = json.loads((tmp_path / "config.json").read_text())
-    config |= {"model_type": "llava_llama", "mm_fusion": fusion}
+    config |= {"model_type": "llava_llama", "mm_system": system}
     (tmp_path / "config.json").write_text(json.dumps(config))
 
     pixels = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -366,7 +366,7 @@ def test_fusion(
     # One image a row, then both in one row.
     for rows, images in ((2, 1), (1, 2)):
         shaped = pixels.permute(0, 2, 3, 1).numpy().reshape(rows, images, 12, 12, 3)
-        found = ours(model, Llava.encode_images, shaped)
+        found = ours(model, Llava.encode, shaped)
         expected_rows = expected.reshape(rows, -1, text.hidden_size)
         np.testing.assert_allclose(found, expected_rows, rtol=0, atol=1e-5)
 

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from stf_jax.config.text import TextConfig
+from stf_jax.models.attention import Marks
 from stf_jax.models.layers import Init, Linear
 from stf_jax.models.llama import Llama
 from stf_jax.models.lora import DropoutKey, LoRAConfig, is_adapter, merge
@@ -97,11 +98,11 @@ def test_layers_differ_in_a_and_begin_with_b_at_zero():
         unflatten(plain),
     )
     x = jax.random.normal(jax.random.key(0), (1, 5, config.width))
-    positions, segments = jnp.arange(5)[None], jnp.ones((1, 5), jnp.int32)
+    marks = Marks.text(jnp.arange(5)[None], jnp.ones((1, 5), jnp.int32))
     # The same sum, which the compiler may fuse in another order.
     np.testing.assert_allclose(
-        llama(x, positions=positions, segments=segments),
-        merged(x, positions=positions, segments=segments),
+        llama(x, marks=marks),
+        merged(x, marks=marks),
         rtol=1e-6,
         atol=1e-6,
     )

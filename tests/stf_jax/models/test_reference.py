@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from stf_jax.convert.mapping import table
 from stf_jax.data.batch import Batch
+from stf_jax.models.connector import VisionFeatures
 from stf_jax.models.llava import Llava
 from stf_jax.parallel.sharding import ShardingRules, make_mesh
 from stf_jax.store.checkpoint import flatten, unflatten
@@ -64,13 +65,13 @@ def test_mbtf(loaded: Loaded, tensors: Tensors):
     model = loaded.model
     if model.rules.tokens is not None:
         taps = [jax.device_put(np.repeat(tap, 2, axis=0), model.rules.tokens) for tap in taps]
-    mixed = np.asarray(model.fusion.mbtf.mix(tuple(taps)))
+    mixed = np.asarray(model.connector.mbtf.mix(tuple(taps)))
     if model.rules.tokens is not None:
         mixed = mixed[::2]
     close(mixed, tensors["mbtf.output"], 1e-5)
 
 
-def test_tower_and_fusion(loaded: Loaded, tensors: Tensors):
+def test_tower_and_connector(loaded: Loaded, tensors: Tensors):
     model = loaded.model
     # Twice the four pictures, so that eight devices divide them.
     pixels = np.tile(tensors["pixel_values.pad"].transpose(0, 2, 3, 1), (2, 1, 1, 1))
@@ -78,18 +79,18 @@ def test_tower_and_fusion(loaded: Loaded, tensors: Tensors):
     taps = model.vision(pixels)
     concatenated = np.concatenate([np.asarray(tap) for tap in taps], axis=-1)
     close(concatenated[:4], tensors["mbtf.input"], 1e-5)
-    fused = model.fusion(taps)
+    fused = model.connector.reduce(VisionFeatures(taps=taps))
     channels = model.config.vision.width
     # Ours is (row, column, channel); the published order is (channel, row, column).
     published = np.asarray(fused).reshape(8, -1, 4, channels).swapaxes(2, 3).reshape(fused.shape)
     close(published[:4], tensors["stf.fused_input"], 1e-5)
-    tokens = model.encode_images(pixels[:, None])
+    tokens = model.encode(pixels[:, None])
     close(np.asarray(tokens)[:4], tensors["stf.output"], 1e-5)
 
 
-def test_splice(loaded: Loaded, tensors: Tensors):
+def test_insert(loaded: Loaded, tensors: Tensors):
     real = tensors["spliced.attention_mask"] > 0
-    spliced = np.asarray(loaded.model.splice(loaded.batch))[:4]
+    spliced = np.asarray(loaded.model.insert(loaded.batch))[:4]
     close(spliced[real], tensors["spliced.embeds"][real], 1e-5)
 
 

@@ -24,10 +24,13 @@ from stf_jax.infer.prompts import Prompt, pad_prompts
 from stf_jax.infer.sampling import GREEDY, Sampling
 from stf_jax.models.cache import KVCache
 from stf_jax.models.layers import Init, Linear, stack
-from stf_jax.models.llava import Llava
+from stf_jax.models.llava import Llava, marks_of
 from stf_jax.parallel.sharding import BATCH_AXES, ShardingRules, make_mesh
 from stf_jax.store.checkpoint import flatten, unflatten
-from stf_jax.systems.base import FusionConfig, LlavaConfig, check_divisible
+from stf_jax.systems import tiny_config
+from stf_jax.systems.average import Average
+from stf_jax.systems.base import LlavaConfig, check_divisible
+from stf_jax.systems.stf import STF, MBTFConfig
 
 Arrays = dict[str, np.ndarray]
 
@@ -39,7 +42,7 @@ MESHES = {
     "data 2 x fsdp 2 x tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
 }
 
-TINY = LlavaConfig.tiny()
+TINY = tiny_config()
 CONFIGS = {
     "untied": TINY,
     "tied, padded": dataclasses.replace(
@@ -70,14 +73,14 @@ LAYOUT: dict[str, tuple[tuple[int, str], ...]] = {
     "vision/layers/mlp/linear_1/bias": ((3, ""), (64, "tensor")),
     "vision/layers/mlp/linear_2/kernel": ((3, ""), (64, "tensor"), (32, "fsdp")),
     "vision/layers/mlp/linear_2/bias": ((3, ""), (32, "")),
-    "fusion/mbtf/linear_1/kernel": ((64, "fsdp"), (128, "tensor")),
-    "fusion/mbtf/linear_1/bias": ((128, "tensor"),),
-    "fusion/mbtf/linear_2/kernel": ((128, "tensor"), (32, "fsdp")),
-    "fusion/mbtf/linear_2/bias": ((32, ""),),
-    "projector/linear_1/kernel": ((128, "fsdp"), (512, "tensor")),
-    "projector/linear_1/bias": ((512, "tensor"),),
-    "projector/linear_2/kernel": ((512, "tensor"), (64, "fsdp")),
-    "projector/linear_2/bias": ((64, ""),),
+    "connector/mbtf/linear_1/kernel": ((64, "fsdp"), (128, "tensor")),
+    "connector/mbtf/linear_1/bias": ((128, "tensor"),),
+    "connector/mbtf/linear_2/kernel": ((128, "tensor"), (32, "fsdp")),
+    "connector/mbtf/linear_2/bias": ((32, ""),),
+    "connector/projector/linear_1/kernel": ((128, "fsdp"), (512, "tensor")),
+    "connector/projector/linear_1/bias": ((512, "tensor"),),
+    "connector/projector/linear_2/kernel": ((512, "tensor"), (64, "fsdp")),
+    "connector/projector/linear_2/bias": ((64, ""),),
     "text/embedding": ((600, "tensor"), (64, "fsdp")),
     "text/layers/attention_norm/scale": ((2, ""), (64, "")),
     "text/layers/mlp_norm/scale": ((2, ""), (64, "")),
@@ -270,8 +273,8 @@ def test_logits_and_activations(on_mesh: OnMesh) -> None:
     seen = {}
 
     def forward(model: Llava, batch: Batch) -> dict[str, jax.Array]:
-        images, spliced = model.encode_images(batch.pixels), model.splice(batch)
-        hidden = model.text(spliced, positions=batch.positions, segments=batch.segments)
+        images, spliced = model.encode(batch.pixels), model.insert(batch)
+        hidden = model.text(spliced, marks=marks_of(batch))
         found = {"images": images, "spliced": spliced, "hidden": hidden}
         found["logits"] = model.text.logits(hidden)
         seen.update({name: jax.typeof(array).sharding.spec for name, array in found.items()})
@@ -349,7 +352,7 @@ def test_every_offender_is_listed() -> None:
         text=TextConfig(
             vocab_size=601, width=62, mlp_width=111, layers=1, heads=6, kv_heads=2, head_dim=8
         ),
-        fusion=FusionConfig.stf(vision_width=30, taps=(2, 1)),
+        system=STF(taps=(2, 1), mbtf=MBTFConfig(mlp_width=120), projector_width=480),
     )
     mesh = make_mesh(fsdp=2, tensor=4)
     with pytest.raises(ValueError, match="the mesh does not divide the model: ") as error:
@@ -391,12 +394,7 @@ def test_refused_exactly_when_it_does_not_divide(
             image_size=56, width=32 + 4 * changes.get("vision", 0), mlp_width=64, layers=1, heads=4
         ),
         text=TextConfig(layers=1, heads=8, head_dim=8, **text),
-        fusion=FusionConfig(
-            taps=(1,),
-            mbtf=None,
-            reduction="average",
-            projector_width=64 + changes.get("projector", 0),
-        ),
+        system=Average(taps=(1,), projector_width=64 + changes.get("projector", 0)),
     )
     mesh = make_mesh(**axes)
     try:

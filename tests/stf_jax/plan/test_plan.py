@@ -15,7 +15,7 @@ from stf_jax.models.llava import Llava
 from stf_jax.plan import client as asking
 from stf_jax.plan.chips import Topology
 from stf_jax.plan.kernels import kernel_flops
-from stf_jax.systems.base import LlavaConfig
+from stf_jax.systems import tiny_config
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler, libtpu, is not installed"
@@ -94,8 +94,8 @@ def test_two_slices(config: str) -> None:
     between = {one["kind"]: one for one in plan["traffic"] if one["kind"].startswith("DCN")}
     assert between.keys() == {"DCN all-reduce"}
     # A quarter of each gradient in bfloat16; those of norms and biases are whole, and in float32.
-    parameters = parameter_count(Llava.abstract(LlavaConfig.tiny()))
-    trained = parameters - parameter_count(Llava.abstract(LlavaConfig.tiny()).vision)
+    parameters = parameter_count(Llava.abstract(tiny_config()))
+    trained = parameters - parameter_count(Llava.abstract(tiny_config()).vision)
     assert trained * 2 / 4 < between["DCN all-reduce"]["bytes"] < trained * 4
     assert plan["dcn_seconds"] == pytest.approx(between["DCN all-reduce"]["bytes"] / 3.125e9)
     assert plan["step_seconds"] > plan["dcn_seconds"]
@@ -115,7 +115,7 @@ def test_the_programs_that_answer(inference: str, topology: str) -> None:
     assert (plan["slots"], plan["context"]) == (16, 128)
     phases = [(one["name"], one["rows"], one["length"]) for one in plan["phases"]]
     assert phases == [("prefill", 4, 64), ("insert", 4, 24), ("insert", 4, 48), ("decode", 16, 1)]
-    text = LlavaConfig.tiny().text
+    text = tiny_config().text
     vectors = 2 * text.layers * text.kv_heads * text.head_dim
     # Besides keys and values in bfloat16 a slot has 64 tokens and a few numbers.
     cache = 16 * 128 * vectors * 2
@@ -127,7 +127,7 @@ def test_the_programs_that_answer(inference: str, topology: str) -> None:
         assert one["kernel_seconds"] > 0 if one["name"] == "prefill" else True
         assert any(part["kind"] == "all-reduce" for part in one["traffic"]) == (chips > 1)
     # Decoding does a matmul with every weight of the language model for each slot.
-    parameters = parameter_count(Llava.abstract(LlavaConfig.tiny()).text)
+    parameters = parameter_count(Llava.abstract(tiny_config()).text)
     matmuls = 2 * 16 * (parameters - text.padded_vocab_size * text.width) / chips
     # And two for each slot's keys and values, eight rows at a time.
     matmuls += 2 * 2 * 16 * 8 * 128 * vectors / 2 / chips

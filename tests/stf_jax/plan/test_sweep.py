@@ -17,7 +17,7 @@ FITS = Plan(
     mesh={"data": 1, "fsdp": 16, "tensor": 1},
     rows=32,
     length=2048,
-    model_flops={"vision": 1e13, "fusion": 2e13, "text": 3e14},
+    model_flops={"vision": 1e13, "connector": 2e13, "text": 3e14},
     peak_flops=1e14,
     limit=16 * 2**30,
     fits=True,
@@ -180,7 +180,7 @@ def test_what_would_make_an_engine_fit(
 def test_what_a_person_reads() -> None:
     text = render(FITS)
     assert "peak 3.00 GiB a chip of 16.00 GiB" in text
-    assert "330.0 T a step (vision 10.0 T, fusion 20.0 T, text 300.0 T)" in text
+    assert "330.0 T a step (vision 10.0 T, connector 20.0 T, text 300.0 T)" in text
     assert "9.0 GB to a chip" in text
     assert headline(FITS) == (
         "v5e:4x4: peak 3.00 GiB of 16.00 GiB a chip; estimated step 0.45 s, estimated MFU 46 %"

@@ -16,10 +16,10 @@ from jax.sharding import PartitionSpec as P
 
 from stf_jax.store import checkpoint
 from stf_jax.store.checkpoint import Leaf, flatten, open_native, unflatten
-from stf_jax.systems.base import LlavaConfig
+from stf_jax.systems import tiny_config
 from stf_jax.util.errors import CheckpointError
 
-CONFIG = LlavaConfig.tiny()
+CONFIG = tiny_config()
 ARRAYS = {
     "text/norm/scale": np.arange(64, dtype=np.float32),
     "text/head/kernel": np.arange(64 * 32).reshape(64, 32).astype(ml_dtypes.bfloat16),
@@ -61,6 +61,38 @@ def test_read_back(written: Path) -> None:
         assert (found.shape, found.dtype) == (array.shape, array.dtype)
         assert found.tobytes() == array.tobytes()
     assert [path.name for path in written.parent.iterdir()] == ["model"]
+
+
+def test_a_checkpoint_from_before_systems(tmp_path: Path) -> None:
+    """Version 1 had a fusion and a projector, each at the root."""
+    arrays = {
+        "fusion/mbtf/linear_1/bias": np.arange(4, dtype=np.float32),
+        "projector/linear_1/bias": np.arange(5, dtype=np.float32),
+        "text/norm/scale": np.arange(6, dtype=np.float32),
+    }
+    older = (
+        Leaf(path=name, shape=array.shape, dtype=array.dtype, read=lambda array=array: array)
+        for name, array in arrays.items()
+    )
+    path = tmp_path / "model"
+    checkpoint.write(path, config=CONFIG, leaves=older, extras=extras)
+    content = json.loads((path / "config.json").read_text())
+    system = content["model"].pop("system")
+    name = system.pop("name")
+    content["model"]["fusion"] = system | {"reduction": name}
+    (path / "config.json").write_text(json.dumps(content | {"version": 1}))
+    native = open_native(path)
+    assert native.config == CONFIG
+    today = {
+        "connector/mbtf/linear_1/bias": 4,
+        "connector/projector/linear_1/bias": 5,
+        "text/norm/scale": 6,
+    }
+    assert {name: leaf.shape for name, leaf in native.shapes.items()} == {
+        name: (size,) for name, size in today.items()
+    }
+    for name, size in today.items():
+        np.testing.assert_array_equal(native.read(name), np.arange(size))
 
 
 def test_large_leaves_are_stored_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +195,7 @@ def test_damaged_description_of_the_parameters(spoilt: Path, name: str, content:
 def test_other_versions(spoilt: Path) -> None:
     config = spoilt / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"version": 99}))
-    with pytest.raises(CheckpointError, match="format version 99, this stf_jax reads 1; install"):
+    with pytest.raises(CheckpointError, match="format version 99, this stf_jax reads 2; install"):
         open_native(spoilt)
 
 

@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from stf_jax.config.text import RopeScaling, TextConfig
 from stf_jax.config.vision import VisionConfig
 from stf_jax.convert.hf_config import text_from_hf, text_to_hf, vision_from_hf, vision_to_hf
+from stf_jax.models.connector import VisionFeatures
 from stf_jax.models.layers import Init, parameter_count
 from stf_jax.models.llava import Llava
-from stf_jax.systems.base import FusionConfig, LlavaConfig, MBTFConfig
+from stf_jax.systems import config_from_dict, named_config, tiny_config
+from stf_jax.systems.base import LlavaConfig
+from stf_jax.systems.stf import STF, MBTFConfig, STFConnector
 
 # Every field away from its default, so that none can be forgotten.
 VISION = VisionConfig(
@@ -88,16 +91,17 @@ def test_defaults_are_those_of_transformers():
 
 
 def test_parameter_counts_are_those_published():
-    stf, llava = LlavaConfig.llava_stf_7b(), LlavaConfig.llava_1_5_7b()
+    stf, llava = named_config("llava_stf_7b"), named_config("llava_1_5_7b")
     model = Llava.abstract(stf)
-    assert parameter_count(model.fusion) == 37_753_856
-    assert parameter_count(model.projector) == 134_238_208
+    assert isinstance(model.connector, STFConnector)
+    assert parameter_count(model.connector.mbtf) == 37_753_856
+    assert parameter_count(model.connector.projector) == 134_238_208
     assert parameter_count(model.text) == 6_738_415_616
     # The patch and position embeddings and layers 1 to 23: what comes before the last tap.
     assert parameter_count(model.vision) == 290_909_184
-    assert parameter_count(Llava.abstract(llava).projector) == 20_979_712
-    larger = Llava.abstract(LlavaConfig.llava_stf_13b())
-    assert parameter_count(larger.projector) == 151_016_448
+    assert parameter_count(Llava.abstract(llava).connector) == 20_979_712
+    larger = Llava.abstract(named_config("llava_stf_13b"))
+    assert parameter_count(larger.connector.projector) == 151_016_448
     assert parameter_count(larger.text) == 13_015_864_320
     assert stf.tokens_per_image == 144
     assert llava.tokens_per_image == 576
@@ -105,23 +109,22 @@ def test_parameter_counts_are_those_published():
 
 @pytest.mark.parametrize("name", ["llava_stf_7b", "llava_stf_13b", "llava_1_5_7b", "tiny"])
 def test_dictionary_round_trip(name: str):
-    config = getattr(LlavaConfig, name)()
-    assert LlavaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    config = named_config(name)
+    assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_dictionary_with_every_field():
     config = LlavaConfig(
         vision=VISION,
         text=dataclasses.replace(TEXT, vocab_padding=3),
-        fusion=FusionConfig(
+        system=STF(
             taps=(5, 2, 0),
             mbtf=MBTFConfig(mlp_width=77, last_activation=True),
-            reduction="stf",
             window=7,
             projector_width=99,
         ),
     )
-    assert LlavaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 @pytest.mark.parametrize(
@@ -132,12 +135,13 @@ def test_dictionary_with_every_field():
         ("text", "kv_heads", 3, "8 heads cannot share 3"),
         ("vision", "patch_size", 13, "not a multiple of patch_size 13"),
         ("vision", "heads", 5, "does not divide by 5"),
-        ("fusion", "window", 3, "window 3 does not divide"),
-        ("fusion", "taps", [5], "tap 5 lies beyond"),
-        ("fusion", "taps", [0], r"taps \(0,\) must be one or more hidden states, .* not all 0"),
-        ("fusion", "taps", [], r"taps \(\) must be one or more"),
-        ("fusion", "mbtf", None, "2 taps need mbtf"),
-        ("fusion", "reduction", "identity", "window must be 1"),
+        ("system", "window", 3, "window 3 does not divide"),
+        ("system", "taps", [5], "tap 5 lies beyond"),
+        ("system", "taps", [0], r"taps \(0,\) must be one or more hidden states, .* not all 0"),
+        ("system", "taps", [], r"taps \(\) must be one or more"),
+        ("system", "mbtf", None, "2 taps need mbtf"),
+        ("system", "name", "identity", "system 'identity' is not one of llava, average"),
+        ("system", "name", None, "system.name is None; choose one of llava, average"),
         ("text", "norm_eps", -1.0, r"TextConfig.norm_eps is -1.0; it must be above 0"),
         ("text", "rope_theta", 0.0, r"TextConfig.rope_theta is 0.0; it must be above 0"),
         ("text", "rope_theta", float("nan"), r"TextConfig.rope_theta is nan; it must be above 0"),
@@ -153,10 +157,10 @@ def test_dictionary_with_every_field():
     ],
 )
 def test_refusals(part: str, key: str, value: object, message: str):
-    tree = LlavaConfig.tiny().to_dict()
+    tree = tiny_config().to_dict()
     tree[part][key] = value
     with pytest.raises(ValueError, match=message):
-        LlavaConfig.from_dict(tree)
+        config_from_dict(tree)
 
 
 @pytest.mark.parametrize(
@@ -177,15 +181,17 @@ def test_another_family_is_refused(change: dict[str, object], message: str):
 @given(grid=st.sampled_from([2, 4, 6]), window=st.sampled_from([1, 2, 3]))
 def test_tokens_per_image(grid: int, window: int):
     vision = dataclasses.replace(VisionConfig.tiny(), image_size=14 * grid)
-    fusion = FusionConfig.stf(vision_width=32, taps=(3, 1), window=window)
+    system = STF(taps=(3, 1), mbtf=MBTFConfig(mlp_width=128), window=window, projector_width=512)
     if grid % window:
         with pytest.raises(ValueError, match="does not divide"):
-            LlavaConfig(vision=vision, text=TextConfig.tiny(), fusion=fusion)
+            LlavaConfig(vision=vision, text=TextConfig.tiny(), system=system)
         return
-    config = LlavaConfig(vision=vision, text=TextConfig.tiny(), fusion=fusion)
-    taps = tuple(nnx.eval_shape(lambda: _features(config)) for _ in fusion.taps)
+    config = LlavaConfig(vision=vision, text=TextConfig.tiny(), system=system)
+    taps = tuple(nnx.eval_shape(lambda: _features(config)) for _ in system.taps)
     model = Llava.abstract(config)
-    fused = nnx.eval_shape(lambda model, taps: model.fusion(taps), model, taps)
+    fused = nnx.eval_shape(
+        lambda model, taps: model.connector.reduce(VisionFeatures(taps=taps)), model, taps
+    )
     assert fused.shape == (1, config.tokens_per_image, window**2 * vision.width)
 
 

@@ -93,9 +93,9 @@ def test_restored_on_another_mesh(run: Callable[..., Run], tmp_path: Path):
             else:
                 with jax.set_mesh(make_mesh(**axes)):
                     other = run(on_mesh=True)
-                    before = other.state.parameters["projector/linear_1/kernel"].sharding
+                    before = other.state.parameters["connector/projector/linear_1/kernel"].sharding
                     other.state = checkpoints.restore(other.state)
-                    kernel = other.state.parameters["projector/linear_1/kernel"]
+                    kernel = other.state.parameters["connector/projector/linear_1/kernel"]
                     assert kernel.sharding == before
                     assert kernel.addressable_shards[0].data.shape == (64, 128)
                     same(other.state, expected)

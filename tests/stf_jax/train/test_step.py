@@ -139,17 +139,22 @@ def test_two_learning_rates(reference_batch, source, weights):
     """Adam's first step is as long as the learning rate of each group."""
     config = OptimizerConfig(learning_rate=1e-4, projector_learning_rate=3e-4, warmup_ratio=0.0)
     optimizer = make_optimizer(dataclasses.replace(config, clip_norm=None), steps=100)
-    parameters = {"text/norm/scale": jnp.ones(3), "projector/linear_1/bias": jnp.ones(3)}
+    parameters = {"text/norm/scale": jnp.ones(3), "connector/projector/linear_1/bias": jnp.ones(3)}
     gradient = jax.tree.map(jnp.ones_like, parameters)
     updates, _ = optimizer.update(gradient, optimizer.init(parameters), parameters)
     np.testing.assert_allclose(updates["text/norm/scale"], -1e-4, rtol=1e-5)
-    np.testing.assert_allclose(updates["projector/linear_1/bias"], -3e-4, rtol=1e-5)
+    np.testing.assert_allclose(updates["connector/projector/linear_1/bias"], -3e-4, rtol=1e-5)
 
 
 def test_weight_decay_spares_biases_and_norms():
     config = OptimizerConfig(learning_rate=1e-2, weight_decay=0.5, warmup_ratio=0.0)
     optimizer = make_optimizer(config, steps=100)
-    names = ("text/norm/scale", "projector/linear_1/bias", "text/head/kernel", "text/embedding")
+    names = (
+        "text/norm/scale",
+        "connector/projector/linear_1/bias",
+        "text/head/kernel",
+        "text/embedding",
+    )
     parameters = {name: jnp.ones(3) for name in names}
     still = jax.tree.map(jnp.zeros_like, parameters)
     updates, _ = optimizer.update(still, optimizer.init(parameters), parameters)

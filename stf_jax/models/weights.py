@@ -1,4 +1,4 @@
-"""From the array of a PyTorch tensor to that of a native parameter, and back.
+"""Which PyTorch tensor is which native parameter: names, shapes, and the change of layout.
 
 A transform is a pair of exact inverses; none changes a value. Letters: C a width in, F a width out,
 N heads, D head width, S window side, P patch side, V vocabulary.
@@ -6,10 +6,12 @@ N heads, D head width, S window side, P patch side, V vocabulary.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from stf_jax.convert.dtypes import Array
+Array = np.ndarray[Any, Any]
+
 
 # Rows of a matrix that are transposed together: few enough for the cache.
 _ROWS = 64
@@ -117,3 +119,61 @@ def _with_rows(matrix: Array, rows: int) -> Array:
         return matrix[:rows]
     mean = matrix.mean(0, dtype=np.float32, keepdims=True).astype(matrix.dtype)
     return np.concatenate([matrix, np.repeat(mean, missing, axis=0)])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One native parameter, and the tensor or the tensors, one a layer, that it is made of."""
+
+    native: str  # "text/layers/mlp/up/kernel"
+    torch: str  # "model.layers.{}.mlp.up_proj.weight"
+    shape: tuple[int, ...]  # of each tensor
+    native_shape: tuple[int, ...]  # of the parameter
+    transform: Transform
+    layers: int | None = None  # None: not stacked
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The canonical names of its tensors, in the order of the stack."""
+        if self.layers is None:
+            return (self.torch,)
+        return tuple(self.torch.format(layer) for layer in range(self.layers))
+
+
+def make_entry(
+    native: str,
+    torch: str,
+    shape: tuple[int, ...],
+    to: tuple[int, ...],
+    transform: Transform,
+    *,
+    layers: int | None = None,
+) -> Entry:
+    """One row of a table; shapes are those of one layer."""
+    return Entry(
+        native=native,
+        torch=torch,
+        shape=shape,
+        native_shape=to if layers is None else (layers, *to),
+        transform=transform,
+        layers=layers,
+    )
+
+
+def mlp_entries(
+    native: str, torch: str, *, inputs: int, hidden: int, outputs: int, first: Transform = LINEAR
+) -> tuple[Entry, ...]:
+    """Linear, activation, Linear: modules 0 and 2 of a `torch.nn.Sequential`."""
+    entries: list[Entry] = []
+    for number, module, rows, columns, transform in (
+        (1, 0, hidden, inputs, first),
+        (2, 2, outputs, hidden, LINEAR),
+    ):
+        to, name = f"{native}/linear_{number}", f"{torch}{module}"
+        entries += [
+            make_entry(
+                f"{to}/kernel", f"{name}.weight", (rows, columns), (columns, rows), transform
+            ),
+            make_entry(f"{to}/bias", f"{name}.bias", (rows,), (rows,), SAME),
+        ]
+    return tuple(entries)

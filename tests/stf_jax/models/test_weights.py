@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stf_jax.convert.dtypes import FLOATS, cast, common
-from stf_jax.convert.transforms import (
+from stf_jax.models.weights import (
     LINEAR,
     SAME,
     Transform,

@@ -1,0 +1,67 @@
+"""A small model of every system, on one device."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from stf_jax.config.text import TextConfig
+from stf_jax.config.vision import VisionConfig
+from stf_jax.data.batch import Batch
+from stf_jax.models.llava import Llava
+from stf_jax.systems import SYSTEMS
+from stf_jax.systems.base import LlavaConfig
+
+VISION, TEXT = VisionConfig.tiny(), TextConfig.tiny()
+
+
+def config_of(name: str) -> LlavaConfig:
+    return LlavaConfig(
+        vision=VISION, text=TEXT, system=SYSTEMS[name].sized(vision=VISION, text=TEXT)
+    )
+
+
+def build(config: LlavaConfig, seed: int = 0) -> Llava:
+    """A model with weights large enough to tell right from wrong."""
+    model = Llava.abstract(config)
+    rng = np.random.default_rng(seed)
+
+    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        noise = rng.standard_normal(leaf.shape).astype(np.float32)
+        name = jax.tree_util.keystr(path)
+        return jnp.asarray(1 + 0.1 * noise if "scale" in name else 0.1 * noise)
+
+    nnx.update(model, jax.tree_util.tree_map_with_path(draw, nnx.state(model)))
+    return model
+
+
+def batch_of(config: LlavaConfig, *, rows: int = 2, text: int = 7, padding: int = 0) -> Batch:
+    """Rows of text with an image after the second token; `padding` positions behind."""
+    rng = np.random.default_rng(1)
+    images, length = config.tokens_per_image, text + config.tokens_per_image
+    ids = rng.integers(3, config.text.vocab_size, (rows, length))
+    slots = np.full(length, -1)
+    slots[2 : 2 + images] = np.arange(images)
+    labels = np.where(np.arange(length) >= 2 + images, ids, -100)
+    side = config.image_size
+
+    def pad(array: np.ndarray, value: int) -> jax.Array:
+        wide = np.broadcast_to(array, (rows, length)).astype(np.int32)
+        return jnp.asarray(np.pad(wide, ((0, 0), (0, padding)), constant_values=value))
+
+    return Batch(
+        ids=pad(ids, 5),
+        labels=pad(labels, -100),
+        positions=pad(np.arange(length), 0),
+        segments=pad(np.ones(length), 0),
+        image_slots=pad(slots, -1),
+        pixels=jnp.asarray(rng.standard_normal((rows, 1, side, side, 3)), jnp.float32),
+    )
+
+
+@pytest.fixture(scope="session", params=SYSTEMS)
+def system_model(request: pytest.FixtureRequest) -> Llava:
+    return build(config_of(request.param))

@@ -1,0 +1,164 @@
+"""What holds for every system, whatever its paper; a new one is tested as soon as it is listed."""
+
+import ast
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import stf_jax
+from stf_jax.convert.infer import infer_system, system_keys
+from stf_jax.convert.mapping import connector_entries, table
+from stf_jax.models.attention import Marks
+from stf_jax.models.llava import Llava
+from stf_jax.store.checkpoint import flatten
+from stf_jax.systems import SYSTEMS, config_from_dict, named_config
+from tests.stf_jax.systems.conftest import batch_of
+
+PACKAGE = Path(stf_jax.__file__).parent
+
+
+# Compiled, as users run them: one operation after the other takes several times as long.
+logits_of = jax.jit(Llava.__call__)
+encode, prefill, extend = jax.jit(Llava.encode), jax.jit(Llava.prefill), jax.jit(Llava.extend)
+
+
+def test_as_many_tokens_as_it_says(system_model: Llava) -> None:
+    config = system_model.config
+    tokens = encode(system_model, batch_of(config).pixels)
+    assert tokens.shape == (2, config.tokens_per_image, config.text.width)
+    assert np.isfinite(tokens).all()
+
+
+def test_neighbours_change_nothing(system_model: Llava) -> None:
+    """A row's logits are its own: another row's image does not reach them."""
+    batch = batch_of(system_model.config)
+    other = dataclasses.replace(batch, pixels=batch.pixels.at[1].multiply(-3.0))
+    first, second = logits_of(system_model, batch), logits_of(system_model, other)
+    np.testing.assert_allclose(first[0], second[0], rtol=0, atol=1e-6)
+    assert np.abs(first[1] - second[1]).max() > 1e-3
+
+
+def test_padding_changes_nothing(system_model: Llava) -> None:
+    batch, padded = batch_of(system_model.config), batch_of(system_model.config, padding=5)
+    expected, logits = logits_of(system_model, batch), logits_of(system_model, padded)
+    np.testing.assert_allclose(logits[:, : expected.shape[1]], expected, rtol=0, atol=1e-5)
+
+
+def test_prefill_and_decode_are_the_forward_pass(system_model: Llava) -> None:
+    """The last tokens one by one against the cache."""
+    config, later = system_model.config, 3
+    whole = batch_of(config)
+    length = whole.ids.shape[1]
+    cut = jax.tree.map(lambda array: array[:, : length - later], whole)
+    cut = dataclasses.replace(cut, pixels=whole.pixels)
+    expected = logits_of(system_model, whole)
+    logits, cache = prefill(system_model, cut)
+    np.testing.assert_allclose(logits, expected[:, length - later - 1], rtol=0, atol=1e-4)
+    cache = cache.pad_to(length + 2)
+    for position in range(length - later, length):
+        logits, cache = extend(
+            system_model,
+            whole.ids[:, position : position + 1],
+            start=jnp.full(2, position, jnp.int32),
+            lengths=jnp.ones(2, jnp.int32),
+            cache=cache,
+        )
+        np.testing.assert_allclose(logits, expected[:, position], rtol=0, atol=1e-4)
+
+
+def test_empty_slots_are_not_seen(system_model: Llava) -> None:
+    """What stands in slots that carry no marks reaches nothing."""
+    batch = batch_of(system_model.config)
+    _, cache = prefill(system_model, batch)
+    cache = cache.pad_to(batch.ids.shape[1] + 4)
+    assert isinstance(cache.marks, Marks)
+    hidden = cache.marks.segment == 0
+    spoilt = dataclasses.replace(
+        cache,
+        keys=tuple(jnp.where(hidden[:, None, :, None], 7.0, key) for key in cache.keys),
+        values=tuple(jnp.where(hidden[:, None, :, None], 7.0, value) for value in cache.values),
+    )
+    start = jnp.full(2, batch.ids.shape[1], jnp.int32)
+    steps = [
+        extend(
+            system_model, batch.ids[:, :1], start=start, lengths=jnp.ones(2, jnp.int32), cache=one
+        )[0]
+        for one in (cache, spoilt)
+    ]
+    np.testing.assert_array_equal(*steps)
+
+
+def test_gradients_reach_the_connector(system_model: Llava) -> None:
+    """Finite everywhere, not zero in the connector's weights, and none in the tower."""
+    graph, state = nnx.split(system_model)
+    batch = batch_of(system_model.config)
+    loss = jax.jit(jax.grad(lambda state: nnx.merge(graph, state).loss(batch)[0]))
+    gradients = loss(state)
+    leaves = flatten(nnx.to_pure_dict(gradients))
+    assert all(np.isfinite(leaf).all() for leaf in leaves.values())
+    for path, leaf in leaves.items():
+        if path.startswith("vision/"):
+            assert not np.any(leaf), path
+        if path.startswith("connector/"):
+            assert np.any(leaf), path
+
+
+def test_every_parameter_has_a_tensor(system_model: Llava) -> None:
+    """The table of weights is the model, name by name and shape by shape."""
+    parameters = flatten(nnx.to_pure_dict(nnx.state(system_model, nnx.Param)))
+    entries = {entry.native: entry.native_shape for entry in table(system_model.config)}
+    assert entries == {path: leaf.shape for path, leaf in parameters.items()}
+
+
+def test_weights_come_back(system_model: Llava) -> None:
+    """To PyTorch's layout and back, to the bit."""
+    parameters = flatten(nnx.to_pure_dict(nnx.state(system_model, nnx.Param)))
+    for entry in connector_entries(system_model.config):
+        array = np.asarray(parameters[entry.native])
+        tensor = entry.transform.torch(array)
+        assert tensor.shape == entry.shape
+        np.testing.assert_array_equal(entry.transform.native(tensor), array)
+
+
+def test_config_comes_back(system_model: Llava) -> None:
+    """From a dictionary, and from what an export writes into config.json."""
+    config = system_model.config
+    assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    shapes = {name: e.shape for e in connector_entries(config) for name in e.tensors}
+    keys = json.loads(json.dumps(system_keys(config)))
+    assert infer_system(shapes, keys, config.vision) == config.system
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("size", ["7b", "13b"])
+def test_published_sizes(name: str, size: str) -> None:
+    config = named_config(f"{SYSTEMS[name].family}_{size}")
+    assert config.system.name == name
+    assert 0 < config.tokens_per_image <= config.vision.patches
+    assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_nothing_outside_tests_a_name() -> None:
+    """A system's name is compared with nothing but in `systems/`: what differs is a method."""
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent == PACKAGE / "systems":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Compare | ast.MatchValue):
+                continue
+            named = [
+                child.value
+                for child in ast.walk(node)
+                if isinstance(child, ast.Constant) and child.value in SYSTEMS
+            ]
+            about = ast.unparse(node)
+            if named and ("system" in about or "name" in about):
+                wrong.append(f"{path.relative_to(PACKAGE)}:{node.lineno}: {about}")
+    assert not wrong
