@@ -22,7 +22,7 @@ Run = Callable[[argparse.Namespace], int | None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; the status is 1 for a mistake, or that of the run that is followed."""
+    """Runs one command; returns 1 for a mistake, or the status of the run that it follows."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     own, command = given, []
     if "--" in given:
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         own, command = given[:cut], given[cut + 1 :]
     parser = _parser()
     options, unknown = parser.parse_known_args(own)
-    # Complaints show the usage of the verb that was meant.
+    # An error shows the usage of its verb.
     if unknown:
         hint = "; write the command after --" if options.takes_command and not command else ""
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
@@ -93,14 +93,14 @@ def _add_poll(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
-    """What reads a number above 0 from the command line."""
+    """A parser of numbers above 0, for the command line."""
 
     def read(text: str) -> float:
         try:
             number = kind(text)
         except ValueError:
             number = 0
-        # Written so that NaN is refused.
+        # This order of the comparison refuses NaN.
         if not 0 < number < math.inf:
             whole = "whole " if kind is int else ""
             raise argparse.ArgumentTypeError(f"'{text}' is not a {whole}number above 0")
@@ -117,7 +117,7 @@ def _add_workers_verbs(
     extras: str,
     add_renting: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> None:
-    """The verbs that are the same for TPU VMs and for hosts with ssh, which are not rented."""
+    """The verbs that TPU VMs and hosts with ssh share; hosts are not rented."""
 
     def verb(
         name: str, run: Callable[[Workers, argparse.Namespace], int | None], summary: str
@@ -142,12 +142,12 @@ def _add_workers_verbs(
     parser = verb(
         "setup",
         lambda workers, options: workers.setup(setup_of(options)),
-        "send this clone to all workers, install it there, and see that they find each other",
+        "send this clone to all workers, install it there, and check that they find each other",
     )
     _add_setup(parser, extras)
     verb("run", start_and_follow, "start a command on all workers, and show worker 0's log")
     verb("log", lambda workers, _: workers.follow(), "show worker 0's log until the run ends")
-    verb("status", lambda workers, _: workers.state(), "what has become of the run on each worker")
+    verb("status", lambda workers, _: workers.state(), "the state of the run on each worker")
     verb("stop", lambda workers, _: workers.stop(), "let the run save and leave")
     parser = verb(
         "collect",
@@ -163,8 +163,8 @@ def _add_workers_verbs(
         lambda workers, options: workers.watch(
             options.command, setup_of(options) if add_renting else None, poll=options.poll
         ),
-        "run a command until it is finished: start it again when it was interrupted"
-        + (", on a new slice if the old one has been taken away" if add_renting else ""),
+        "run a command until it is finished: start it again after an interruption"
+        + (", on a new slice if the old one is gone" if add_renting else ""),
     )
     if add_renting:
         add_renting(parser)
@@ -181,7 +181,7 @@ def _add_tpu(places: Verbs) -> None:
 
     def add_renting(parser: argparse.ArgumentParser) -> None:
         _add_slice(parser)
-        parser.add_argument("--spot", action="store_true", help="cheaper; may be taken away")
+        parser.add_argument("--spot", action="store_true", help="cheaper; may be preempted")
         parser.add_argument(
             "--now", action="store_true", help="at once or not at all, not from the queue"
         )
@@ -246,7 +246,7 @@ def _add_xpk(places: Verbs) -> None:
         "make a cluster with a slice or several",
     )
     _add_slice(parser)
-    parser.add_argument("--spot", action="store_true", help="cheaper; may be taken away")
+    parser.add_argument("--spot", action="store_true", help="cheaper; may be preempted")
     parser = verb(
         "run",
         lambda cluster, options: cluster.run(
@@ -257,7 +257,7 @@ def _add_xpk(places: Verbs) -> None:
             storage=options.storage,
             restarts=options.restarts,
         ),
-        "hand in a run, which is started again when it was interrupted",
+        "submit a run, which restarts after an interruption",
     )
     _add_slice(parser)
     parser.add_argument("--image", required=True, help="with stf-jax; launch/Dockerfile makes one")
@@ -309,7 +309,7 @@ def _local(options: argparse.Namespace) -> int:
         run.interrupt()
 
     run = LocalRun(options.command, processes=options.processes, devices=options.devices, say=say)
-    # Before they run, so that no signal finds them without anybody to pass it on.
+    # Before they run, so that every signal reaches them.
     listen(interrupt)
     with run:
         return run.wait()

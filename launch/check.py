@@ -1,4 +1,4 @@
-"""Run on all workers at once, it says whether they find each other, and what they see."""
+"""Shows whether workers find each other, and their devices; run it on all of them at once."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from stf_jax.cli.train import add_hosts
 
 
 def main() -> int:
-    """Says a line on each worker."""
+    """Prints a line on each worker."""
     parser = argparse.ArgumentParser(prog="python -m launch.check", description=__doc__)
     add_hosts(parser)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The one way in which commands are run, shown instead with --dry-run, and complained about."""
+"""Runs commands, prints them instead with --dry-run, and reports their failures."""
 
 import dataclasses
 import re
@@ -39,7 +39,7 @@ class CommandFailed(LaunchError):
 
 @dataclasses.dataclass(frozen=True)
 class Runner:
-    """Runs commands, or prints them as one would type them.
+    """Runs commands, or prints them as you would type them.
 
     Attributes:
         dry_run: print only.
@@ -64,7 +64,7 @@ class Runner:
             raise CommandFailed(command, status)
 
     def ask(self, command: Command, *, pretend: str) -> str:
-        """Its stdout; with --dry-run `pretend`, an answer with which all is well.
+        """Its stdout; with --dry-run `pretend`, an answer without problems.
 
         Raises:
             CommandFailed: its status is not 0.
@@ -78,7 +78,7 @@ class Runner:
         return answer.strip()
 
     def together(self, commands: Mapping[str, Command]) -> dict[str, CommandFailed]:
-        """Runs all at the same time, each line of output behind the name of its command.
+        """Runs all at the same time, and prefixes each line of output with the name of its command.
 
         Returns:
             Those that failed.
@@ -117,7 +117,7 @@ class Runner:
         }
 
     def say(self, text: str) -> None:
-        """Tells the user what happens; with --dry-run nothing does."""
+        """Tells the user what happens; silent with --dry-run."""
         if not self.dry_run:
             sys.stderr.write(f"launch: {text}\n")
             sys.stderr.flush()
@@ -129,8 +129,8 @@ class Runner:
 
 
 def _reason(said: str) -> str:
-    """The line of stderr that says why; empty if there is none."""
-    # gcloud tells of a zone or project that it misses in several lines.
+    """The line of stderr with the reason; empty if there is none."""
+    # gcloud takes several lines to say that a zone or project is missing.
     if missing := re.search(r"Failed to find attribute \[(\w+)\]", said):
         name = missing[1]
         key = {"zone": "compute/zone"}.get(name, name)
@@ -142,7 +142,7 @@ def _reason(said: str) -> str:
 
 
 def forward(stream: IO[str], say: Callable[[str], None]) -> threading.Thread:
-    """Hands each line to `say` until the stream ends; join the thread to wait for that."""
+    """Hands each line to `say` until the stream ends; join the thread to wait for the end."""
 
     def read() -> None:
         with stream:

@@ -17,19 +17,19 @@ from launch.ssh import process_flags
 
 Say = Callable[[int, Literal["stdout", "stderr"], str], None]
 
-# What is left of a run that has failed gets this long to end, in seconds.
+# Seconds that the other processes of a failed run get to end.
 _GRACE = 10
 
 
 class LocalRun:
-    """A command in several processes, started when it is entered, ended when it is left.
+    """A command in several processes: a context manager that starts and ends them.
 
     Args:
-        command: a verb of `stf-jax` that runs on several hosts; it is told of the others by the
-            flags that `launch ssh` adds, too.
+        command: a verb of `stf-jax` that runs on several hosts; it gets the same flags as from
+            `launch ssh`.
         processes: how many.
         devices: virtual devices of each.
-        say: told of every line: the process, its stream and the text.
+        say: called with every line: the process, its stream and the text.
 
     Attributes:
         processes: in the order of their numbers.
@@ -71,7 +71,7 @@ class LocalRun:
         self._kill()
 
     def interrupt(self) -> None:
-        """Asks all to save and leave, in `wait`; a signal's handler may say so before they run."""
+        """Makes `wait` ask all to save and exit; a signal handler may call this before they run."""
         self._interrupted = True
 
     def wait(self, *, seconds: float = float("inf")) -> int:
@@ -113,7 +113,7 @@ class LocalRun:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=self._environment,
-            # So that Ctrl-C reaches them through us only, and their children can be found.
+            # Ctrl-C reaches them through this process only; one signal reaches their children.
             start_new_session=True,
         )
         assert process.stdout is not None
@@ -127,7 +127,7 @@ class LocalRun:
 
     def _signal(self, number: signal.Signals) -> None:
         for process in self.processes:
-            # Popen itself sees to it that one that has ended is left alone.
+            # Popen leaves a process alone that has ended.
             process.send_signal(number)
 
     def _kill(self) -> None:
@@ -141,13 +141,13 @@ def _failure(statuses: Sequence[int | None]) -> int:
     """The first status of a process that has failed, or 0."""
     for status in statuses:
         if status not in (None, 0, remote.INTERRUPTED):
-            # Of a process that a signal has ended Popen says the signal, negated.
+            # Popen returns the negated signal of a process that a signal ended.
             return status if status > 0 else 128 - status
     return 0
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens to now."""
+    """A free port of this machine."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

@@ -1,9 +1,12 @@
-"""What is done on a worker, as shell scripts; the same ones however they get there.
+"""The shell scripts that run on a worker, the same for every way to reach it.
 
-A run is a process of its own, so that it outlives the connection that started it. It leaves in the
-folder `launch` of the home directory: log, and those of the runs before, by the time at which they
-gave way; pid, of the shell around the command, which leads a process group; status, once it has
-ended; lock, which that shell holds as long as it lives.
+A run is a process of its own, so that it outlives the connection that started it. The folder
+`launch` of the home directory holds its files:
+
+- log, and the logs of earlier runs, with the time at which the next run replaced them;
+- pid, of the shell around the command, which leads a process group;
+- status, once the command has ended;
+- lock, which the shell holds as long as it lives.
 """
 
 import shlex
@@ -13,10 +16,10 @@ CODE = "stf-jax"
 RUN = "launch"
 ARCHIVE = "stf-jax.tar.gz"
 
-# "Try again later": `stf-jax train` was interrupted and has saved; any other status is an end.
+# "Try again later": `stf-jax train` was interrupted and has saved. Any other status is final.
 INTERRUPTED = 75
 
-# Seconds in which a worker ends the run that another worker has ended.
+# Seconds until the run ends on a worker after it has ended on another.
 PATIENCE = 60
 
 _GCSFUSE = "3.6.0"
@@ -30,7 +33,7 @@ def setup(*, extras: str, bucket: str | None) -> str:
         f"tar -xzf ~/{ARCHIVE} -C ~/{CODE}",
         f"cd ~/{CODE}",
         'export PATH="$HOME/.local/bin:$PATH"',
-        # The images of TPU VMs have an older Python than is needed; uv brings one.
+        # The images of TPU VMs have an older Python; uv installs a new one.
         "command -v uv > /dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh",
         "uv venv --quiet --allow-existing --python 3.11 .venv",
         f"uv pip install --quiet --python .venv --editable {shlex.quote(f'.[{extras}]')}",
@@ -51,7 +54,7 @@ def setup(*, extras: str, bucket: str | None) -> str:
 
 
 def foreground(command: Sequence[str]) -> str:
-    """Runs it in the code's folder and environment, with its status."""
+    """Runs it in the code's folder and environment, and returns its status."""
     return f'cd ~/{CODE} && PATH="$PWD/.venv/bin:$PATH" {shlex.join(command)}'
 
 
@@ -69,13 +72,13 @@ def check_idle() -> str:
 
 
 def start(command: Sequence[str]) -> str:
-    """Starts it on a worker that is idle, and returns."""
+    """Starts it on an idle worker, and returns at once."""
     run = "\n".join(
         [
-            # The shell has to outlive what ends the command, to write its status.
+            # The shell outlives the command, to write its status.
             "trap : TERM INT HUP",
             f"{foreground(command)} 9>&-",
-            # 255 is what ssh says when it is cut off.
+            # 255 is the status of ssh when its connection breaks.
             f"echo $(($? == 255 ? 254 : $?)) > ~/{RUN}/status.new",
             f"mv ~/{RUN}/status.new ~/{RUN}/status",
         ]
@@ -97,12 +100,12 @@ def running() -> str:
 
 
 def follow() -> str:
-    """Shows the end of the log and what is added; ends with the run, and with its status."""
+    """Shows the end of the log and every new line; ends with the run, and returns its status."""
     return "\n".join(
         [
             f"cd ~/{RUN} 2> /dev/null && [ -e pid ] ||",
             '  { echo "$(hostname): no run has been started here" >&2; exit 1; }',
-            # Of a run that is over the pid may be another process' by now.
+            # The pid of a finished run may belong to another process by now.
             "if flock -n lock true; then tail -n 20 log",
             'else tail -n 20 -f --pid="$(cat pid)" log; fi',
             # Killed, or the machine has been restarted.
@@ -112,7 +115,7 @@ def follow() -> str:
 
 
 def check_not_killed() -> str:
-    """Fails if the run is gone without a status: killed, as by a restart of the machine."""
+    """Fails if the run is gone without a status: something killed it, such as a restart."""
     return "\n".join(
         [
             f"cd ~/{RUN} && {{ ! flock -n lock true || [ -e status ]; }} ||",
@@ -122,7 +125,7 @@ def check_not_killed() -> str:
 
 
 def state() -> str:
-    """One line: what has become of the run."""
+    """One line with the state of the run."""
     return "\n".join(
         [
             f'cd ~/{RUN} 2> /dev/null || {{ echo "$(hostname): no run"; exit; }}',
@@ -134,7 +137,7 @@ def state() -> str:
 
 
 def stop() -> str:
-    """SIGTERM, at which `stf-jax train` saves and leaves; says so if nothing runs."""
+    """Sends SIGTERM, after which `stf-jax train` saves and exits; says so if nothing runs."""
     return "\n".join(
         [
             f"if {running()}; then kill -TERM -- -$(cat pid)",

@@ -1,4 +1,4 @@
-"""What a slice of `stf-jax plan` is called where TPUs are rented."""
+"""Google Cloud's names for the slices of `stf-jax plan`."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ _FLAT = (1, 4, 8, 16, 32, 64, 128, 256)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Slices:
-    """What to rent; of several layouts with as many chips, the service gives the most compact.
+    """What to rent. The service picks the most compact layout of so many chips.
 
     Attributes:
         count: how many slices.

@@ -1,4 +1,4 @@
-"""Hosts that one reaches by plain ssh; the first is process 0."""
+"""Hosts with plain ssh; the first is process 0."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 from launch.commands import Command, LaunchError, Runner
 from launch.workers import Workers
 
-# No question that nobody sees, and an end when the host does not answer any more.
+# Never ask for a password, and end when the host no longer answers.
 _OPTIONS = ("-o", "BatchMode=yes", "-o", "ServerAliveInterval=30")
 
 
 def process_flags(coordinator: str, processes: int) -> list[list[str]]:
-    """What is added to the command of each process, where JAX cannot find the others by itself."""
+    """The flags for each process, where JAX cannot find the others by itself."""
     return [
         [f"--coordinator={coordinator}", f"--processes={processes}", f"--process={number}"]
         for number in range(processes)
@@ -50,7 +50,7 @@ class Hosts(Workers):
         return self._ssh(self.hosts[0], script)
 
     def variants(self, command: Command) -> list[Command]:
-        """With the flags that tell a process of the others."""
+        """With the flags that connect each process to the others."""
         coordinator = f"{self.hosts[0].rpartition('@')[2]}:{self.port}"
         return [[*command, *flags] for flags in process_flags(coordinator, len(self.hosts))]
 

@@ -10,10 +10,10 @@ from launch.commands import Command, CommandFailed, LaunchError, Runner
 from launch.slices import Slices
 from launch.workers import Workers
 
-# What has a state, and where gcloud shows it.
+# What has a state, and the field in which gcloud shows it.
 _REQUEST = ("queued-resources", "state.state")
 _SLICE = ("tpu-vm", "state")
-# States that pass.
+# Temporary states.
 _WAITING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")
 _COMING = ("CREATING", "STARTING", "RESTARTING", "REIMAGING", "REPAIRING")
 _GOING = ("SUSPENDING", "STOPPING", "DELETING")
@@ -26,8 +26,8 @@ class Renting:
 
     Attributes:
         slice: its names.
-        spot: cheaper, and taken away when somebody else pays more.
-        queue: wait until there is one; otherwise now or not at all.
+        spot: cheaper, and preempted when somebody else pays more.
+        queue: wait until one is free; otherwise now or not at all.
 
     Raises:
         LaunchError: several slices.
@@ -48,8 +48,8 @@ class TpuVm(Workers):
     Attributes:
         name: in the project and zone.
         place: flags that name the zone and the project where gcloud's configuration does not.
-        renting: how it is rented; None where it only is used.
-        poll: seconds until one looks again.
+        renting: how to rent it; None for a slice that exists.
+        poll: seconds between looks.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class TpuVm(Workers):
         """Asks for the slice and waits until it is ready.
 
         Raises:
-            LaunchError: it is not given.
+            LaunchError: the service refuses.
         """
         assert self.renting is not None
         wanted = self.renting
@@ -89,23 +89,23 @@ class TpuVm(Workers):
     def delete(self) -> None:
         """Gives the slice and the request for it back; says so if there is neither."""
         self._settle(_REQUEST, _GOING, pretend="")
-        # A slice may not be from the queue, or be left over from it.
+        # A slice may exist without a request, and a request without a slice.
         gone = [self._is_deleted("queued-resources", "--force"), self._is_deleted("tpu-vm")]
         self.runner.say(f"{self.name} is deleted" if any(gone) else f"there is no {self.name}")
 
     def ready(self) -> bool:
-        """Whether the slice is there; with --dry-run it is not."""
+        """Whether the slice is ready; never with --dry-run."""
         return self._state(_SLICE, pretend="") == _READY
 
     def renew(self) -> None:
-        """Waits for what is on its way or being repaired; else deletes it, and rents another."""
+        """Waits for a slice that is on its way or in repair; otherwise replaces it."""
         self._settle(_REQUEST, _WAITING, pretend="")
         if self._settle(_SLICE, _COMING, pretend="") != _READY:
             self.delete()
             self.create()
 
     def shells(self, scripts: Sequence[str]) -> Mapping[str, Command]:
-        """One command: gcloud itself goes to all workers."""
+        """One command: gcloud itself reaches all workers."""
         (script,) = scripts
         return {"": self._ssh(script, worker="all")}
 
@@ -135,7 +135,7 @@ class TpuVm(Workers):
         return [f"worker {number}" for number in sorted(set(numbers), key=int)] or [self.name]
 
     def _ssh(self, script: str, *, worker: str) -> Command:
-        # A slice that is taken away does not hang up.
+        # A preempted slice does not close the connection.
         alive = "--ssh-flag=-o ServerAliveInterval=30"
         return self._gcloud("tpu-vm", "ssh", f"--worker={worker}", alive, f"--command={script}")
 
@@ -168,7 +168,7 @@ class TpuVm(Workers):
             )
 
     def _settle(self, what: tuple[str, str], passing: Sequence[str], *, pretend: str) -> str:
-        """The state, when it is none any more of those that pass."""
+        """The first state that is not temporary."""
         last = ""
         while (state := self._state(what, pretend=pretend)) in passing:
             if state != last:

@@ -1,4 +1,4 @@
-"""What one does with the workers of a slice, whether they are TPU VMs or hosts with ssh."""
+"""Operations on the workers of a slice, which may be TPU VMs or hosts with ssh."""
 
 import abc
 import contextlib
@@ -13,7 +13,7 @@ from launch import remote
 from launch.commands import Command, CommandFailed, LaunchError, Runner
 
 _HERE = Path(__file__).parent.parent
-# ssh's own status: the connection, not the command, has failed.
+# The status of ssh itself: the connection failed, not the command.
 _DISCONNECTED = 255
 
 
@@ -42,7 +42,7 @@ class Workers(abc.ABC):
 
     @abc.abstractmethod
     def shells(self, scripts: Sequence[str]) -> Mapping[str, Command]:
-        """The commands here that run scripts on all workers: by worker, or one for all.
+        """Local commands that run scripts on all workers: by worker, or one for all.
 
         Args:
             scripts: one for each worker; or one, for all of them.
@@ -50,22 +50,22 @@ class Workers(abc.ABC):
 
     @abc.abstractmethod
     def first(self, script: str) -> Command:
-        """The command here that runs a script on worker 0."""
+        """The local command that runs a script on worker 0."""
 
     @abc.abstractmethod
     def variants(self, command: Command) -> list[Command]:
-        """The command as each worker gets it; or one, if that is the same for all."""
+        """The command for each worker, or one command for all."""
 
     @abc.abstractmethod
     def send(self, file: Path) -> Mapping[str, Command]:
-        """The commands here that copy a file into every worker's home directory."""
+        """Local commands that copy a file into the home directory of every worker."""
 
     @abc.abstractmethod
     def fetch(self, path: str, out: Path) -> Command:
-        """The command here that copies a file or directory of worker 0 into `out`."""
+        """The local command that copies a file or directory of worker 0 into `out`."""
 
     def failed_workers(self, failures: Mapping[str, CommandFailed]) -> list[str]:
-        """Which workers did not do what they were told."""
+        """The workers that failed."""
         return list(failures)
 
     def ready(self) -> bool:
@@ -89,13 +89,13 @@ class Workers(abc.ABC):
         self._together(self.shells(scripts))
 
     def setup(self, what: Setup) -> None:
-        """Sends the code as it is here, installs it, and lets all workers find each other.
+        """Sends this clone, installs it, and checks that all workers find each other.
 
         Raises:
             LaunchError: a command failed.
         """
         archive = _HERE / "build" / remote.ARCHIVE
-        # Whatever git does not ignore, committed or not; another setup may send the file just now.
+        # All files that git does not ignore, committed or not. Another setup may be sending it now.
         packed, made = (shlex.quote(str(archive)) + more for more in ("", ".$$"))
         pack = (
             f"cd {shlex.quote(str(_HERE))} && mkdir -p build && "
@@ -109,7 +109,7 @@ class Workers(abc.ABC):
         self.everywhere([remote.foreground(command) for command in check])
 
     def start(self, command: Command) -> None:
-        """Starts a run on all workers at once and returns; on none if it does not start on all.
+        """Starts a run on all workers at once, or on none, and returns.
 
         Raises:
             LaunchError: it did not start on all.
@@ -118,7 +118,7 @@ class Workers(abc.ABC):
         try:
             self.everywhere([remote.start(variant) for variant in self.variants(command)])
         except LaunchError:
-            # Where it did start it would wait for the others.
+            # The workers that did start would wait for the others.
             with contextlib.suppress(LaunchError):
                 self.stop()
             raise
@@ -126,16 +126,16 @@ class Workers(abc.ABC):
     def follow(self) -> int:
         """Shows the log of worker 0 until the run ends; the run's status.
 
-        Ctrl-C ends the showing only.
+        Ctrl-C ends the log only, not the run.
         """
         return self.runner.call(self.first(remote.follow()))
 
     def stop(self) -> None:
-        """Asks the run to save and leave."""
+        """Asks the run to save and exit."""
         self.everywhere([remote.stop()])
 
     def state(self) -> None:
-        """Shows what has become of the run on each worker."""
+        """Shows the state of the run on each worker."""
         self.everywhere([remote.state()])
 
     def collect(self, out: Path, paths: Sequence[str]) -> None:
@@ -145,21 +145,21 @@ class Workers(abc.ABC):
             self.runner.run(self.fetch(path, out))
 
     def watch(self, command: Command, what: Setup | None, *, poll: float) -> int:
-        """Keeps a run going until it is finished: follows it, and starts it again.
+        """Follows a run, and starts it again until it is finished.
 
-        If the workers are not there, or are taken away, they are rented and set up; if one has been
-        restarted, they are set up. A run that is under way already is followed.
+        Missing or preempted workers are rented and set up. After a restart of one worker all are
+        set up. A run that is under way is followed.
 
         Args:
-            command: continues where it was interrupted, and says so with status 75.
-            what: for workers that are new; None for those that are not rented.
-            poll: seconds until one looks again.
+            command: status 75 means: interrupted; started again, it continues.
+            what: the setup of new workers; None for hosts that are not rented.
+            poll: seconds between looks.
 
         Returns:
             The status of the run, which is 0, or that of a mistake.
 
         Raises:
-            LaunchError: a command failed for another reason than that the workers were taken away.
+            LaunchError: a command failed, and the workers are still there.
         """
         under_way, killed = self.ready() and self._under_way(), False
         while True:
@@ -193,7 +193,7 @@ class Workers(abc.ABC):
             self.renew()
             self.setup(what)
         elif killed:
-            # The others wait for the one that was restarted, which has lost its mounts.
+            # The others wait for the restarted worker, which has lost its mounts.
             self.stop()
             self.everywhere([remote.check_idle()])
             if what is not None:
@@ -201,7 +201,7 @@ class Workers(abc.ABC):
         self.start(command)
 
     def _under_way(self) -> bool:
-        # With --dry-run nothing is: what one wants to see is the start.
+        # Never with --dry-run, which is to show the start.
         return self.runner.call(self.first(remote.running())) == 0 and not self.runner.dry_run
 
     def _was_killed(self) -> bool:
@@ -212,13 +212,13 @@ class Workers(abc.ABC):
         return False
 
     def _look(self, poll: float) -> Literal["ready", "gone", "unknown"]:
-        """What has become of the workers; the service may know it a moment later only."""
+        """The state of the workers, after a moment in which the service may learn of it."""
         try:
             if self.ready():
                 time.sleep(poll)
             return "ready" if self.ready() else "gone"
         except CommandFailed as error:
-            # The way to the service may be cut off as well as that to the workers.
+            # The connection to the service may be lost as well.
             self.runner.say(str(error))
             time.sleep(poll)
             return "unknown"

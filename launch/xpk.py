@@ -1,4 +1,4 @@
-"""GKE, through the `xpk` command line; there a JobSet restarts the run, so nobody has to watch."""
+"""GKE, through the `xpk` command line. A JobSet restarts the run, so it needs no supervisor."""
 
 import shlex
 from collections.abc import Sequence
@@ -7,9 +7,9 @@ from launch import remote
 from launch.commands import Command, LaunchError, Runner
 from launch.slices import Slices
 
-# Pods of one slice start as their images arrive, not all at once.
+# Each pod starts when its image has arrived.
 _HOST_TIMEOUT = 600
-# For the checkpoint of an interrupted run.
+# Seconds for the checkpoint of an interrupted run.
 _GRACE = 300
 
 
@@ -48,7 +48,7 @@ class Xpk:
         storage: str | None,
         restarts: int,
     ) -> None:
-        """Hands in the run; it is started again when it was interrupted.
+        """Submits the run, which restarts after an interruption.
 
         Args:
             workload: a name for the run.
@@ -56,7 +56,7 @@ class Xpk:
             command: `stf-jax train` or another verb that runs on several hosts.
             image: a container image with stf-jax, such as launch/Dockerfile makes.
             storage: an attached storage of the cluster to mount.
-            restarts: how often at most.
+            restarts: how many at most.
 
         Raises:
             LaunchError: XPK refuses.
@@ -74,13 +74,13 @@ class Xpk:
                 f"--restart-on-exit-codes={remote.INTERRUPTED}",
                 f"--termination-grace-period-seconds={_GRACE}",
                 *([f"--storage={storage}"] if storage else []),
-                # XPK runs it in a subshell and sends that the signals.
+                # XPK runs it in a subshell, which gets the signals.
                 f"--command=exec {line}",
             ]
         )
 
     def log(self, workload: str) -> int:
-        """Shows what worker 0 says until its pod ends."""
+        """Shows the log of worker 0 until its pod ends."""
         pod = (
             f"jobset.sigs.k8s.io/jobset-name={workload},jobset.sigs.k8s.io/job-index=0,"
             "batch.kubernetes.io/job-completion-index=0"
@@ -90,7 +90,7 @@ class Xpk:
         )
 
     def watch(self, workload: str) -> int:
-        """Waits until the run has ended for good: 0 if it is finished, 125 if it failed."""
+        """Waits for the end of the run: 0 if it is finished, 125 if it failed."""
         return self.runner.call(
             self._xpk("workload", "list", f"--wait-for-job-completion={workload}")
         )

@@ -1,1 +1,1 @@
-"""The paper's claim at laptop scale: scenes, arms, training, questions, report."""
+"""The paper's claim at laptop scale: scenes, variants, training, questions, report."""

@@ -1,4 +1,4 @@
-"""The scenes of a run on disk: JPEG pictures, LLaVA's JSON to train on, questions held out."""
+"""The scenes of a run on disk: JPEG images, LLaVA's JSON for training, held-out questions."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a trained arm answers about held-out scenes, and what an answer costs."""
+"""The answers of a trained variant about held-out scenes, and the cost of an answer."""
 
 import dataclasses
 import math

@@ -1,9 +1,9 @@
-"""The small language model of the demo, and its head start: the language of the questions.
+"""The small language model of the demo, and its pretraining: the language of the questions.
 
-It stands where Vicuna does: a decoder that can already talk about scenes, and that has never seen
-a picture. In its head start the place of vision tokens is taken by codes of what the cells hold,
-looked up in tables that are thrown away afterwards; some batches have a code for each
-cell, others one for each window of 2x2 cells, so that it can read either number of tokens.
+It takes the place of Vicuna: a decoder that can talk about scenes, and has never seen an image. In
+pretraining, codes of the cells' contents take the place of vision tokens. The tables of codes are
+thrown away afterwards. Some batches have a code for each cell, others one for each window of 2x2
+cells, so the model learns to read either number of tokens.
 """
 
 import dataclasses

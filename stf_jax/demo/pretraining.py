@@ -1,9 +1,9 @@
-"""The head start of the demo: makes `data/` again, the small CLIP and the small LLaMA.
+"""The pretraining of the demo: makes `data/` again, the small CLIP and the small LLaMA.
 
     python -m stf_jax.demo.pretraining OUT
 
-They stand where CLIP and Vicuna do: a tower that has learnt to see, and a language model that has
-learnt to talk about scenes, but that has never seen a picture. Both are written in the layouts of
+They take the place of CLIP and Vicuna. The tower has learned to see. The language model has learned
+to talk about scenes, but has never seen an image. Both are written in the layouts of
 `transformers`, as PyTorch users have them.
 """
 

@@ -1,8 +1,10 @@
-"""Chooses the learning rate of stage 1 for each arm: `python -m stf_jax.demo.rates OUT [ARM ...]`.
+"""Chooses the learning rate of stage 1 for each variant.
 
-Projectors of 96 and of 1,536 want different rates, and an arm must not lose because another one's
-was taken. All arms have the same choice, and the loss decides, on scenes of another seed than the
-demo's.
+    python -m stf_jax.demo.rates OUT [VARIANT ...]
+
+Projectors of 96 and of 1,536 need different rates, and no variant should lose because it got the
+rate of another one. All variants have the same choice. The lowest loss decides, on scenes of
+another seed than the demo's.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What a run has found: every number of the report, as it lies in `results.json`."""
+"""The results of a run: every number of the report, as `results.json` stores it."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

@@ -1,8 +1,8 @@
-"""Scenes: handwritten digits in colour on a grid, and what can be asked about them.
+"""Scenes: handwritten digits in color on a grid, and questions about them.
 
-The scans are those that ship inside scikit-learn (1,797 digits of 8x8 pixels, from the UCI
-repository). Scans of training scenes never come in held-out ones. A cell of the grid is as large
-as a patch of the vision tower, so that a fused token stands for up to four digits.
+The scans ship inside scikit-learn (1,797 digits of 8x8 pixels, from the UCI repository). Held-out
+scenes use other scans than training scenes. A cell of the grid is as large as a patch of the vision
+tower, so a fused token stands for up to four digits.
 """
 
 import dataclasses

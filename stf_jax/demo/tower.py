@@ -1,10 +1,10 @@
 """The small CLIP of the demo, and how it learns to see: by captions, a patch at a time.
 
-Every patch token says what the caption says of its cell: row, column, digit, colour, by a linear
-layer that is thrown away afterwards. Words are supervised where they belong, which is easier than
-what captioners learn, who find out for themselves (Tschannen et al. 2023, arXiv 2306.07915, find
-captions as good a teacher of vision as CLIP's contrast). On two cores CLIP's own way is too slow: a
-batch of 64 pictures is little to contrast, and teaches the class token alone.
+A linear layer reads the caption of a cell from its patch token: row, column, digit, color. That
+layer is thrown away afterwards. Captioners have to find out which word belongs to which place; here
+each word is supervised at its place, which is easier. Captions teach vision as well as CLIP's
+contrast does (Tschannen et al. 2023, arXiv 2306.07915). On two cores CLIP's own way is too slow: a
+batch of 64 images gives little contrast, and teaches the class token alone.
 """
 
 import dataclasses
