@@ -108,7 +108,7 @@ class VisionTower(nnx.Module):
             (_, kept, _), _ = apply_layers(step, (x, kept, jnp.int32(0)), self.layers)
             return tuple(kept[slots[tap], :, 1:] for tap in self.taps)
 
-    def embed(self, pixels: Float[Array, "B height width 3"]) -> Float[Array, "B P+1 C"]:
+    def embed(self, pixels: Float[Array, "B height width 3"]) -> Float[Array, "B T C"]:
         """Patches, class token and positions. The patch convolution is a matmul over patches."""
         size = self.config.patch_size
         batch, side, width = pixels.shape[0], pixels.shape[1], self.config.width
@@ -126,7 +126,7 @@ class VisionTower(nnx.Module):
         x = jnp.concatenate([first, patches], axis=1) + self.positions(grid)
         return self.pre_norm(x)
 
-    def positions(self, grid: int) -> Float[Array, "P+1 C"]:
+    def positions(self, grid: int) -> Float[Array, "T C"]:
         """Positions of the class token and of a grid of patches, interpolated where it is smaller.
 
         Bicubic, as `transformers` interpolates them for images of another size.

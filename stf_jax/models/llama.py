@@ -30,7 +30,7 @@ from stf_jax.models.lora import LoRAConfig
 from stf_jax.parallel.sharding import all_gather_fsdp, reshard
 
 
-def rope_frequencies(config: TextConfig) -> Float[Array, "D/2"]:
+def rope_frequencies(config: TextConfig) -> Float[Array, "_"]:
     """Radians a position for each pair of channels, after scaling."""
     half = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
     frequencies = 1.0 / config.rope_theta**half
@@ -42,9 +42,7 @@ def rope_frequencies(config: TextConfig) -> Float[Array, "D/2"]:
     return _llama3_frequencies(frequencies, scaling)
 
 
-def _llama3_frequencies(
-    frequencies: Float[Array, "D/2"], scaling: RopeScaling
-) -> Float[Array, "D/2"]:
+def _llama3_frequencies(frequencies: Float[Array, "_"], scaling: RopeScaling) -> Float[Array, "_"]:
     """Long wavelengths are stretched, short ones kept, those between blended."""
     turns = scaling.original_positions * frequencies / (2 * jnp.pi)
     low, high = scaling.low_frequency_factor, scaling.high_frequency_factor

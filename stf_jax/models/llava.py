@@ -49,7 +49,7 @@ class Llava(nnx.Module):
             nnx.update(model, jax.tree.map(lambda leaf: on_mesh(leaf, mesh), nnx.state(model)))
         return model
 
-    def encode(self, pixels: Float[Array, "B I height width 3"]) -> Float[Array, "B I*K H"]:
+    def encode(self, pixels: Float[Array, "B I height width 3"]) -> Float[Array, "B _ H"]:
         """Vision tokens of every image of a row, one image after the other.
 
         The tower is frozen in every stage, so no gradient enters it.

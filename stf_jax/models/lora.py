@@ -108,12 +108,12 @@ def is_adapter(path: str) -> bool:
 
 
 def merge(
-    kernel: np.ndarray[Any, Any],
-    a: np.ndarray[Any, Any],
-    b: np.ndarray[Any, Any],
+    kernel: np.ndarray,
+    a: np.ndarray,
+    b: np.ndarray,
     *,
     config: LoRAConfig,
-) -> np.ndarray[Any, Any]:
+) -> np.ndarray:
     """One layer's weight with its adapter in it: W + (alpha / r) A B, float32."""
     product = np.tensordot(a.astype(np.float32), b.astype(np.float32), axes=1)
     return kernel.astype(np.float32) + np.float32(config.scale) * product

@@ -6,11 +6,10 @@ N heads, D head width, S window side, P patch side, V vocabulary.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, Any]
+Array = np.ndarray
 
 
 # Rows of a matrix that are transposed together: few enough for the cache.

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax
 from jax.sharding import PartitionSpec
@@ -43,7 +43,7 @@ class Average(STF):
     }
 
     @classmethod
-    def sized(cls, *, vision: VisionConfig, text: TextConfig) -> Self:
+    def sized(cls, *, vision: VisionConfig, text: TextConfig) -> "Average":
         """LLaVA-1.5's projector."""
         return cls(taps=(vision.layers - 1,), projector_width=text.width)
 

@@ -7,7 +7,7 @@ does not write is LLaVA-1.5's (arXiv 2310.03744).
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jsonargparse
 from jax.sharding import Mesh
@@ -58,7 +58,7 @@ class System:
             )
 
     @classmethod
-    def sized(cls, *, vision: VisionConfig, text: TextConfig) -> Self:
+    def sized(cls, *, vision: VisionConfig, text: TextConfig) -> "System":
         """The system with its published proportions, for a tower and a language model."""
         return cls(taps=(vision.layers - 1,), projector_width=text.width)
 

@@ -1,7 +1,7 @@
 """A control: some of the patches, drawn once; whatever beats it has learnt where to look."""
 
 import dataclasses
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -38,10 +38,10 @@ class Random(System):
             raise ValueError(f"Random.seed is {self.seed}; give 0 or more")
 
     @classmethod
-    def sized(cls, *, vision: VisionConfig, text: TextConfig) -> Self:
+    def sized(cls, *, vision: VisionConfig, text: TextConfig) -> "Random":
         """A quarter of the patches, as the published systems keep."""
         quarter = max(vision.patches // 4, 1)
-        return dataclasses.replace(super().sized(vision=vision, text=text), keep=quarter)
+        return cls(taps=(vision.layers - 1,), projector_width=text.width, keep=quarter)
 
     def check(self, vision: VisionConfig, text: TextConfig) -> None:
         """There are enough patches."""

@@ -14,7 +14,7 @@ arXiv 2506.07138. Two changes to LLaVA-1.5, in this order (paper, figure 2):
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ class STF(System):
             raise ValueError(f"{len(self.taps)} taps need mbtf to mix them; without it, give one")
 
     @classmethod
-    def sized(cls, *, vision: VisionConfig, text: TextConfig) -> Self:
+    def sized(cls, *, vision: VisionConfig, text: TextConfig) -> "STF":
         """The released proportions: 4 and 16 tower widths, the last block but one and every third.
 
         A tower of 24 layers gets `STF_TAPS`.
@@ -253,7 +253,7 @@ class MBTF(MLP):
 
 def spatial_token_fusion(
     features: Float[Array, "B P C"], *, window: int, out: PartitionSpec | None = None
-) -> Float[Array, "B K window*window*C"]:
+) -> Float[Array, "B K _"]:
     """Raster order in, raster order out; channels of a token are (row, column, channel).
 
     The published weights number them (channel, row, column); `STF.weights` permutes the projector.
