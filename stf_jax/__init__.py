@@ -12,25 +12,47 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stf_jax.eval.evaluate import evaluate
     from stf_jax.infer.answers import Answer
+    from stf_jax.infer.chat import Chat
     from stf_jax.infer.load import load
     from stf_jax.infer.model import Model, Request
     from stf_jax.infer.sampling import Sampling
+    from stf_jax.parallel.sharding import make_mesh
+    from stf_jax.train.config import TrainConfig
 
-__all__ = ["Answer", "Model", "Request", "Sampling", "load"]
+__all__ = [
+    "Answer",
+    "Chat",
+    "Model",
+    "Request",
+    "Sampling",
+    "TrainConfig",
+    "evaluate",
+    "load",
+    "make_mesh",
+    "train",
+]
 __version__ = importlib.metadata.version("stf-jax")
 
 # Imported when first used, so that `stf-jax --help` need not wait for jax.
 _HOMES = {
     "Answer": "stf_jax.infer.answers",
+    "Chat": "stf_jax.infer.chat",
     "Model": "stf_jax.infer.model",
     "Request": "stf_jax.infer.model",
     "Sampling": "stf_jax.infer.sampling",
+    "TrainConfig": "stf_jax.train.config",
+    "evaluate": "stf_jax.eval.evaluate",
     "load": "stf_jax.infer.load",
+    "make_mesh": "stf_jax.parallel.sharding",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
+    if name == "train":
+        # A package that can be called.
+        return importlib.import_module("stf_jax.train")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -118,35 +118,24 @@ def _score(options: argparse.Namespace) -> "list[Result]":
 def _ask(options: argparse.Namespace) -> "list[Result]":
     from etils import epath
 
+    from stf_jax.eval.evaluate import prepare_all
     from stf_jax.eval.hosts import JaxHosts
-    from stf_jax.eval.registry import BENCHMARKS, get_benchmark
-    from stf_jax.eval.runner import ask_together, prepare
+    from stf_jax.eval.runner import ask_together
     from stf_jax.parallel import hosts as distributed
     from stf_jax.util.errors import missing
     from stf_jax.util.progress import count_progress, unwound_by_sigterm
 
     if options.model is None or options.out is None:
         raise ValueError("give MODEL and --out to ask a model, or --answers FILE to score a file")
-    everything = options.benchmark == _ALL
-    if everything and options.path:
-        raise ValueError("--path is for one benchmark; with 'all' lay the files out under --data")
-    chosen = list(BENCHMARKS.values()) if everything else [get_benchmark(options.benchmark)]
     config = _config(options)
     if not epath.Path(options.model).exists():
         raise missing(options.model)
     if options.out.is_file():
         raise ValueError(f"{options.out} is a file; give --out a folder")
     # All of them before the model is loaded: nobody wants to hear of a missing file after hours.
-    prepared, problems = [], []
-    for one in chosen:
-        try:
-            prepared.append(
-                prepare(one, data=options.data, paths=_paths(options), limit=options.limit)
-            )
-        except ValueError as error:
-            problems.append(str(error))
-    if problems:
-        raise ValueError("\n".join(problems))
+    prepared = prepare_all(
+        options.benchmark, data=options.data, paths=_paths(options), limit=options.limit
+    )
     distributed.start(
         options.coordinator, options.processes, options.process, timeout=options.host_timeout
     )

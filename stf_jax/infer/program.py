@@ -120,6 +120,11 @@ class Program:
         return digest.hexdigest()[:16]
 
     @property
+    def weights(self) -> nnx.State:
+        """The parameters, as the devices have them."""
+        return self._parameters
+
+    @property
     def row_multiple(self) -> int:
         """What the mesh splits rows by; their number must divide by it."""
         return 1 if self.mesh is None else math.prod(self.mesh.shape[a] for a in BATCH_AXES)
