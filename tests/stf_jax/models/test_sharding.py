@@ -29,6 +29,8 @@ from stf_jax.parallel.sharding import BATCH_AXES, ShardingRules, make_mesh
 from stf_jax.store.checkpoint import flatten, unflatten
 from stf_jax.systems.base import FusionConfig, LlavaConfig, check_divisible
 
+pytestmark = pytest.mark.portable
+
 Arrays = dict[str, np.ndarray]
 
 LENGTH = 64  # of the batch
