@@ -9,7 +9,16 @@ from pathlib import Path
 
 # Before jax is imported: the number of devices is fixed then.
 os.environ["JAX_PLATFORMS"] = "cpu"
+# The rest of the flags makes compiling four times as fast and running slower, which suits programs
+# that run a few times each: the operations are the same, and LLVM optimizes less. With
+# STF_JAX_TEST_XLA=default a session compiles as users do; CI's second Python does.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+if os.environ.get("STF_JAX_TEST_XLA") != "default":
+    os.environ["XLA_FLAGS"] += (
+        " --xla_backend_optimization_level=0"
+        " --xla_llvm_disable_expensive_passes=true"
+        " --xla_cpu_use_fusion_emitters=false"
+    )
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 # In the background of a shell Ctrl-C is ignored, and would be by all that the tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -23,7 +32,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+import json
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,13 +44,43 @@ from stf_jax.convert import Source, import_checkpoint, open_source
 from stf_jax.data.batch import Batch
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 
-DATA = Path(__file__).parent / "data"
+# `STF_JAX_REFERENCE=DIR make test ARGS="-k reference"` checks another folder of the same form: a
+# test with `reference` in its name takes every size, count and id from the folder's own files.
+REFERENCE = Path(
+    os.environ.get("STF_JAX_REFERENCE") or Path(__file__).parent / "data" / "reference"
+).resolve()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test for each template, and for each answer, that the reference's files hold."""
+    if "reference_template" in metafunc.fixturenames:
+        text = (REFERENCE / "tokenization.json").read_text(encoding="utf-8")
+        metafunc.parametrize("reference_template", sorted(json.loads(text)["training"]))
+    if "reference_answer" in metafunc.fixturenames:
+        cases = json.loads((REFERENCE / "generation.json").read_text(encoding="utf-8"))
+        metafunc.parametrize("reference_answer", cases, ids=range(len(cases)))
+
+
+@pytest.fixture(scope="session")
+def compiler_options() -> dict[str, bool | int]:
+    """For `jax.jit`: what users compile with, where sums are to be taken in their order."""
+    return {
+        "xla_backend_optimization_level": 3,
+        "xla_llvm_disable_expensive_passes": False,
+        "xla_cpu_use_fusion_emitters": True,
+    }
 
 
 @pytest.fixture(scope="session")
 def reference() -> Path:
     """Checkpoints, pictures and tensors that the PyTorch reference computed; see its README."""
-    return DATA / "reference"
+    return REFERENCE
+
+
+@pytest.fixture(scope="session")
+def reference_answers(reference: Path) -> list[dict[str, Any]]:
+    """Its questions, each with the template and the greedy tokens, of which the first is BOS."""
+    return json.loads((reference / "generation.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="session")
@@ -63,20 +104,22 @@ def weights(source: Source) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="session")
-def reference_batch(reference: Path, source: Source) -> Callable[[int], Batch]:
-    """The reference's four conversations, three with an image, and empty rows up to a number."""
+def reference_batch(reference: Path, source: Source) -> Callable[..., Batch]:
+    """The reference's batch, and `empty` rows or more, up to a multiple of `multiple`."""
     tensors = load_file(reference / "tensors.safetensors")
     size, tokens = source.config.vision.image_size, source.config.tokens_per_image
 
-    def make(rows: int) -> Batch:
-        shape = (rows, tensors["spliced.labels"].shape[1])
+    def make(*, multiple: int = 1, empty: int = 0) -> Batch:
+        count, length = tensors["spliced.labels"].shape
+        rows = -(-(count + empty) // multiple) * multiple
+        shape = (rows, length)
         ids, labels = np.zeros(shape, np.int32), np.full(shape, -100, np.int32)
         segments, slots = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
         pixels = np.zeros((rows, 1, size, size, 3), np.float32)
-        labels[:4] = tensors["spliced.labels"]
-        segments[:4] = tensors["spliced.attention_mask"]
-        pixels[:4, 0] = tensors["batch.images"].transpose(0, 2, 3, 1)
-        for row in range(4):
+        labels[:count] = tensors["spliced.labels"]
+        segments[:count] = tensors["spliced.attention_mask"]
+        pixels[:count, 0] = tensors["batch.images"].transpose(0, 2, 3, 1)
+        for row in range(count):
             text = tensors["batch.input_ids"][row][tensors["batch.attention_mask"][row] > 0]
             expanded = np.repeat(text, np.where(text == IMAGE_TOKEN_ID, tokens, 1))
             ids[row, : len(expanded)] = expanded

@@ -16,7 +16,9 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
 
-def test_exported_hf_gives_the_same_logits(reference: Path, tmp_path: Path) -> None:
+def test_exported_hf_of_the_reference_gives_the_same_logits(
+    reference: Path, tmp_path: Path
+) -> None:
     import_checkpoint(
         reference / "vicuna", tmp_path / "native", vision_tower=reference / "clip", system="llava"
     )
@@ -27,11 +29,16 @@ def test_exported_hf_gives_the_same_logits(reference: Path, tmp_path: Path) -> N
     ours = stf_jax.load(tmp_path / "native")
 
     text = "USER: <image>\nHow many cats are in the image? " * 2 + "ASSISTANT:"
-    ids = expand_images(encode_prompt(ours.tokenizer, text), tokens_per_image=16)
-    pictures = [load_image(reference / "images" / name) for name in ("0.png", "3.png")]
+    ids = expand_images(
+        encode_prompt(ours.tokenizer, text), tokens_per_image=ours.config.tokens_per_image
+    )
+    files = sorted((reference / "images").iterdir())
+    pictures = [load_image(file) for file in (files[0], files[-1])]
     pixels = np.stack([ours.image_processor.pixels(picture) for picture in pictures])
 
-    batch = pad_prompts([Prompt(ids=ids, pixels=pixels)], rows=1, image_size=56)
+    batch = pad_prompts(
+        [Prompt(ids=ids, pixels=pixels)], rows=1, image_size=ours.config.vision.image_size
+    )
     found = np.asarray(ours.network(batch))[0, : len(ids)]
     with torch.no_grad():
         expected = exported(
@@ -41,4 +48,6 @@ def test_exported_hf_gives_the_same_logits(reference: Path, tmp_path: Path) -> N
             pixel_values=torch.tensor(pixels.transpose(0, 3, 1, 2)),
         ).logits[0]
     # The exported vocabulary has two tokens more, and padding.
-    np.testing.assert_allclose(found, expected[:, :600].numpy(), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        found, expected[:, : ours.config.text.vocab_size].numpy(), rtol=0, atol=1e-4
+    )

@@ -322,10 +322,11 @@ def test_bin_files(
     assert bits(load(tmp_path / "out")) == bits(state)
 
 
-def test_adapter(reference: Path, tmp_path: Path) -> None:
+def test_adapter_of_the_reference(reference: Path, tmp_path: Path) -> None:
     file, base, clip = reference / "mm_projector.bin", reference / "vicuna", reference / "clip"
     imported = import_checkpoint(file, tmp_path / "native", base=base, vision_tower=clip)
-    assert imported.config.tokens_per_image == 4
+    vision = imported.config.vision
+    assert imported.config.tokens_per_image == (vision.image_size // vision.patch_size // 2) ** 2
     export_checkpoint(tmp_path / "native", tmp_path / "adapter", layout="adapter")
     original = torch.load(file, weights_only=True)
     written = torch.load(tmp_path / "adapter" / "mm_projector.bin", weights_only=True)
@@ -343,7 +344,7 @@ def test_adapter(reference: Path, tmp_path: Path) -> None:
     assert whole.keys() == original.keys() | language.keys() | tower.keys()
 
 
-def test_adapter_over_a_llava(reference: Path) -> None:
+def test_adapter_over_the_reference_s_llava(reference: Path) -> None:
     source = open_source(reference / "mm_projector.bin", base=reference / "llava-stf")
     (kernel,) = (
         leaf for leaf in source.leaves() if leaf.path == "connector/projector/linear_2/kernel"

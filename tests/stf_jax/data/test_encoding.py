@@ -11,53 +11,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from stf_jax.convert import Source
 from stf_jax.data.conversation import TEMPLATES, get_template
 from stf_jax.data.encoding import EncodedConversation, encode_conversation, expand_conversation
 from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID, Tokenizer, load_tokenizer
 
-NAMES = sorted(set(TEMPLATES) - {"vicuna_v1"})
-ALL = [
-    "caption",
-    "vqa",
-    "multi",
-    "image_last",
-    "text",
-    "gpt_first",
-    "unicode",
-    "two_images",
-    "empty_answer",
-    "spaces",
-]
 
-# The replies that ought to be learnt, by conversation.
-REPLIES = {
-    "caption": ["A photo of a red circle above a blue square."],
-    "vqa": ["Yellow"],
-    "multi": ["Two cats.", "It is green.", "No"],
-    "image_last": ["Three objects: a red triangle, a green square and a person on the street."],
-    "text": ["There are two objects above the table.", "None."],
-    "gpt_first": ["Yes"],
-    "unicode": ["停 — stop!"],
-    "two_images": ["The right one."],
-    "empty_answer": [],
-    "spaces": [" A  sign. \n"],
-}
-
-# Where the reference's labels are wrong, and the supervised text that replaces them.
-REFERENCE_IS_WRONG: dict[tuple[str, str], str] = {}
-for _id, _replies in REPLIES.items():
-    # It counts <|im_end|> as one token, which it is not for LLaMA: all is masked, save one newline
-    # of the prompt where the reply is empty. Here each reply and its end marker count.
-    _chatml = "".join(f"{reply}<|im_end|>" for reply in _replies)
-    REFERENCE_IS_WRONG["mpt", _id] = REFERENCE_IS_WRONG["chatml_direct", _id] = _chatml
-    # It counts a BOS and a word-start mark too many for each turn, so that from the second turn
-    # on its masks lie beside the questions, and it always supervises the role names. Here: the
-    # replies up to the "###" that ends them, an opening and an empty one too.
-    _spoken = {"gpt_first": ["Hello.", "Yes"], "empty_answer": [""]}.get(_id, _replies)
-    REFERENCE_IS_WRONG["v0", _id] = "".join(f" {reply}\n###" for reply in _spoken)
-# Rounds are joined without <s>, so that the count is one short from the second on: all is masked.
-for _id in ("multi", "text"):
-    REFERENCE_IS_WRONG["mistral_instruct", _id] = "".join(f" {r} </s>" for r in REPLIES[_id])
+def right_text(template: str, turns: list[dict[str, str]]) -> str | None:
+    """The text to supervise where the reference's labels are wrong, and None where they are not."""
+    spoken = [turn["value"] for turn in turns if turn["from"] == "gpt"]
+    # An opening reply answers nothing, and an empty one teaches nothing.
+    replies = [reply for reply in spoken[turns[0]["from"] == "gpt" :] if reply]
+    match template:
+        case "mpt" | "chatml_direct":
+            # It counts <|im_end|> as one token, which it is not for LLaMA: all is masked, save one
+            # newline of the prompt where the reply is empty. Here replies and end markers count.
+            return "".join(f"{reply}<|im_end|>" for reply in replies)
+        case "v0":
+            # It counts a BOS and a word-start mark too many for each turn, so that from the second
+            # turn on its masks lie beside the questions, and it always supervises the role names.
+            # Here: the replies up to the "###" that ends them, an opening and an empty one too.
+            return "".join(f" {reply}\n###" for reply in spoken)
+        case "mistral_instruct" if sum(turn["from"] == "human" for turn in turns) > 1:
+            # Rounds are joined without <s>: the count is one short from the second on, and all is
+            # masked.
+            return "".join(f" {reply} </s>" for reply in replies)
+    return None
 
 
 @cache
@@ -99,66 +78,81 @@ def supervised_text(reference: Path, encoded: EncodedConversation) -> str:
     return tokenizer.backend.decoder.decode(["▁", *tokens])
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_strict_labels_match_the_reference(reference: Path, name: str) -> None:
-    for sample, expected in golden(reference)[name].items():
-        encoded = encode(reference, name, sample, strict=True)
+def test_every_template_is_compared(reference: Path) -> None:
+    assert golden(reference).keys() == set(TEMPLATES) - {"vicuna_v1"}
+
+
+def test_strict_labels_match_the_reference(reference: Path, reference_template: str) -> None:
+    for sample, expected in golden(reference)[reference_template].items():
+        encoded = encode(reference, reference_template, sample, strict=True)
         assert encoded.ids.dtype == encoded.labels.dtype == np.int32
         assert encoded.ids.tolist() == expected["input_ids"], sample
         assert encoded.labels.tolist() == expected["labels"], sample
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_span_labels_match_the_reference_where_it_is_right(reference: Path, name: str) -> None:
-    for sample, expected in golden(reference)[name].items():
-        encoded = encode(reference, name, sample)
+def test_span_labels_match_the_reference_where_it_is_right(
+    reference: Path, reference_template: str
+) -> None:
+    for sample, expected in golden(reference)[reference_template].items():
+        encoded = encode(reference, reference_template, sample)
+        turns = conversations(reference)[sample]["conversations"]
+        text = right_text(reference_template, turns)
         assert encoded.ids.tolist() == expected["input_ids"], sample
         assert not encoded.mismatch
-        if (name, sample) not in REFERENCE_IS_WRONG:
+        if text is None:
             assert encoded.labels.tolist() == expected["labels"], sample
             continue
         assert encoded.labels.tolist() != expected["labels"], sample
-        assert supervised_text(reference, encoded) == REFERENCE_IS_WRONG[name, sample]
+        assert supervised_text(reference, encoded) == text
         kept = encoded.labels != IGNORED_LABEL
         assert np.array_equal(encoded.labels[kept], encoded.ids[kept])
 
 
 def test_where_the_reference_raises(reference: Path) -> None:
-    assert set(ALL) - set(golden(reference)["plain"]) == {"multi", "text", "gpt_first"}
-    # An opening reply is dropped under `plain` as elsewhere, which leaves one caption.
-    encoded = encode(reference, "plain", "gpt_first")
-    assert supervised_text(reference, encoded) == " Yes\n"
-    for sample in ("multi", "text"):
-        with pytest.raises(ValueError, match=r"one caption.*use 'v1'"):
-            encode(reference, "plain", sample)
+    spoken = {
+        sample: [(turn["from"], turn["value"]) for turn in row["conversations"]]
+        for sample, row in conversations(reference).items()
+    }
+    longer = {sample for sample, turns in spoken.items() if len(turns) != 2}
+    assert spoken.keys() - golden(reference)["plain"].keys() == longer
+    for sample in longer:
+        match spoken[sample]:
+            case [("gpt", _), ("human", _), ("gpt", reply)]:
+                # An opening reply is dropped under `plain` as elsewhere, which leaves one caption.
+                encoded = encode(reference, "plain", sample)
+                assert supervised_text(reference, encoded) == f" {reply}\n"
+            case _:
+                with pytest.raises(ValueError, match=r"one caption.*use 'v1'"):
+                    encode(reference, "plain", sample)
 
 
-@pytest.mark.parametrize(
-    ("name", "samples"),
-    [
-        ("plain", []),
-        ("v0", []),
-        # "ASSISTANT:" with no reply after it is a round that the reference cannot cut.
-        ("v1", ["empty_answer"]),
-        ("llava_v1", ["empty_answer"]),
-        ("v1_mmtag", ["empty_answer"]),
-        ("llava_llama_2", ["empty_answer"]),
-        ("mistral_instruct", ["multi", "text", "empty_answer"]),
-        ("mpt", [sample for sample in ALL if sample != "empty_answer"]),
-        ("chatml_direct", [sample for sample in ALL if sample != "empty_answer"]),
-    ],
-)
-def test_strict_says_which_samples_were_masked(
-    reference: Path, name: str, samples: list[str]
+def test_strict_says_which_samples_the_reference_masks(
+    reference: Path, reference_template: str
 ) -> None:
-    masked = [
+    rows = golden(reference)[reference_template]
+    masked = {
         sample
-        for sample in golden(reference)[name]
-        if encode(reference, name, sample, strict=True).mismatch
-    ]
-    assert sorted(masked) == sorted(samples)
-    for sample in masked:
-        assert set(golden(reference)[name][sample]["labels"]) == {IGNORED_LABEL}
+        for sample in rows
+        if encode(reference, reference_template, sample, strict=True).mismatch
+    }
+    assert masked == {
+        sample for sample, row in rows.items() if set(row["labels"]) == {IGNORED_LABEL}
+    }
+    for sample in rows:
+        turns = conversations(reference)[sample]["conversations"]
+        empty = any(turn["value"] == "" for turn in turns)
+        rounds = sum(turn["from"] == "human" for turn in turns)
+        match reference_template:
+            case "plain" | "v0":
+                expected = False
+            case "mpt" | "chatml_direct":
+                expected = not empty
+            case "mistral_instruct":
+                expected = empty or rounds > 1
+            case _:
+                # "ASSISTANT:" with no reply after it is a round that the reference cannot cut.
+                expected = empty
+        assert (sample in masked) == expected, sample
 
 
 def test_strict_masks_a_reply_that_holds_the_separator(reference: Path) -> None:
@@ -205,18 +199,19 @@ def test_spans_and_counting_agree_on_ordinary_conversations(
     assert strict.labels.tolist() == spans.labels.tolist()
 
 
-def test_expansion_matches_the_spliced_reference(reference: Path) -> None:
+def test_expansion_matches_the_spliced_reference(reference: Path, source: Source) -> None:
+    tokens = source.config.tokens_per_image
     tensors = load_file(reference / "tensors.safetensors")
     rows = [row["id"] for row in conversations(reference).values() if row.get("train")]
     for index, sample in enumerate(rows):
         encoded = encode(reference, "v1", sample)
         length = int(tensors["batch.attention_mask"][index].sum())
         assert encoded.ids.tolist() == tensors["batch.input_ids"][index, :length].tolist()
-        expanded = expand_conversation(encoded, tokens_per_image=4)
+        expanded = expand_conversation(encoded, tokens_per_image=tokens)
         length = int(tensors["spliced.attention_mask"][index].sum())
         assert len(expanded.ids) == len(expanded.labels) == length
         assert expanded.labels.tolist() == tensors["spliced.labels"][index, :length].tolist()
-        assert int((expanded.ids == IMAGE_TOKEN_ID).sum()) == 4 * encoded.num_images
+        assert int((expanded.ids == IMAGE_TOKEN_ID).sum()) == tokens * encoded.num_images
 
 
 def sample_with(ids: list[int]) -> EncodedConversation:

@@ -44,7 +44,7 @@ def test_pixels_match_the_reference(reference: Path, mode: Mode) -> None:
     for index, channels_first in enumerate(expected):
         pixels = processor.pixels(load_image(reference / "images" / f"{index}.png"))
         assert pixels.dtype == np.float32
-        assert pixels.shape == (56, 56, 3)
+        assert pixels.shape == (processor.image_size, processor.image_size, 3)
         np.testing.assert_allclose(pixels, channels_first.transpose(1, 2, 0), rtol=0, atol=1e-5)
 
 

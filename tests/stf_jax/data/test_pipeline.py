@@ -110,6 +110,7 @@ def test_going_on_at_any_step_gives_the_same_bytes(make: Make) -> None:
             assert_same(step, expected)
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("workers", [1, 3])
 def test_worker_processes_give_the_same_bytes(make: Make, workers: int) -> None:
     alone = list(make().batches(start_step=3, stop_step=11))

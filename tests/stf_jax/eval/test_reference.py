@@ -32,14 +32,15 @@ def test_textvqa(files: Path, expected: Any) -> None:
     truth = files / "textvqa_annotations.json"
     result = score("textvqa", files / "textvqa_answers.jsonl", annotations=truth)
     assert result.figures == expected["textvqa"]
-    assert (result.questions, result.missing) == (40, ())
+    questions = json.loads(truth.read_text())["data"]
+    assert (result.questions, result.missing) == (len(questions), ())
 
 
 def test_pope(files: Path, expected: Any) -> None:
     questions = files / "pope_questions.jsonl"
     answers = files / "pope_answers.jsonl"
     result = score("pope", answers, questions=questions, annotations=files)
-    mean = sum(one["f1_score"] for one in expected["pope"].values()) / 3
+    mean = sum(one["f1_score"] for one in expected["pope"].values()) / len(expected["pope"])
     assert result.figures == expected["pope"] | {"mean_f1_score": mean}
     assert result.headline == 100 * mean
     assert result.missing == ()
@@ -52,13 +53,15 @@ def test_scienceqa(files: Path, expected: Any) -> None:
     # The reference prints two decimals.
     figures = {name: round(result.figures[name], 2) for name in expected["scienceqa"]}
     assert figures == expected["scienceqa"]
-    # Its answer file lacks these three.
-    assert result.missing == ("6", "24", "37")
+    lines = (folder / "answers.jsonl").read_text().splitlines()
+    answered = {json.loads(line)["question_id"] for line in lines}
+    asked = json.loads((folder / "pid_splits.json").read_text())["test"]
+    assert result.missing == tuple(number for number in asked if number not in answered)
 
 
 def test_every_string_of_the_processor(files: Path) -> None:
     pairs = json.loads((files / "evalai_answer_processor.json").read_text())
-    assert len(pairs) > 200
+    assert pairs
     wrong = [(text, normalise_answer(text), true) for text, true in pairs]
     assert [one for one in wrong if one[1] != one[2]] == []
 

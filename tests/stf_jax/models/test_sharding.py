@@ -32,6 +32,8 @@ from stf_jax.systems.average import Average
 from stf_jax.systems.base import LlavaConfig, check_divisible
 from stf_jax.systems.stf import STF, MBTFConfig
 
+pytestmark = pytest.mark.portable
+
 Arrays = dict[str, np.ndarray]
 
 LENGTH = 64  # of the batch

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,16 +46,23 @@ def config(tmp_path: Path) -> str:
     return str(path)
 
 
-def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
+Ask = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Ask:
+    """`stf-jax plan` in this process; what the compiler's process writes is captured as well."""
     # The kernel takes bfloat16 at its own precision only; the tests' is for float32.
-    environment = {k: v for k, v in os.environ.items() if k != "JAX_DEFAULT_MATMUL_PRECISION"}
-    return subprocess.run(
-        [sys.executable, "-m", "stf_jax", "plan", *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
+    monkeypatch.delenv("JAX_DEFAULT_MATMUL_PRECISION")
+    # The tests' flags are for the CPU's compiler.
+    monkeypatch.delenv("XLA_FLAGS")
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        capfd.readouterr()
+        status = main(["plan", *arguments])
+        return subprocess.CompletedProcess(arguments, status, *capfd.readouterr())
+
+    return run
 
 
 @pytest.fixture
@@ -67,7 +75,7 @@ def inference(tmp_path: Path) -> str:
 @needs_compiler
 @pytest.mark.tpu_compiler
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v4:2x2x1", "v5p:2x2x1", "v6e:2x2"])
-def test_a_small_model_on_each_generation(config: str, topology: str) -> None:
+def test_a_small_model_on_each_generation(ask: Ask, config: str, topology: str) -> None:
     done = ask(config, "--topology", topology, "--json")
     assert (done.returncode, done.stderr) == (0, "")
     plan = json.loads(done.stdout)
@@ -84,7 +92,7 @@ def test_a_small_model_on_each_generation(config: str, topology: str) -> None:
 
 @needs_compiler
 @pytest.mark.tpu_compiler
-def test_two_slices(config: str) -> None:
+def test_two_slices(ask: Ask, config: str) -> None:
     """Replicas, one a slice, add their gradients up over the slower network, and only those."""
     done = ask(config, "--topology", "2xv5e:2x2", "--mesh.data=2", "--json")
     assert (done.returncode, done.stderr) == (0, "")
@@ -105,7 +113,7 @@ def test_two_slices(config: str) -> None:
 @needs_compiler
 @pytest.mark.tpu_compiler
 @pytest.mark.parametrize("topology", ["v6e:1x1", "v5e:2x2"])
-def test_the_programs_that_answer(inference: str, topology: str) -> None:
+def test_the_programs_that_answer(ask: Ask, inference: str, topology: str) -> None:
     done = ask(inference, "--topology", topology, "--json")
     assert (done.returncode, done.stderr) == (0, "")
     plan = json.loads(done.stdout)
@@ -136,7 +144,7 @@ def test_the_programs_that_answer(inference: str, topology: str) -> None:
 
 @needs_compiler
 @pytest.mark.tpu_compiler
-def test_beside_a_process_that_has_the_compiler(config: str) -> None:
+def test_beside_a_process_that_has_the_compiler(ask: Ask, config: str) -> None:
     """That the other one runs, on the TPU maybe, is no reason to refuse."""
     holds = "from jax.experimental import topologies as t; t.get_topology_desc('v5e:2x2', 'tpu'); "
     environment = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
@@ -176,7 +184,7 @@ def test_beside_a_process_that_has_the_compiler(config: str) -> None:
     ],
 )
 def test_one_line_for_each_mistake(
-    config: str, topology: str, more: list[str], message: str
+    ask: Ask, config: str, topology: str, more: list[str], message: str
 ) -> None:
     done = ask(config, "--topology", topology, *more)
     assert (done.returncode, done.stdout) == (1, "")
@@ -227,7 +235,9 @@ def test_without_the_compiler(
 )
 @needs_compiler
 @pytest.mark.tpu_compiler
-def test_a_mistake_in_a_config_for_inference(tmp_path: Path, text: str, message: str) -> None:
+def test_a_mistake_in_a_config_for_inference(
+    ask: Ask, tmp_path: Path, text: str, message: str
+) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(text)
     done = ask(str(path), "--topology", "v6e:1x1")

@@ -51,7 +51,7 @@ def same(left: TrainState, right: TrainState) -> None:
 
 @pytest.fixture
 def run(source, weights, reference_batch) -> Callable[..., Run]:
-    return lambda **options: Run(source, weights, reference_batch(8), **options)
+    return lambda **options: Run(source, weights, reference_batch(multiple=8), **options)
 
 
 def test_resumed_is_bit_identical(run: Callable[..., Run], tmp_path: Path):

@@ -96,6 +96,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> type[Spy]:
     return Spy
 
 
+@pytest.mark.portable
 def test_preempted_and_resumed_on_another_mesh(
     config: Config, alone: list[float], spy: type[Spy], capsys: pytest.CaptureFixture[str]
 ) -> None:
