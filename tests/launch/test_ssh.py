@@ -31,7 +31,7 @@ def test_setup(cloud: Cloud, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["ssh", "setup", HOSTS]) == 0
     said = capfd.readouterr().out
     for number, name in enumerate(NAMES):
-        assert (cloud.worker(name) / "stf-jax" / "stf_jax" / "cli.py").exists()
+        assert (cloud.worker(name) / "stf-jax" / "stf_jax" / "__main__.py").exists()
         check = " ".join(["-m launch.check", *flags(number)])
         assert f"[{name}] {name} checks: {check}" in said
 

@@ -148,7 +148,7 @@ def test_setup(cloud: Cloud, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["tpu", "setup", "s", "--bucket", "my-bucket"]) == 0
     for name in ("w-0", "w-1"):
         home = cloud.worker(name)
-        assert (home / "stf-jax" / "stf_jax" / "cli.py").exists()
+        assert (home / "stf-jax" / "stf_jax" / "__main__.py").exists()
         assert (home / "stf-jax" / "launch" / "check.py").exists()
         assert not (home / "stf-jax" / "tests").exists()
         assert "gcsfuse --implicit-dirs my-bucket /mnt/my-bucket" in (
