@@ -27,11 +27,13 @@ from stf_jax.store.checkpoint import (
     NativeCheckpoint,
     host_like,
     is_native,
+    load_checked,
     load_some,
     open_native,
     place,
 )
-from stf_jax.util.errors import CheckpointError
+from stf_jax.store.checksum import checksums, name_leaves
+from stf_jax.util.errors import CheckpointError, first_line
 from stf_jax.util.files import absolute
 
 CONFIG = "config.yaml"
@@ -39,6 +41,9 @@ CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 LOCK = ".lock"
+# In a checkpoint: what was trained, and a checksum of each array, in the order of their names.
+PARAMETERS = "parameters"
+CHECKSUMS = "checksums"
 FILES = (CONFIG, CHECKPOINTS, METRICS, TENSORBOARD)
 
 # In these a resumed run may differ: they change where and how it runs, not what it computes. Model
@@ -115,7 +120,16 @@ class TrainedCheckpoint(NativeCheckpoint):
     @functools.cached_property
     def trained(self) -> dict[str, Any]:
         """Shape and dtype of the parameters that the run trains, by path; adapters among them."""
-        return dict(ocp.metadata(self._state).metadata["parameters"])
+        return dict(self._described[PARAMETERS])
+
+    @functools.cached_property
+    def _described(self) -> Mapping[str, Any]:
+        """Shape and dtype of everything in the run's checkpoint."""
+        return describe(self._state)
+
+    @functools.cached_property
+    def _recorded(self) -> Mapping[str, int]:
+        return read_checksums(self._state, self._described)
 
     def load(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """As the first model's, with what the run has trained."""
@@ -143,12 +157,69 @@ class TrainedCheckpoint(NativeCheckpoint):
         return merged
 
     def _load_trained_leaves(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
-        loaded: dict[str, Any] = load_some(self._state, {"parameters": dict(wanted)})["parameters"]
-        return loaded
+        prefix = f"{PARAMETERS}/"
+        return load_checked(
+            lambda some: load_some(self._state, {PARAMETERS: dict(some)})[PARAMETERS],
+            wanted,
+            stored=self.trained,
+            recorded={
+                name.removeprefix(prefix): number
+                for name, number in self._recorded.items()
+                if name.startswith(prefix)
+            },
+            damaged=lambda reason: _damage_error(self._state, reason),
+        )
+
+    def verify(self) -> None:
+        """Reads the run's newest checkpoint and the model that it began with; see there."""
+        self.first.verify()
+        if not self._recorded:
+            raise CheckpointError(f"{self._state} has no checksums; an older release wrote it")
+        like = jax.tree.map(lambda one: host_like(one.shape, one.dtype), self._described)
+        try:
+            found = checksums(name_leaves(load_some(self._state, like)))
+        except Exception as error:  # Orbax and its storage raise bare ones, too
+            raise _damage_error(self._state, first_line(error)) from error
+        changed = [name for name, number in self._recorded.items() if found.get(name) != number]
+        if changed:
+            raise _damage_error(self._state, f"{changed[0]} is not what was written")
 
     @property
     def _state(self) -> epath.Path:
         return self.path / CHECKPOINTS / str(self.step)
+
+
+def _damage_error(path: epath.Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is damaged ({reason}); move it away, and the one before is used"
+    )
+
+
+def describe(path: epath.Path) -> dict[str, Any]:
+    """Shape and dtype of what a run's checkpoint holds, in nested dictionaries and lists.
+
+    Raises:
+        CheckpointError: what describes it is damaged.
+    """
+    try:
+        described = ocp.metadata(path).metadata
+    except Exception as error:  # Orbax raises bare ones, too
+        raise _damage_error(path, first_line(error)) from error
+    if not isinstance(described, Mapping) or PARAMETERS not in described:
+        raise _damage_error(path, "nothing describes its arrays")
+    return dict(described)
+
+
+def read_checksums(path: epath.Path, described: Mapping[str, Any]) -> dict[str, int]:
+    """The checksum of each array of a run's checkpoint, by path; none of an older release's."""
+    if CHECKSUMS not in described:
+        return {}
+    like = described[CHECKSUMS]
+    numbers = load_some(path, {CHECKSUMS: host_like(like.shape, like.dtype)})[CHECKSUMS]
+    names = name_leaves({key: value for key, value in described.items() if key != CHECKSUMS})
+    if len(numbers) != len(names):
+        raise _damage_error(path, f"{len(numbers)} checksums of {len(names)} arrays")
+    return dict(zip(names, map(int, numbers), strict=True))
 
 
 def _read_config(path: epath.Path) -> dict[str, Any]:

@@ -17,3 +17,8 @@ def missing(path: epath.PathLike) -> CheckpointError:
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not epath.Path(name).parent.exists():
         message += f"; nothing is downloaded, fetch it first: hf download {name} --local-dir DIR"
     return CheckpointError(message)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without what a library adds in further lines; never empty."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
