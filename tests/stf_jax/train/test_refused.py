@@ -180,7 +180,7 @@ def test_a_disk_that_is_full(config: Config, tmp_path: Path) -> None:
     run = config(steps=1)
     command = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"
-        "from stf_jax.cli import main; sys.exit(main(['train', sys.argv[1]]))"
+        "from stf_jax.cli.main import main; sys.exit(main(['train', sys.argv[1]]))"
     )
     (path,) = tmp_path.glob("*.yaml")
     full = subprocess.run(
