@@ -66,6 +66,11 @@ def add_convert(verbs: Verbs) -> None:
     parser.add_argument("source", metavar="SRC", help="a directory or a file of weights")
     parser.add_argument("--vision-tower", metavar="DIR", help="CLIP, where SRC has none inside")
     parser.add_argument("--base", metavar="DIR", help="the language model under an adapter")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read every array, and hold it against the checksum written with it",
+    )
 
 
 def _import(options: argparse.Namespace) -> None:

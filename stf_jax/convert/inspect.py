@@ -30,6 +30,7 @@ class Report:
     problem: str | None  # why it cannot be used as it is; None: it is whole
     carried: int = 0  # values that a native checkpoint keeps for the way back alone
     processors: Mapping[str, str] = dataclasses.field(default_factory=dict)  # what was found
+    verified: bool = False  # every array has the checksum that was written with it
 
     @property
     def tokens_per_image(self) -> int | None:
@@ -57,7 +58,8 @@ class Report:
                 f"vocabulary {text.vocab_size:,}{padded}",
             ]
         lines += [f"  {kind:<16}  {what}" for kind, what in self.processors.items()]
-        lines.append(f"  not usable as it is: {self.problem}" if self.problem else "  whole")
+        whole = "  whole, every array verified" if self.verified else "  whole"
+        lines.append(f"  not usable as it is: {self.problem}" if self.problem else whole)
         return "\n".join(lines)
 
 
@@ -78,25 +80,33 @@ def inspect_checkpoint(
     *,
     vision_tower: epath.PathLike | None = None,
     base: epath.PathLike | None = None,
+    verify: bool = False,
 ) -> Report:
-    """Looks at a checkpoint, native, PyTorch's or a run's, without reading its weights.
+    """Looks at a checkpoint, native, PyTorch's or a run's; reads weights only to verify them.
 
     Args:
         source: A directory or a file of weights.
         vision_tower: As for `open_source`.
         base: As for `open_source`.
+        verify: Reads every array of a native checkpoint or a run and holds it against the checksum
+            that was written with it.
 
     Returns:
         A report, also of a damaged checkpoint.
 
     Raises:
-        CheckpointError: `source` does not exist.
+        CheckpointError: `source` does not exist, or is PyTorch's and was to be verified.
     """
     path = epath.Path(source)
     if not path.exists():
         raise missing(path)
     if path.is_dir() and (is_native(path) or is_run(path)):
-        return _native(path)
+        return _native(path, verify=verify)
+    if verify:
+        raise CheckpointError(
+            f"{path}: PyTorch's files have no checksums; compare their SHA-256 with those of where "
+            "they come from, or leave out --verify"
+        )
     kind: Layout | None = None
     sizes: Counter[str] = Counter()
     tensors, config, problem, found = 0, None, None, _Found()
@@ -121,9 +131,9 @@ def inspect_checkpoint(
     )
 
 
-def _native(path: epath.Path) -> Report:
+def _native(path: epath.Path, *, verify: bool) -> Report:
     sizes: Counter[str] = Counter()
-    tensors, kept, config, problem, found = 0, 0, None, None, _Found()
+    tensors, kept, config, problem, found, verified = 0, 0, None, None, _Found(), False
     try:
         native = open_model(path)
         config, tensors = native.config, len(native.shapes)
@@ -133,6 +143,9 @@ def _native(path: epath.Path) -> Report:
         if carried.path.exists():
             kept = sum(math.prod(info.shape) for info in carried.infos.values())
         found = _processors(native.extras / "hf", extra_files(native.extras), config)
+        if verify:
+            native.verify()
+            verified = True
     # The config of a run may be damaged, too.
     except ValueError as error:
         problem = str(error)
@@ -144,6 +157,7 @@ def _native(path: epath.Path) -> Report:
         parameters=sizes,
         problem=problem or found.problem,
         carried=kept,
+        verified=verified,
         processors=found.what,
     )
 

@@ -4,10 +4,16 @@ The examples are cut into parts of fixed size. Each part is inspected and writte
 first its shard, then a JSON file that says what is in it; a part with its JSON file is finished.
 All this happens in `OUT.partial`, which becomes `OUT` in the end, in one step. So what was killed
 leaves no `OUT`, and a second call goes on with the parts that are missing.
+
+What is kept carries the identity of what it was made from: the files' SHA-256, and of every image
+that they name its size and time of change, or that it was not there. A second call with other files
+is refused; where images have come or changed, the parts that they belong to are written again.
 """
 
 import dataclasses
 import functools
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -106,7 +112,11 @@ class _WritePart:
             _shard(self.folder, part.number),
             [(i.id, i.conversation, i.pictures) for i in inspections if not i.problems],
         )
-        content = {"size": size, "inspections": [_to_json(one) for one in inspections]}
+        content = {
+            "size": size,
+            "images": _identify(self.inspector, part),
+            "inspections": [_to_json(one) for one in inspections],
+        }
         write_json(_record(self.folder, part.number), content)
         return part.number, len(part.examples)
 
@@ -129,7 +139,8 @@ def build(
 
     Stored are the pictures' own bytes and the turns as they are, so that one dataset serves any
     model; only the index of lengths is made for a tokenizer and a template. If `out` is finished,
-    only the index is added. If an earlier call was stopped, this one goes on.
+    only the index is added. If an earlier call was stopped, this one goes on. Images that have come
+    or changed since are read again; a finished `out` is refused then.
 
     Args:
       files: JSON lists or JSON lines.
@@ -158,31 +169,35 @@ def build(
         raise DatasetError(f"examples_per_shard is {examples_per_shard}; it must be at least 1")
     workers = default_workers(workers)
     tally = Tally(tokens_per_image=tokens_per_image, sequence_length=sequence_length)
-    source: dict[str, Any] = {"files": [sha256(path) for path in files]}
-    if out.is_dir():
-        _compare(source, _read_json(out / SOURCE_FILE), out, keys=("files",))
-        shutil.rmtree(partial_path(out), ignore_errors=True)
-        return _add_index(out, tokenizer=tokenizer, template=template, workers=workers)
-    examples = read_examples(files)
-    folder = partial_path(out)
-    source |= {"shard": examples_per_shard, "index": index_name(tokenizer, template)}
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / SOURCE_FILE).is_file():
-        _compare(source, _read_json(folder / SOURCE_FILE), folder, keys=tuple(source))
-    else:
-        write_json(folder / SOURCE_FILE, source, indent=1)
-
     inspector = Inspector(
         images=None if images is None else os.fspath(images),
         tokenizer=tokenizer,
         template=get_template(template),
         image_processor=image_processor or ImageProcessor(),
     )
-    parts = [
-        _Part(number=number, examples=examples[start : start + examples_per_shard])
-        for number, start in enumerate(range(0, len(examples), examples_per_shard))
-    ]
-    missing = [part for part in parts if not _record(folder, part.number).is_file()]
+    source: dict[str, Any] = {"files": [sha256(path) for path in files]}
+    if out.is_dir():
+        _compare(source, _read_json(out / SOURCE_FILE), out, keys=("files",))
+        if images is not None:
+            _refuse_other_images(out, files, inspector)
+        shutil.rmtree(partial_path(out), ignore_errors=True)
+        return _add_index(out, tokenizer=tokenizer, template=template, workers=workers)
+    examples = read_examples(files)
+    folder = partial_path(out)
+    processor = inspector.image_processor
+    source |= {
+        "shard": examples_per_shard,
+        "index": index_name(tokenizer, template),
+        "processor": [processor.mode, processor.shortest_edge],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / SOURCE_FILE).is_file():
+        _compare(source, _read_json(folder / SOURCE_FILE), folder, keys=tuple(source))
+    else:
+        write_json(folder / SOURCE_FILE, source, indent=1)
+
+    parts = _split(examples, examples_per_shard)
+    missing = [part for part in parts if not _is_kept(folder, part, inspector)]
     done = len(examples) - sum(len(part.examples) for part in missing)
     write = _WritePart(inspector=inspector, folder=folder)
     if progress:
@@ -192,19 +207,22 @@ def build(
         if progress:
             progress(done, len(examples))
 
-    return _finish(folder, out, len(parts), len(parts) - len(missing), tally, source["index"])
+    return _finish(folder, out, len(parts), len(parts) - len(missing), tally, source)
 
 
 def _finish(
-    folder: Path, out: Path, parts: int, kept: int, tally: Tally, index: str
+    folder: Path, out: Path, parts: int, kept: int, tally: Tally, source: dict[str, Any]
 ) -> BuildReport:
     """Numbers the shards, writes what TFDS reads, and gives the folder its name."""
+    index = source["index"]
+    identities: list[str] = []
     ids: list[str] = []
     measures: list[Measures] = []
     sizes: list[int] = []
     filled: dict[int, int] = {}
     for number in range(parts):
         content = _read_json(_record(folder, number))
+        identities.append(content["images"])
         inspections = [_from_json(one) for one in content["inspections"]]
         for inspection in inspections:
             tally.add(inspection)
@@ -220,6 +238,7 @@ def _finish(
             f"{out}: none of the {report.examples} examples is fit to train on; "
             f"the first: {report.problems[0].reason}; 'stf-jax data check' names them all"
         )
+    source = source | {"images": identities}
     # Links, so that a call killed here leaves every part where the next one looks for it.
     final = folder / "final"
     shutil.rmtree(final, ignore_errors=True)
@@ -228,7 +247,7 @@ def _finish(
         _link(_shard(folder, number), shard_path(final, position, len(filled)))
     write_metadata(final, shard_lengths=list(filled.values()), size=sum(sizes))
     Index.of(ids, measures).save(final / index)
-    shutil.copy(folder / SOURCE_FILE, final / SOURCE_FILE)
+    write_json(final / SOURCE_FILE, source, indent=1)
     os.replace(final, out)
     shutil.rmtree(folder)
     return BuildReport(
@@ -291,6 +310,44 @@ def _add_index(out: Path, *, tokenizer: Tokenizer, template: str, workers: int) 
     )
 
 
+def _identify(inspector: Inspector, part: _Part) -> str:
+    """A digest of which images the examples of a part find."""
+    found = json.dumps(inspector.identify(part.examples))
+    return hashlib.sha256(found.encode()).hexdigest()
+
+
+def _is_kept(folder: Path, part: _Part, inspector: Inspector) -> bool:
+    """Whether an earlier call has finished a part, from the images that are there now."""
+    record = _record(folder, part.number)
+    if not record.is_file():
+        return False
+    return bool(_read_json(record).get("images") == _identify(inspector, part))
+
+
+def _refuse_other_images(
+    out: Path, files: Sequence[str | os.PathLike[str]], inspector: Inspector
+) -> None:
+    """Raises DatasetError if the images that a finished dataset was made from are others now."""
+    source = _read_json(out / SOURCE_FILE)
+    # Older releases have not written which they were.
+    known, size = source.get("images"), source.get("shard")
+    if not isinstance(known, list) or not isinstance(size, int):
+        return
+    found = [_identify(inspector, part) for part in _split(read_examples(files), size)]
+    if found != known:
+        raise DatasetError(
+            f"{out}: built before, from images that have come, gone or changed since; delete it "
+            "to build it again, or leave out --images to add an index only"
+        )
+
+
+def _split(examples: list[RawExample], size: int) -> list[_Part]:
+    return [
+        _Part(number=number, examples=examples[start : start + size])
+        for number, start in enumerate(range(0, len(examples), size))
+    ]
+
+
 def _compare(
     wanted: dict[str, Any], there: dict[str, Any], folder: Path, *, keys: tuple[str, ...]
 ) -> None:
@@ -298,6 +355,7 @@ def _compare(
         "files": "the training files",
         "shard": "examples_per_shard",
         "index": "the tokenizer or the template",
+        "processor": "the image processor",
     }
     differing = [words[key] for key in keys if wanted[key] != there.get(key)]
     if differing:

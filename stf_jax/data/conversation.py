@@ -13,7 +13,7 @@ Under `v1`, for instance (the template of LLaVA-1.5's second stage and of its be
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 IMAGE_MARKER = "<image>"
@@ -244,6 +244,36 @@ def get_template(name: str) -> Template:
         ) from None
 
 
+def take_system(
+    conversation: Sequence[Mapping[str, str]], template: Template
+) -> tuple[Sequence[Mapping[str, str]], Template]:
+    """The turns without one from "system" in front, and the template with that turn's text.
+
+    Raises:
+      ValueError: the template has no place for it, or it has no text.
+    """
+    if not conversation or conversation[0].get("from") != "system":
+        return conversation, template
+    text = conversation[0].get("value")
+    if not isinstance(text, str):
+        raise ValueError(f"turn 1: 'value' is {text!r}; it must be a string")
+    rest = conversation[1:]
+    if not text.strip() or text.strip() == template.system:
+        return rest, template
+    if not template.system:
+        raise ValueError(
+            f"turn 1: template {template.name!r} has no place for a turn from 'system'; drop it, "
+            "or put its text in front of the first question"
+        )
+    lead = template.opening_to_reply
+    return rest, replace(
+        template,
+        system=text.strip(),
+        opening=template.opening.replace(template.system, text.strip()),
+        opening_to_reply=lead and lead.replace(template.system, text.strip()),
+    )
+
+
 def read_turns(conversation: Sequence[Mapping[str, str]], template: Template) -> tuple[Turn, ...]:
     """Checks a LLaVA conversation and drops an opening reply that answers nothing.
 
@@ -355,14 +385,15 @@ def render_conversation(
     """Text of a LLaVA training conversation; joined, the pieces are what is tokenised.
 
     Args:
-      conversation: `{"from": "human" | "gpt", "value": text}` in the order spoken.
+      conversation: `{"from": "human" | "gpt", "value": text}` in the order spoken; one from
+        "system" in front of them takes the place of the template's own system text.
       template: as named by the caller; its training form is used where it has one.
       num_images: pictures that go with it; see `place_images`.
 
     Raises:
       ValueError: one line that names what is wrong and the fix; see `read_turns`, `place_images`.
     """
-    template = template.training or template
+    conversation, template = take_system(conversation, template.training or template)
     turns = place_images(read_turns(conversation, template), template, num_images=num_images)
     return render_turns(turns, template)
 

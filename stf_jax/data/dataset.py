@@ -6,7 +6,7 @@ Any TFDS user can read one: `tfds.builder_from_directory(path).as_data_source("t
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from stf_jax.data.forms import shorten
 from stf_jax.data.index import Index, index_name
 from stf_jax.data.tokenizer import Tokenizer
 from stf_jax.util.errors import first_line
@@ -80,7 +81,22 @@ class Dataset:
 
     @cached_property
     def _builder(self) -> Any:
+        self._refuse_other_features()
         return tfds.builder_from_directory(self.path)
+
+    def _refuse_other_features(self) -> None:
+        """TFDS imports whatever module features.json names; here that is one of these alone."""
+        path = self.path / "features.json"
+        known = set(_class_names(features().to_json()))
+        try:
+            named = set(_class_names(json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, RecursionError) as error:
+            raise DatasetError(f"{path}: missing or damaged; copy it again") from error
+        if strangers := sorted(named - known):
+            raise DatasetError(
+                f"{path}: names {shorten(strangers[0])}, which no dataset of 'stf-jax data build' "
+                "has; build it again"
+            )
 
     @cached_property
     def _source(self) -> Any:
@@ -160,6 +176,18 @@ class Dataset:
     def index_path(self, tokenizer: Tokenizer, template: str) -> Path:
         """Where the index for this tokenizer and template is, or belongs."""
         return self.path / index_name(tokenizer, template)
+
+
+def _class_names(content: Any) -> Iterator[str]:
+    """Every class that a features.json names, at any depth."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            if key in ("pythonClassName", "type") and isinstance(value, str):
+                yield value
+            yield from _class_names(value)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _class_names(value)
 
 
 def partial_path(path: Path) -> Path:

@@ -5,7 +5,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from stf_jax.data.conversation import Template, TextPiece, place_images, read_turns, render_turns
+from stf_jax.data.conversation import (
+    Template,
+    TextPiece,
+    place_images,
+    read_turns,
+    render_turns,
+    take_system,
+)
 from stf_jax.data.reference_labels import reference_labels
 from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID, Tokenizer, chunks, ids_with_images
 
@@ -49,7 +56,8 @@ def encode_conversation(
 
     Args:
       tokenizer: from `load_tokenizer`.
-      conversation: `{"from": "human" | "gpt", "value": text}` in the order spoken.
+      conversation: `{"from": "human" | "gpt", "value": text}` in the order spoken; one from
+        "system" in front of them takes the place of the template's own system text.
       template: one of `conversation.TEMPLATES`.
       num_images: pictures that go with it; 0 makes `<image>` ordinary text.
       max_length: cut after so many tokens, an image counting as one; None for no cut.
@@ -58,7 +66,7 @@ def encode_conversation(
     Raises:
       ValueError: one line that names what is wrong with the conversation and the fix.
     """
-    template = template.training or template
+    conversation, template = take_system(conversation, template.training or template)
     turns = place_images(read_turns(conversation, template), template, num_images=num_images)
     pieces = render_turns(turns, template)
     ids, labels = _encode_pieces(tokenizer, pieces, with_images=num_images > 0)

@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
+from stf_jax.data.forms import shorten
 from stf_jax.util.errors import first_line
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -26,6 +27,10 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # Pillow itself refuses files above this; padding and resizing may not go beyond it either.
 MAX_PIXELS = 178_956_970
+
+# Formats of photographs and screenshots. Pillow knows more, and some of those run other programs:
+# an EPS under any name goes to Ghostscript.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
 Mode = Literal["pad", "crop"]
@@ -68,7 +73,11 @@ def load_image(
         `MAX_PIXELS`, or of a kind that has no 8-bit RGB form.
     """
     if name is None:
-        name = str(source) if isinstance(source, str | Path) else "the picture"
+        name = shorten(str(source)) if isinstance(source, str | Path) else "the picture"
+    if isinstance(source, str) and source.startswith(("data:", "http://", "https://")):
+        raise ImageError(
+            f"{name}: neither base64 nor a URL is read; give a path, or the bytes of the file"
+        )
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
             raise ImageError(
@@ -93,19 +102,25 @@ def load_image(
         with warnings.catch_warnings():
             # Pillow warns from half of its limit on; ours is that limit.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+            image = open_header(io.BytesIO(data))
     except Image.DecompressionBombError as error:
         # Its text names the limit again.
         size = re.search(r"\d+ pixels", str(error))
         raise ImageError(_too_large(name, size[0] if size else str(error))) from error
     except Exception as error:  # each format's reader raises its own kinds
         raise ImageError(
-            f"{name}: no picture in a format that Pillow reads; replace it or leave it out"
+            f"{name}: no picture in a format that is read ({', '.join(FORMATS)}); convert it to "
+            "PNG, or leave it out"
         ) from error
     with image:
         if min_edge is not None:
             _shrink(image, min_edge, min_longest_edge)
         return _checked_rgb(image, name, apply_orientation)
+
+
+def open_header(file: BinaryIO) -> Image.Image:
+    """Opens an image of `FORMATS`, whatever its name; none of its pixels are decoded yet."""
+    return Image.open(file, formats=FORMATS)
 
 
 def _read(path: Path, name: str) -> bytes:
@@ -115,9 +130,10 @@ def _read(path: Path, name: str) -> bytes:
         raise ImageError(f"{name}: no such file; check the path or fetch the image") from None
     except IsADirectoryError:
         raise ImageError(f"{name}: cannot be read, a directory; give a picture in it") from None
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a name with a zero byte
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ImageError(
-            f"{name}: cannot be read ({error.strerror}); check the path and who may read it"
+            f"{shorten(name)}: cannot be read ({reason}); check the path and who may read it"
         ) from error
 
 
@@ -148,7 +164,7 @@ def _checked_rgb(image: Image.Image, name: str, apply_orientation: bool) -> Imag
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from None
     except Exception as error:  # each format's reader raises its own kinds
-        reason = first_line(error) or type(error).__name__
+        reason = first_line(error)
         raise ImageError(
             f"{name}: damaged, or a kind without RGB form ({reason}); fetch it again or convert it"
         ) from error

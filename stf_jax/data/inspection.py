@@ -3,21 +3,22 @@
 import dataclasses
 import io
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from PIL import Image
 
 from stf_jax.data.conversation import Template
 from stf_jax.data.encoding import EncodedConversation, encode_conversation
-from stf_jax.data.images import ImageError, ImageProcessor, load_image
+from stf_jax.data.forms import FormError, find_markers, read_form, shorten
+from stf_jax.data.images import ImageError, ImageProcessor, load_image, open_header
 from stf_jax.data.sources import RawExample
 from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID, Tokenizer
 
 Kind = Literal[
-    "entry", "conversation", "missing picture", "bad picture", "nothing to learn",
+    "entry", "conversation", "missing picture", "bad picture", "marker", "nothing to learn",
     "other extension", "empty reply", "strict mask",
 ]  # fmt: skip
 
@@ -120,12 +121,20 @@ class Inspector:
         notes: list[Finding] = []
 
         def finding(kind: Kind, reason: str) -> Finding:
+            # Half a surrogate could be neither printed nor stored.
+            reason = reason.encode(errors="replace").decode()
             return Finding(kind=kind, id=raw.id, where=raw.where, reason=reason)
 
+        if raw.unreadable is not None:
+            return Inspection(id=raw.id, problems=(finding("entry", raw.unreadable),))
         try:
-            turns, names = _parts(raw)
-        except _Unfit as error:
-            return Inspection(id=raw.id, problems=(finding(error.kind, str(error)),))
+            turns, names = read_form(raw.content)
+            json.dumps(turns, ensure_ascii=False).encode()
+        except FormError as error:
+            return Inspection(id=raw.id, problems=(finding("entry", str(error)),))
+        except UnicodeEncodeError as error:
+            reason = f"its text is no Unicode ({error.reason}); leave out half a surrogate"
+            return Inspection(id=raw.id, problems=(finding("conversation", reason),))
         pictures = []
         for name in names:
             try:
@@ -151,6 +160,17 @@ class Inspector:
             if empty and not problems:
                 places = ", ".join(map(str, empty))
                 notes.append(finding("empty reply", f"turn {places} is an empty reply"))
+            for number, marker, asks in find_markers(turns) if not names else ():
+                if asks:
+                    problems.append(
+                        finding(
+                            "marker",
+                            f"turn {number} has {marker}, but the entry names no image; name it "
+                            "under 'image', or drop the example",
+                        )
+                    )
+                else:
+                    notes.append(finding("marker", f"turn {number} has {marker} as a word"))
             if measures.mismatch and not problems:
                 notes.append(finding("strict mask", "strict labels would mask it whole"))
         return Inspection(
@@ -164,35 +184,83 @@ class Inspector:
         )
 
     def _picture(self, name: str) -> tuple[bytes, str | None]:
+        if fault := _name_fault(name):
+            raise _Unfit("bad picture", fault)
         if self.images is None:
             raise _Unfit("missing picture", f"{name}: no folder of pictures was given")
-        path = Path(self.images, name)
-        note = None
-        if not path.is_file():
-            others = [path.with_suffix(end) for end in EXTENSIONS if end != path.suffix]
-            found = next((other for other in others if other.is_file()), None)
-            if found is None:
-                raise _Unfit(
-                    "missing picture",
-                    f"{path}: no such file, nor with another extension; fetch it",
-                )
-            path, note = found, f"{name} is there as {found.name}, which is used"
+        found = find_image(self.images, name)
+        if found is None:
+            raise _Unfit(
+                "missing picture",
+                f"{Path(self.images, name)}: no such file, nor with another extension; fetch it",
+            )
+        note = (
+            None
+            if found.name == Path(name).name
+            else (f"{name} is there as {found.name}, which is used")
+        )
         try:
-            data = path.read_bytes()
+            data = found.read_bytes()
         except OSError as error:
-            raise _Unfit("bad picture", f"{path}: cannot be read ({error.strerror})") from error
+            raise _Unfit("bad picture", f"{found}: cannot be read ({error.strerror})") from error
         try:
-            check_picture(data, name=str(path), image_processor=self.image_processor)
+            check_picture(data, name=str(found), image_processor=self.image_processor)
         except ImageError as error:
             raise _Unfit("bad picture", str(error)) from error
         return data, note
+
+    def identify(self, examples: Sequence[RawExample]) -> list[str]:
+        """What the images of examples are, read from the folder alone: name, size, time of change.
+
+        A later call that finds the same has the same images.
+        """
+        found = []
+        for raw in examples:
+            try:
+                _, names = read_form(raw.content)
+            except FormError:
+                continue
+            for name in names:
+                path = None
+                if self.images is not None and not _name_fault(name):
+                    path = find_image(self.images, name)
+                stat = None if path is None else os.stat(path)
+                known = "" if stat is None else f"{stat.st_size} {stat.st_mtime_ns}"
+                found.append(f"{name} {known}")
+        return found
+
+
+def find_image(folder: str, name: str) -> Path | None:
+    """The file that is meant: of that name, or of the same with another extension."""
+    path = Path(folder, name)
+    others = (path.with_suffix(end) for end in EXTENSIONS if end != path.suffix)
+    return next((one for one in (path, *others) if one.is_file()), None)
+
+
+def _name_fault(name: str) -> str | None:
+    """Why a name can be no file's."""
+    if name.startswith("data:"):
+        return f"{shorten(name)}: an image in base64 is not read; write it to a file, and its path"
+    if name.startswith(("http://", "https://")):
+        return f"{shorten(name)}: nothing is downloaded; fetch it into the folder of images"
+    encoded = os.fsencode(name.encode(errors="replace").decode())
+    if b"\0" in encoded:
+        return f"{shorten(name)!r} has a zero byte; it must be a path"
+    if len(encoded) > 4096 or max(map(len, encoded.split(b"/"))) > 255:
+        return (
+            f"{shorten(name)}: too long for a file's name; if it is the image itself in base64, "
+            "write it to a file, and its path here"
+        )
+    if not Path(name).name:
+        return f"{name!r} is a folder; it must be an image's path"
+    return None
 
 
 def check_picture(data: bytes, *, name: str, image_processor: ImageProcessor) -> None:
     """Reads a picture file to its end; ImageError if training could not use it."""
     # Damage shows at an eighth of the size just as well, in a fraction of the time.
     load_image(data, name=name, min_edge=1)
-    with Image.open(io.BytesIO(data)) as header:
+    with open_header(io.BytesIO(data)) as header:
         try:
             image_processor.check_size(*header.size)
         except ImageError as error:
@@ -227,22 +295,6 @@ def _find_supervision(encoded: EncodedConversation) -> int:
     # A segment's first token has nothing before it that could predict it.
     supervised = np.flatnonzero(encoded.labels[1:] != IGNORED_LABEL) + 1
     return int(supervised[0]) if len(supervised) else -1
-
-
-def _parts(raw: RawExample) -> tuple[list[dict[str, str]], list[str]]:
-    """The turns and the picture paths of an entry."""
-    if raw.unreadable is not None:
-        raise _Unfit("entry", raw.unreadable)
-    if not isinstance(raw.content, Mapping):
-        raise _Unfit("entry", f"a {type(raw.content).__name__}, not an object")
-    turns: Any = raw.content.get("conversations")
-    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise _Unfit("entry", "'conversations' must be a list of objects")
-    named: Any = raw.content.get("image")
-    names = [] if named is None else named if isinstance(named, list) else [named]
-    if not all(isinstance(name, str) and name for name in names):
-        raise _Unfit("entry", f"'image' is {named!r}; it must be a path or a list of paths")
-    return turns, names
 
 
 def _is_empty_reply(turn: Mapping[str, str]) -> bool:

@@ -1,12 +1,20 @@
-"""LLaVA's training files as a list of raw examples: a JSON list, or JSON lines."""
+"""Training files as a list of raw examples.
+
+A file is a JSON list, JSON lines, JSON objects one after the other, or one object that holds the
+list, and may be packed by gzip.
+"""
 
 import dataclasses
+import gzip
+import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from stf_jax.util.files import parse_json, read_text
+from stf_jax.data.forms import TURN_KEYS
+from stf_jax.util.files import decode_text, parse_json
 
 # Longer ids are cut: they only name an example.
 _ID_LENGTH = 100
@@ -58,29 +66,111 @@ def read_examples(files: Sequence[str | os.PathLike[str]]) -> list[RawExample]:
 
 
 def _entries(path: Path) -> Iterator[RawExample]:
-    text = read_text(path)
-    if not text.lstrip().startswith("["):
-        for number, line in enumerate(text.splitlines(), start=1):
-            if line.strip():
-                yield _from_line(line, f"{path.name} line {number}")
+    text = _read_text(path).strip()
+    if not text:
+        return
+    if not text.startswith(("[", "{")):
+        raise ValueError(f"{path}: neither a JSON list nor JSON lines; convert it to one of them")
+    # A line of JSON ends with a newline; str.splitlines would also cut at U+2028, which a text has.
+    # Several values that are no lines are laid out over lines.
+    if text.startswith("{") and "\n" in text and _is_object(text[: text.index("\n")]):
+        yield from _from_lines(text, path)
         return
     try:
-        content = parse_json(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; fetch it again") from error
-    for number, entry in enumerate(content, start=1):
+        values = list(_decode_values(text))
+    except (ValueError, RecursionError) as error:
+        # Of lines, the first may be the one that is broken.
+        if text.startswith("{") and any(map(_is_object, text.split("\n", 3)[1:3])):
+            yield from _from_lines(text, path)
+            return
+        raise ValueError(f"{path}: not valid JSON ({error}); fetch it again") from error
+    if len(values) == 1:
+        values = _find_list(values[0], path)
+    for number, entry in enumerate(values, start=1):
         where = f"{path.name} entry {number}"
         yield RawExample(id=_id(entry, where), where=where, content=entry)
 
 
-def _from_line(line: str, where: str) -> RawExample:
+def _from_lines(text: str, path: Path) -> Iterator[RawExample]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path.name} line {number}"
+        content, fault = _parse(line)
+        if fault is None:
+            yield RawExample(id=_id(content, where), where=where, content=content)
+        else:
+            yield RawExample(id=where, where=where, unreadable=fault)
+
+
+def _is_object(line: str) -> bool:
+    return isinstance(_parse(line)[0], dict)
+
+
+def _read_text(path: Path) -> str:
     try:
-        content = parse_json(line)
+        data = path.read_bytes()
+        if data.startswith(b"\x1f\x8b"):
+            data = gzip.decompress(data)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: a damaged gzip file ({error}); fetch it again") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    if data.startswith(b"PAR1"):
+        raise ValueError(
+            f"{path}: Parquet is not read; make JSON lines of it: pip install pandas pyarrow, then "
+            f"pandas.read_parquet({path.name!r}).to_json('train.jsonl', orient='records', "
+            "lines=True), with images written to files"
+        )
+    try:
+        return decode_text(data)
     except ValueError as error:
-        return RawExample(id=where, where=where, unreadable=str(error))
-    return RawExample(id=_id(content, where), where=where, content=content)
+        raise ValueError(f"{path}: {error}; convert it") from error
+
+
+def _decode_values(text: str) -> Iterator[Any]:
+    """The JSON values of a text, one after the other, however they are laid out."""
+    decoder = json.JSONDecoder()
+    place = 0
+    while place < len(text):
+        if text[place].isspace():
+            place += 1
+            continue
+        value, place = decoder.raw_decode(text, place)
+        yield value
+
+
+def _find_list(value: Any, path: Path) -> list[Any]:
+    """The examples in a file's one value: a list, one example, or an object that holds a list."""
+    if isinstance(value, list):
+        return value
+    if any(key in value for key in TURN_KEYS):
+        return [value]
+    lists = {
+        key: one
+        for key, one in value.items()
+        if isinstance(one, list) and one and all(isinstance(entry, dict) for entry in one)
+    }
+    if len(lists) != 1:
+        there = f"lists under {', '.join(map(repr, lists))}" if lists else "none is in it"
+        raise ValueError(
+            f"{path}: one JSON object where a list of examples, or one example a line, is expected "
+            f"({there}); write the list alone"
+        )
+    return next(iter(lists.values()))
+
+
+def _parse(line: str) -> tuple[Any, str | None]:
+    """What JSON makes of a line, and why it makes nothing."""
+    try:
+        return parse_json(line), None
+    except ValueError as error:
+        return None, str(error)
 
 
 def _id(entry: Any, where: str) -> str:
     name = entry.get("id") if isinstance(entry, dict) else None
-    return where if name is None or name == "" else str(name)[:_ID_LENGTH]
+    if not isinstance(name, str | int) or name == "":
+        return where
+    # Half a surrogate could be neither printed nor stored.
+    return str(name)[:_ID_LENGTH].encode(errors="replace").decode()

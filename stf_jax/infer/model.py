@@ -35,11 +35,12 @@ class Request:
     Attributes:
         prompt: the question. `<image>` marks where each picture stands; without any mark the
             pictures come first, as in training.
-        images: paths, bytes, Pillow images or uint8 [h, w, 3] of numpy; a single one, too.
+        images: paths, bytes, Pillow images or uint8 [h, w, 3] of numpy; a single one, too; None
+            is no image.
     """
 
     prompt: str
-    images: ImageSource | Sequence[ImageSource] = ()
+    images: ImageSource | Sequence[ImageSource] | None = ()
 
 
 class Model:
@@ -92,6 +93,13 @@ class Model:
         """
         if isinstance(requests, Request | str):
             raise TypeError("generate takes a list: write generate([Request(prompt=...)])")
+        given: Sequence[object] = requests
+        for request in given:
+            if not isinstance(request, Request):
+                raise TypeError(
+                    f"generate takes a list of Request, not of {type(request).__name__}: write "
+                    "generate([Request(prompt=..., images=...)])"
+                )
         if not requests:
             return []
         form = get_template(template)
@@ -162,7 +170,9 @@ class Model:
     def _prompt(self, request: Request, template: Template) -> Prompt:
         """Text to ids with a placeholder for each vision token, pictures to pixels."""
         images, question = request.images, request.prompt
-        if isinstance(images, ImageSource):
+        if images is None:
+            images = ()
+        elif isinstance(images, ImageSource):
             images = [images]
         marks = question.count(IMAGE_MARKER)
         if marks == 0:

@@ -1,19 +1,24 @@
 """The native checkpoint: one self-contained directory, local or on gs://.
 
-    config.json   format, version, an id, the model's config, and the size of every other file
+    config.json   format, version, an id, the model's config, the size of every other file, a
+                  checksum of every parameter and a digest of every file beside them
     params/       the parameters, a Zarr array each, written and read by Orbax on any mesh
     hf/           tokenizer, image processor and config.json as they came from PyTorch
     pytorch/      what `convert` needs to give back a PyTorch checkpoint bit for bit
 
 Arrays are stored in chunks of at most 64 MiB, split along the longest axes, so that a host reads
-little more than the part that its devices hold.
+little more than the part that its devices hold. Every array is held against its checksum when it
+has been read, so that damage on disk is found and not computed with.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import logging
+import math
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -23,11 +28,12 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
 
+from stf_jax.store.checksum import checksum, checksums, has_checksum
 from stf_jax.systems import config_from_dict
 from stf_jax.systems.base import LlavaConfig
 from stf_jax.systems.older import older_path, upgrade_config, upgrade_path
-from stf_jax.util.errors import CheckpointError, missing
-from stf_jax.util.files import absolute, file_size, list_some, new_directory, read_json
+from stf_jax.util.errors import CheckpointError, first_line, missing
+from stf_jax.util.files import absolute, file_size, list_some, new_directory, read_json, sha256
 
 FORMAT = "stf_jax"
 VERSION = 2
@@ -43,6 +49,8 @@ _CHUNK_BYTES = 64 * 2**20
 # Small leaves are saved together: each save costs some 30 ms.
 _BATCH_BYTES = 256 * 2**20
 _CONCURRENT_BYTES = 512 * 2**20
+# Files beside the parameters are read to be checked when a checkpoint is opened, if not larger.
+_DIGEST_BYTES = 64 * 2**20
 
 Tree = Mapping[str, Any]
 
@@ -88,14 +96,17 @@ def write(
     """
     with new_directory(path) as unfinished:
         extras(unfinished)
-        _write_params(unfinished / _PARAMS, leaves)
+        recorded = _write_params(unfinished / _PARAMS, leaves)
         content = {
             "format": FORMAT,
             "version": VERSION,
             "id": secrets.token_hex(16),
             "model": config.to_dict(),
             "files": _sizes(unfinished),
+            "checksums": recorded,
+            "digests": {name: sha256(unfinished / name) for name in _list_extras(unfinished)},
         }
+        content["digest"] = _digest_content(content)
         # Last: without it, a directory is not taken for a checkpoint.
         (unfinished / _CONFIG).write_text(json.dumps(content, indent=2) + "\n")
 
@@ -134,8 +145,20 @@ def open_native(path: epath.PathLike) -> "NativeCheckpoint":
         config = config_from_dict(upgrade_config(model))
     except ValueError as error:
         raise _damage_error(path / _CONFIG) from error
+    # Older releases wrote none of the three.
+    if content.get("digest", _digest_content(content)) != _digest_content(content):
+        raise _damage_error(path / _CONFIG)
+    digests = content.get("digests", {})
+    small = {name: told for name, told in digests.items() if files[name] <= _DIGEST_BYTES}
+    if changed := _find_changed(path, small):
+        raise CheckpointError(f"{_damage_error(path)}:\n" + list_some(changed))
     return NativeCheckpoint(
-        path=path, config=config, id=str(content.get("id", "")), version=version
+        path=path,
+        config=config,
+        id=str(content.get("id", "")),
+        version=version,
+        checksums=content.get("checksums", {}),
+        digests=digests,
     )
 
 
@@ -152,12 +175,17 @@ class NativeCheckpoint:
         config: the model's.
         id: the same for every copy of it, and for nothing else.
         version: of the format.
+        checksums: of the parameters, by the path under which they are stored; see
+            `stf_jax.store.checksum`.
+        digests: SHA-256 of the files beside them, by name.
     """
 
     path: epath.Path
     config: LlavaConfig
     id: str
     version: int
+    checksums: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def extras(self) -> epath.Path:
@@ -219,14 +247,49 @@ class NativeCheckpoint:
         )
 
     def load(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
-        """Parameters by path, each cast and placed like `host_like` or a shape with a sharding."""
-        stored = {self.stored_path(name): like for name, like in wanted.items()}
-        leaves = flatten(load_some(self.path / _PARAMS, unflatten(stored)))
-        return {upgrade_path(name): leaf for name, leaf in leaves.items()}
+        """Parameters by path, each cast and placed like `host_like` or a shape with a sharding.
+
+        Raises:
+            CheckpointError: an array is not what was written.
+        """
+        loaded = load_checked(
+            lambda some: flatten(load_some(self.path / _PARAMS, unflatten(some))),
+            {self.stored_path(name): like for name, like in wanted.items()},
+            stored={self.stored_path(name): self.shapes[name] for name in wanted},
+            recorded=self.checksums,
+            damaged=lambda reason: CheckpointError(
+                f"{self.path} is damaged ({reason}); copy or import it again"
+            ),
+        )
+        return {upgrade_path(path): leaf for path, leaf in loaded.items()}
 
     def stored_path(self, name: str) -> str:
         """Where a parameter lies in this checkpoint, which may be an older one."""
         return older_path(name) if self.version < VERSION else name
+
+    def verify(self) -> None:
+        """Reads everything, one array at a time, and holds each against what was written.
+
+        Raises:
+            CheckpointError: lists what is damaged, or says that there is nothing to hold it
+                against.
+        """
+        if not self.checksums:
+            raise CheckpointError(
+                f"{self.path} has no checksums; it was written by an older release. Copy it with "
+                f"stf-jax convert export {self.path} OUT --layout native"
+            )
+        problems = _find_changed(self.path, self.digests)
+        for name in self.shapes:
+            try:
+                self.read(name)
+            except CheckpointError:
+                problems.append(f"{name} is not what was written")
+            # Of tensorstore: it cannot be decoded.
+            except (OSError, ValueError) as error:
+                problems.append(f"{name}: {first_line(error)}")
+        if problems:
+            raise CheckpointError(f"{_damage_error(self.path)}:\n" + list_some(problems))
 
     def copy_extras(self, directory: epath.Path) -> None:
         """Copies tokenizer, image processor and the rest of `EXTRAS` into another checkpoint."""
@@ -252,6 +315,67 @@ def load_some(path: epath.Path, wanted: Tree) -> dict[str, Any]:
     with context:
         loaded: dict[str, Any] = ocp.load(path, wanted)
     return loaded
+
+
+def load_checked(
+    load: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    wanted: Mapping[str, Any],
+    *,
+    stored: Mapping[str, Any],
+    recorded: Mapping[str, int],
+    damaged: Callable[[str], CheckpointError],
+) -> dict[str, Any]:
+    """Reads arrays as they are stored, holds each against its checksum, and then casts it.
+
+    Some are read at a time, so that little is held in both dtypes.
+
+    Args:
+        load: reads the arrays that are wanted, by path.
+        wanted: by path, what each is to be like: `host_like`, or a shape with a sharding.
+        stored: shape and dtype of each on disk.
+        recorded: the checksums; what has none is taken as it is.
+        damaged: makes the error of the reason.
+
+    Raises:
+        CheckpointError: the first array that is not what was written.
+    """
+    loaded: dict[str, Any] = {}
+    for names in _batches(wanted, stored):
+        some = dict(load({name: _as_stored(wanted[name], stored[name].dtype) for name in names}))
+        found = checksums({name: some[name] for name in names if name in recorded})
+        if changed := [name for name, number in found.items() if number != recorded[name]]:
+            raise damaged(f"{changed[0]} is not what was written")
+        loaded |= {name: _cast(some.pop(name), wanted[name]) for name in names}
+    return loaded
+
+
+def _cast(array: Any, like: Any) -> Any:
+    if array.dtype == like.dtype:
+        return array
+    array = array.astype(like.dtype)
+    # The same place, said as it was asked for.
+    return array if isinstance(like, np.ndarray) else jax.device_put(array, like.sharding)
+
+
+def _batches(wanted: Iterable[str], stored: Mapping[str, Any]) -> Iterator[list[str]]:
+    """The names in order, so many at a time that their arrays stay below a size."""
+    names: list[str] = []
+    held = 0
+    for name in wanted:
+        size = math.prod(stored[name].shape) * stored[name].dtype.itemsize
+        if names and held + size > _CONCURRENT_BYTES:
+            yield names
+            names, held = [], 0
+        names.append(name)
+        held += size
+    if names:
+        yield names
+
+
+def _as_stored(like: Any, dtype: Any) -> Any:
+    if isinstance(like, np.ndarray):
+        return host_like(like.shape, dtype)
+    return jax.ShapeDtypeStruct(like.shape, dtype, sharding=like.sharding)
 
 
 def host_like(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
@@ -292,7 +416,8 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _write_params(path: epath.Path, leaves: Iterable[Leaf]) -> None:
+def _write_params(path: epath.Path, leaves: Iterable[Leaf]) -> dict[str, int]:
+    """Writes the parameters; returns the checksum of each."""
     context = ocp.Context()
     saving = context.array.saving
     # A plain Zarr 2 file for each chunk: OCDBT holds twice the memory, and weights hardly compress.
@@ -303,18 +428,31 @@ def _write_params(path: epath.Path, leaves: Iterable[Leaf]) -> None:
     # Without these two, Orbax would hold every array twice.
     context.memory.deepcopy_host_arrays = False
     context.memory.write_concurrent_bytes = _CONCURRENT_BYTES
-    with context:
+    recorded: dict[str, int] = {}
+
+    def save(batch: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        # Added up while the storage writes.
+        summed = {
+            name: adder.submit(checksum, array)
+            for name, array in batch.items()
+            if has_checksum(array.dtype)
+        }
+        ocp.partial.save(path, unflatten(batch))
+        recorded.update({name: one.result() for name, one in summed.items()})
+
+    with context, concurrent.futures.ThreadPoolExecutor(1) as adder:
         batch: dict[str, np.ndarray[Any, Any]] = {}
         for leaf in leaves:
             batch[leaf.path] = leaf.read()
             if sum(array.nbytes for array in batch.values()) >= _BATCH_BYTES:
-                ocp.partial.save(path, unflatten(batch))
+                save(batch)
                 batch.clear()
         if batch:
-            ocp.partial.save(path, unflatten(batch))
+            save(batch)
         with _errors_only("absl"):
             # Warns that there is no OCDBT to merge.
             ocp.partial.finalize(path)
+    return recorded
 
 
 @contextlib.contextmanager
@@ -336,3 +474,22 @@ def _sizes(path: epath.Path) -> dict[str, int]:
         else:
             sizes[child.name] = file_size(child)
     return sizes
+
+
+def _list_extras(path: epath.Path) -> list[str]:
+    """The names of all files of `EXTRAS` in a checkpoint."""
+    return [f"{folder}/{name}" for folder in EXTRAS for name in _sizes(path / folder)]
+
+
+def _find_changed(path: epath.Path, digests: Mapping[str, str]) -> list[str]:
+    return [
+        f"{name} is not what was written"
+        for name, told in digests.items()
+        if sha256(path / name) != told
+    ]
+
+
+def _digest_content(content: Mapping[str, Any]) -> str:
+    """SHA-256 of what `config.json` says, apart from this digest."""
+    plain = {key: value for key, value in content.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -27,12 +27,14 @@ from stf_jax.store.checkpoint import (
     NativeCheckpoint,
     host_like,
     is_native,
+    load_checked,
     load_some,
     open_native,
     place,
 )
+from stf_jax.store.checksum import checksums, name_leaves
 from stf_jax.systems.older import is_older, older_path, upgrade_path
-from stf_jax.util.errors import CheckpointError
+from stf_jax.util.errors import CheckpointError, first_line
 from stf_jax.util.files import absolute
 
 CONFIG = "config.yaml"
@@ -40,6 +42,9 @@ CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 LOCK = ".lock"
+# In a checkpoint: what was trained, and a checksum of each array, in the order of their names.
+PARAMETERS = "parameters"
+CHECKSUMS = "checksums"
 FILES = (CONFIG, CHECKPOINTS, METRICS, TENSORBOARD)
 
 # In these a resumed run may differ: they change where and how it runs, not what it computes. Model
@@ -119,9 +124,20 @@ class TrainedCheckpoint(NativeCheckpoint):
         """Shape and dtype of the parameters that the run trains, by path; adapters among them."""
         return {upgrade_path(path): leaf for path, leaf in self._stored.items()}
 
+    @property
+    def _stored(self) -> Mapping[str, Any]:
+        """The same, by the paths in the run's checkpoint, which may be an older one."""
+        stored: Mapping[str, Any] = self._described[PARAMETERS]
+        return stored
+
     @functools.cached_property
-    def _stored(self) -> dict[str, Any]:
-        return dict(ocp.metadata(self._state).metadata["parameters"])
+    def _described(self) -> Mapping[str, Any]:
+        """Shape and dtype of everything in the run's checkpoint."""
+        return describe(self._state)
+
+    @functools.cached_property
+    def _recorded(self) -> Mapping[str, int]:
+        return read_checksums(self._state, self._described)
 
     def load(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """As the first model's, with what the run has trained."""
@@ -149,14 +165,71 @@ class TrainedCheckpoint(NativeCheckpoint):
         return merged
 
     def _load_trained_leaves(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        prefix = f"{PARAMETERS}/"
         older = is_older(self._stored)
-        stored = {older_path(path) if older else path: like for path, like in wanted.items()}
-        loaded: dict[str, Any] = load_some(self._state, {"parameters": stored})["parameters"]
+        loaded = load_checked(
+            lambda some: load_some(self._state, {PARAMETERS: dict(some)})[PARAMETERS],
+            {older_path(path) if older else path: like for path, like in wanted.items()},
+            stored=self._stored,
+            recorded={
+                name.removeprefix(prefix): number
+                for name, number in self._recorded.items()
+                if name.startswith(prefix)
+            },
+            damaged=lambda reason: _damage_error(self._state, reason),
+        )
         return {upgrade_path(path): leaf for path, leaf in loaded.items()}
+
+    def verify(self) -> None:
+        """Reads the run's newest checkpoint and the model that it began with; see there."""
+        self.first.verify()
+        if not self._recorded:
+            raise CheckpointError(f"{self._state} has no checksums; an older release wrote it")
+        like = jax.tree.map(lambda one: host_like(one.shape, one.dtype), self._described)
+        try:
+            found = checksums(name_leaves(load_some(self._state, like)))
+        except Exception as error:  # Orbax and its storage raise bare ones, too
+            raise _damage_error(self._state, first_line(error)) from error
+        changed = [name for name, number in self._recorded.items() if found.get(name) != number]
+        if changed:
+            raise _damage_error(self._state, f"{changed[0]} is not what was written")
 
     @property
     def _state(self) -> epath.Path:
         return self.path / CHECKPOINTS / str(self.step)
+
+
+def _damage_error(path: epath.Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is damaged ({reason}); move it away, and the one before is used"
+    )
+
+
+def describe(path: epath.Path) -> dict[str, Any]:
+    """Shape and dtype of what a run's checkpoint holds, in nested dictionaries and lists.
+
+    Raises:
+        CheckpointError: what describes it is damaged.
+    """
+    try:
+        described = ocp.metadata(path).metadata
+    except Exception as error:  # Orbax raises bare ones, too
+        raise _damage_error(path, first_line(error)) from error
+    if not isinstance(described, Mapping) or PARAMETERS not in described:
+        raise _damage_error(path, "nothing describes its arrays")
+    return dict(described)
+
+
+def read_checksums(path: epath.Path, described: Mapping[str, Any]) -> dict[str, int]:
+    """The checksum of each array of a run's checkpoint, by path; none of an older release's."""
+    if CHECKSUMS not in described:
+        return {}
+    like = described[CHECKSUMS]
+    numbers = load_some(path, {CHECKSUMS: host_like(like.shape, like.dtype)})[CHECKSUMS]
+    names = name_leaves({key: value for key, value in described.items() if key != CHECKSUMS})
+    if len(numbers) != len(names):
+        raise _damage_error(path, f"{len(numbers)} checksums of {len(names)} arrays")
+    return dict(zip(names, map(int, numbers), strict=True))
 
 
 def _read_config(path: epath.Path) -> dict[str, Any]:

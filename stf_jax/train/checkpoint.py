@@ -3,6 +3,9 @@
 They are written while training goes on, each host its own shards, and appear under their step only
 when complete. A run restores on another mesh and another number of hosts. Frozen weights are not
 in them. The data pipeline needs no state of its own: what it gives is a function of the step.
+
+A checksum of every array is written with it. What is damaged on disk is set aside, and the run goes
+on from the checkpoint before.
 """
 
 import contextlib
@@ -14,13 +17,22 @@ from types import TracebackType
 from typing import Any, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from stf_jax.store.checkpoint import flatten
+from stf_jax.store.checksum import checksums, name_leaves
+from stf_jax.store.run import CHECKSUMS, PARAMETERS
 from stf_jax.systems.older import is_older, older_path, upgrade_path
 from stf_jax.train.step import TrainState
 from stf_jax.util.errors import CheckpointError, first_line
+
+# What storage says where the fault may pass, or is the machine's: nothing is damaged then.
+_PASSING = ("PERMISSION_DENIED", "UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")
+# A damaged checkpoint has this behind its step; Orbax takes it for none.
+_ASIDE = ".damaged"
 
 # What decides the numbers of a run; recorded to explain them, not to refuse a resumption.
 _VERSIONS = ("stf-jax", "jax", "flax", "optax", "orbax-checkpoint")
@@ -103,7 +115,9 @@ class Checkpoints:
         with self._explain_errors():
             self._finish()
             if self.latest != step:
-                self._writing = self._checkpointer.save_async(step, state, force=True)
+                found = checksums(name_leaves(_as_tree(state)))
+                tree = _as_tree(state) | {CHECKSUMS: np.array([*found.values()], np.uint32)}
+                self._writing = self._checkpointer.save_async(step, tree, force=True)
 
     def wait(self) -> None:
         """Returns when everything that was begun is written.
@@ -129,11 +143,18 @@ class Checkpoints:
                 "that there is room and that it may be written to"
             ) from error
 
-    def restore(self, like: TrainState) -> TrainState:
-        """The newest checkpoint, in the shapes, dtypes and shardings of `like`.
+    def restore(self, like: TrainState, *, report: Callable[[str], None]) -> TrainState | None:
+        """The newest checkpoint that is whole, in the shapes, dtypes and shardings of `like`.
+
+        A damaged one is set aside under another name. None where that leaves nothing and nothing
+        is lost by beginning again.
+
+        Args:
+            like: arrays, or their shapes, dtypes and shardings.
+            report: is told in one line of each that was set aside.
 
         Raises:
-            CheckpointError: there is none, or it cannot be read.
+            CheckpointError: there is none, the only one is damaged, or it cannot be read for now.
         """
         if self.latest is None:
             raise CheckpointError(f"{self._directory} has no complete checkpoint")
@@ -144,18 +165,73 @@ class Checkpoints:
             ),
             like,
         )
-        older = is_older(ocp.metadata(self._directory / str(self.latest)).metadata["parameters"])
+        while steps := [one.step for one in self._checkpointer.checkpoints]:
+            step = steps[-1]
+            state, reason = self._read(step, abstract)
+            if state is not None:
+                return state
+            path = self._directory / str(step)
+            if len(steps) == 1 and step > 0:
+                raise CheckpointError(
+                    f"{path} is damaged ({reason}), and there is no other; delete it to begin again"
+                )
+            self._set_aside(step)
+            instead = f"from step {steps[-2]}" if len(steps) > 1 else "from the beginning"
+            report(
+                f"{path} is damaged ({reason}); it is {path.name}{_ASIDE} now, and the run goes on "
+                f"{instead}"
+            )
+        return None
+
+    def _read(self, step: int, abstract: TrainState) -> tuple[TrainState | None, str]:
+        """The checkpoint of a step; or None, on all hosts, and why."""
+        state, reason, older = None, "", False
         try:
-            if older:
-                abstract = rename_keys(abstract, older_path)
-            state = self._checkpointer.load(self.latest, abstract)
-            return rename_keys(state, upgrade_path) if older else state
-        except Exception as error:  # Orbax raises bare ones, too
-            before = [one.step for one in self._checkpointer.checkpoints][:-1]
-            instead = f"to go on from step {before[-1]}" if before else "to begin again"
-            raise CheckpointError(
-                f"{self._directory / str(self.latest)} is damaged; delete it {instead}"
-            ) from error
+            described: Any = self._checkpointer.metadata(step).metadata
+            if not isinstance(described, Mapping) or PARAMETERS not in described:
+                raise ValueError("nothing describes its arrays")
+            older = is_older(described[PARAMETERS])
+            like = _as_tree(rename_keys(abstract, older_path) if older else abstract)
+            if CHECKSUMS in described:
+                shape = described[CHECKSUMS].shape
+                like |= {CHECKSUMS: np.zeros(shape, np.uint32)}
+            tree = self._checkpointer.load(step, like)
+            recorded = tree.pop(CHECKSUMS, None)
+            state = TrainState(**tree)
+        except MemoryError:
+            raise
+        except Exception as error:  # Orbax and its storage raise bare ones, too
+            passing = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+            if passing or any(word in str(error) for word in _PASSING):
+                raise CheckpointError(
+                    f"{self._directory / str(step)} cannot be read ({first_line(error)}); see that "
+                    "it can, and start the run again"
+                ) from error
+            reason = first_line(error)
+        if not _agree(not reason):
+            return None, reason or "another host cannot read it"
+        # An older release wrote no checksums.
+        if state is not None and recorded is not None:
+            found = checksums(name_leaves(_as_tree(state)))
+            changed = [
+                name
+                for name, number in zip(found, recorded.tolist(), strict=False)
+                if found[name] != number
+            ]
+            if changed or len(found) != len(recorded):
+                return None, f"{(changed or ['the checksums'])[0]} is not what was written"
+        return rename_keys(state, upgrade_path) if older else state, ""
+
+    def _set_aside(self, step: int) -> None:
+        path = self._directory / str(step)
+        if jax.process_index() == 0:
+            aside = path.with_name(f"{path.name}{_ASIDE}")
+            if aside.exists():
+                aside.rmtree()
+            path.rename(aside)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"checkpoint {step} is set aside")
+        self._checkpointer.reload()
 
     def close(self) -> None:
         """Waits until everything is written."""
@@ -176,6 +252,17 @@ class Checkpoints:
                 f"{self._directory} belongs to a run with another config; choose another directory "
                 "or take back:\n" + "\n".join(f"  {line}" for line in differences)
             )
+
+
+def _as_tree(state: TrainState) -> dict[str, Any]:
+    return {"step": state.step, PARAMETERS: state.parameters, "optimizer": state.optimizer}
+
+
+def _agree(fine: bool) -> bool:
+    """Whether all hosts say so."""
+    if jax.process_count() == 1:
+        return fine
+    return bool(multihost_utils.process_allgather(np.array([fine])).all())
 
 
 def _differences(

@@ -105,6 +105,8 @@ def train(config: TrainConfig) -> Ending:
         if jax.process_index() == 0:
             _write_config(config, out)
         state, frozen = _parameters(config, first, checkpoints, program)
+        # A damaged checkpoint is set aside: the run may begin before it.
+        start = checkpoints.latest or 0
         # While it is written the step is compiled; no step runs before a full disk is found out.
         checkpoints.save(start, state)
         with explain_memory(
@@ -335,7 +337,9 @@ def _parameters(
 
     frozen = read(program.frozen)
     if checkpoints.latest is not None:
-        return checkpoints.restore(program.state), frozen
+        restored = checkpoints.restore(program.state, report=_say)
+        if restored is not None:
+            return restored, frozen
     trained = program.state.parameters
     begun = read({path: leaf for path, leaf in trained.items() if not is_adapter(path)})
     if config.stage == "lora":

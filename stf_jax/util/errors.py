@@ -31,9 +31,9 @@ def explain_memory(message: str) -> Iterator[None]:
         raise DeviceMemoryError(f"{message} ({first_line(error)})") from error
 
 
-def first_line(error: Exception) -> str:
-    """What an error of a library says, without the pages that follow."""
-    return str(error).strip().partition("\n")[0]
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, without the pages that follow; never empty."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def missing(path: epath.PathLike) -> CheckpointError:

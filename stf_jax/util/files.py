@@ -35,7 +35,7 @@ def read_text(
         ValueError: or `error`, if the file cannot be read or is not UTF-8.
     """
     with _explain(path, error, fix):
-        return _decode(epath.Path(path).read_bytes())
+        return decode_text(epath.Path(path).read_bytes())
 
 
 def read_json(
@@ -65,7 +65,7 @@ def read_jsonl(
     """
     lines: dict[int, Any] = {}
     with _explain(path, error, fix):
-        text = _decode(epath.Path(path).read_bytes())
+        text = decode_text(epath.Path(path).read_bytes())
         # Not splitlines(), which would also cut at the odd line separators inside a string.
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
@@ -77,13 +77,25 @@ def read_jsonl(
     return lines
 
 
+def decode_text(data: bytes) -> str:
+    """The text of UTF-8, without its byte order mark.
+
+    Raises:
+        ValueError: what is wrong with it, in a few words.
+    """
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 ({error.reason})") from error
+
+
 def decode_json(data: bytes, kind: type = dict) -> Any:
     """What the bytes of a JSON file hold, as `read_json`.
 
     Raises:
         ValueError: what is wrong with them, in a few words.
     """
-    text = _decode(data)
+    text = decode_text(data)
     content = parse_json(text)
     if not isinstance(content, kind):
         raise ValueError(f"holds a {type(content).__name__} where a {kind.__name__} is expected")
@@ -114,13 +126,6 @@ def _explain(path: epath.PathLike, error: type[ValueError], fix: str) -> Iterato
         raise error(f"{path}: cannot be read ({cause.strerror or cause}); {fix}") from cause
     except ValueError as cause:
         raise error(f"{path}: {cause}; {fix}") from cause
-
-
-def _decode(data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 ({error.reason})") from error
 
 
 def _check_unicode(text: str, parts: Mapping[str, Any]) -> None:
@@ -173,14 +178,18 @@ def write_json(path: epath.PathLike, content: Any, *, indent: int | None = None)
         write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
 
 
-def sha256(path: str | os.PathLike[str]) -> str:
-    """Of a local file; or of a folder's JSON and text files with their names, images left out."""
-    path = Path(path)
+def sha256(path: epath.PathLike) -> str:
+    """Of a file; or of a local folder's JSON and text files with their names, images left out."""
+    path = epath.Path(path)
     if not path.is_dir():
+        digest = hashlib.sha256()
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    files = sorted(file for file in path.rglob("*") if file.suffix in (".json", ".txt"))
-    listing = "".join(f"{file.relative_to(path).as_posix()} {sha256(file)}\n" for file in files)
+            while block := file.read(2**20):
+                digest.update(block)
+        return digest.hexdigest()
+    folder = Path(path)
+    files = sorted(file for file in folder.rglob("*") if file.suffix in (".json", ".txt"))
+    listing = "".join(f"{file.relative_to(folder).as_posix()} {sha256(file)}\n" for file in files)
     return hashlib.sha256(listing.encode()).hexdigest()
 
 

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from stf_jax.cli.main import main
 from stf_jax.convert import import_checkpoint, inspect_checkpoint
 from stf_jax.util.errors import CheckpointError
 
@@ -92,3 +93,19 @@ def test_missing(tmp_path: Path) -> None:
         inspect_checkpoint(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"hf download liuhaotian/llava-v1.5-7b --local-dir"):
         inspect_checkpoint("liuhaotian/llava-v1.5-7b")
+
+
+def test_verify(
+    reference: Path, native: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(native, tmp_path / "native"))
+    assert main(["convert", "inspect", str(copy), "--verify"]) == 0
+    assert capsys.readouterr().out.endswith("  whole, every array verified\n")
+    (file,) = (copy / "params").rglob("text.norm.scale/0")
+    file.write_bytes(b"X" + file.read_bytes()[1:])
+    # Its size is right, and nothing else is looked at unless it is asked for.
+    assert main(["convert", "inspect", str(copy)]) == 0
+    assert main(["convert", "inspect", str(copy), "--verify"]) == 1
+    assert "text/norm/scale is not what was written" in capsys.readouterr().out
+    assert main(["convert", "inspect", str(reference / "llava-stf"), "--verify"]) == 1
+    assert "PyTorch's files have no checksums; compare" in capsys.readouterr().err

@@ -317,3 +317,93 @@ def test_show_decodes_an_example_back(
     for unknown, message in ((60, "no example 60; it has 0 to 59"), ("x", "with the id 'x'")):
         with pytest.raises(DatasetError, match=message):
             show(dataset, unknown, tokenizer=tokenizer)
+
+
+@pytest.fixture
+def late(corpus: Any, tmp_path: Path) -> Path:
+    """The folder of images, with one of them not there yet."""
+    folder = Path(shutil.copytree(corpus.images, tmp_path / "late"))
+    (folder / "3.jpg").rename(tmp_path / "3.jpg")
+    return folder
+
+
+def test_images_that_came_late_are_not_left_out(
+    corpus: Any, run: Build, late: Path, tmp_path: Path
+) -> None:
+    first = run(images=late)
+    assert first.skipped > 0
+    # The same again is the same.
+    assert run(images=late).check is None
+    (tmp_path / "3.jpg").rename(late / "3.jpg")
+    with pytest.raises(DatasetError, match="out: built before, from images that have come, gone"):
+        run(images=late)
+    # An index alone needs no images.
+    assert run(images=None).check is None
+    shutil.rmtree(tmp_path / "out")
+    assert run(images=late).skipped == 0
+    assert content(tmp_path / "out") == expected(corpus)
+
+
+@pytest.mark.parametrize("change", ["came", "changed", "other folder"])
+def test_an_unfinished_build_reads_again_what_has_changed(
+    change: str,
+    corpus: Any,
+    run: Build,
+    late: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if change == "changed":
+        (late / "3.jpg").write_bytes((late / "4.jpg").read_bytes())
+
+    def stop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("stf_jax.data.builder._finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(images=late)
+    if change == "other folder":
+        late = corpus.images
+    else:
+        (tmp_path / "3.jpg").replace(late / "3.jpg")
+    report = run(images=late)
+    assert report.skipped == 0
+    assert content(tmp_path / "out") == expected(corpus)
+    if change == "came":
+        assert 0 < report.kept_shards < report.shards
+
+
+def test_another_image_processor_is_refused(
+    run: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("stf_jax.data.builder._finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    with pytest.raises(DatasetError, match="begun with other values of the image processor"):
+        run(image_processor=ImageProcessor(mode="crop"))
+
+
+@pytest.mark.parametrize("inside", ["text_feature.Text", "features_dict.FeaturesDict", None])
+def test_features_import_no_module_of_a_strangers(
+    inside: str | None, dataset: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
+    text = (copy / "features.json").read_text()
+    name = f"tensorflow_datasets.core.features.{inside}"
+    # TFDS's older form has other keys.
+    old = json.dumps({"type": "stranger.Module", "content": {}})
+    (copy / "features.json").write_text(text.replace(name, "stranger.Module") if inside else old)
+    with pytest.raises(DatasetError, match=r"features.json: names stranger.Module, which no"):
+        Dataset(copy)[0]
+
+
+def test_features_that_are_damaged(dataset: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
+    (copy / "features.json").write_text("[" * 100_000)
+    with pytest.raises(DatasetError, match=r"features.json: missing or damaged; copy it again"):
+        Dataset(copy)[0]

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import struct
+import subprocess
 import warnings
 from pathlib import Path
 
@@ -360,3 +361,44 @@ def test_a_jpeg_is_decoded_small_only_as_far_as_asked() -> None:
     assert load_image(saved(noise(800, 600)), min_edge=1).size == (800, 600)
     with pytest.raises(ImageError, match="damaged"):
         load_image(data[:-2000], min_edge=1)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [("EPS", EPS), ("EPS", None), ("TGA", None), ("ICO", None), ("PCX", None)],
+)
+def test_formats_come_from_a_list(
+    kind: str, data: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An EPS called .jpg would be handed to Ghostscript, and others to code that few have read."""
+    if data is None:
+        file = io.BytesIO()
+        Image.new("RGB", (10, 10)).save(file, kind)
+        data = file.getvalue()
+    monkeypatch.setattr(subprocess, "Popen", pytest.fail)
+    (tmp_path / "photo.jpg").write_bytes(data)
+    with pytest.raises(ImageError, match=r"photo.jpg: no picture in a format that is read \(JPEG"):
+        load_image(tmp_path / "photo.jpg")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000"])
+def test_formats_that_are_read(kind: str) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (10, 10), (9, 9, 9)).save(file, kind)
+    assert load_image(file.getvalue()).size == (10, 10)
+
+
+@pytest.mark.parametrize("source", ["data:image/png;base64,iVBORw0K", "https://example.org/a.png"])
+def test_neither_base64_nor_a_url_is_read(source: str) -> None:
+    with pytest.raises(ImageError, match="neither base64 nor a URL is read; give a path"):
+        load_image(source)
+
+
+@pytest.mark.parametrize("source", ["x" * 5000, "a\0b.png"])
+def test_a_name_that_is_none(source: str) -> None:
+    with pytest.raises(ImageError, match="cannot be read") as caught:
+        load_image(source)
+    assert len(str(caught.value)) < 250

@@ -88,7 +88,7 @@ def test_lengths_are_those_of_training(run: Run, tokenizer: Tokenizer) -> None:
         ("text", "entry", "a str, not an object"),
         ({"conversations": "x"}, "entry", "must be a list of objects"),
         ({"conversations": [QUESTION, REPLY], "image": 3}, "entry", "'image' is 3"),
-        ({"conversations": [{"from": "user", "value": "?"}, REPLY]}, "conversation", "'user'"),
+        ({"conversations": [{"from": "tool", "value": "?"}, REPLY]}, "conversation", "'tool'"),
         ({"conversations": [TEXT_QUESTION, TEXT_QUESTION]}, "conversation", "must alternate"),
         ({"conversations": [TEXT_QUESTION]}, "conversation", "add the reply"),
         ({"conversations": [REPLY]}, "conversation", "no turn from 'human'"),

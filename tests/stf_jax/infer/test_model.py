@@ -57,3 +57,16 @@ def test_dtypes(reference: Path, dtype: str) -> None:
     message = rf"^dtype is '{dtype}'; choose float32, float16 or bfloat16$"
     with pytest.raises(ValueError, match=message):
         stf_jax.load(reference / "llava-stf", dtype=dtype)
+
+
+def test_no_images_is_none(model: Model) -> None:
+    """As a row of a table without an image gives it."""
+    expected = answer(model, Request(prompt="What?"))
+    assert answer(model, Request(prompt="What?", images=None)) == expected
+    assert answer(model, Request(prompt="What?", images=[])) == expected
+
+
+@pytest.mark.parametrize("one", [{"prompt": "What?"}, "What?", None, ("What?", [])])
+def test_a_list_of_something_else(one: object, model: Model) -> None:
+    with pytest.raises(TypeError, match=rf"list of Request, not of {type(one).__name__}: write"):
+        model.generate([Request(prompt="What?"), one])

@@ -63,8 +63,9 @@ def test_read_back(written: Path) -> None:
     assert [path.name for path in written.parent.iterdir()] == ["model"]
 
 
-def test_a_checkpoint_from_before_systems(tmp_path: Path) -> None:
-    """Version 1 had a fusion and a projector, each at the root."""
+@pytest.mark.parametrize("checksums", [False, True])
+def test_a_checkpoint_from_before_systems(checksums: bool, tmp_path: Path) -> None:
+    """Version 1 had a fusion and a projector, each at the root, and at first no checksums."""
     arrays = {
         "fusion/mbtf/linear_1/bias": np.arange(4, dtype=np.float32),
         "projector/linear_1/bias": np.arange(5, dtype=np.float32),
@@ -80,6 +81,11 @@ def test_a_checkpoint_from_before_systems(tmp_path: Path) -> None:
     system = content["model"].pop("system")
     name = system.pop("name")
     content["model"]["fusion"] = system | {"reduction": name}
+    # It is of what was written.
+    del content["digest"]
+    assert content["checksums"].keys() == arrays.keys()
+    if not checksums:
+        del content["checksums"], content["digests"]
     (path / "config.json").write_text(json.dumps(content | {"version": 1}))
     native = open_native(path)
     assert native.config == CONFIG
@@ -93,6 +99,15 @@ def test_a_checkpoint_from_before_systems(tmp_path: Path) -> None:
     }
     for name, size in today.items():
         np.testing.assert_array_equal(native.read(name), np.arange(size))
+    if checksums:
+        native.verify()
+        (file,) = (path / "params").rglob("projector.linear_1.bias/0")
+        file.write_bytes(b"X" + file.read_bytes()[1:])
+        with pytest.raises(CheckpointError, match="projector/linear_1/bias is not what was"):
+            native.read("connector/projector/linear_1/bias")
+    else:
+        with pytest.raises(CheckpointError, match="has no checksums; it was written by an older"):
+            native.verify()
 
 
 def test_large_leaves_are_stored_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

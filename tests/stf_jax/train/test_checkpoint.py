@@ -69,7 +69,7 @@ def test_resumed_is_bit_identical(run: Callable[..., Run], tmp_path: Path):
     second = run()
     with Checkpoints(tmp_path / "run", config=CONFIG, every=2, keep=2) as checkpoints:
         assert checkpoints.latest == 4
-        second.state = checkpoints.restore(second.state)
+        second.state = checkpoints.restore(second.state, report=pytest.fail)
         assert int(second.state.step) == 4
         assert second.go(2) == losses[4:]
     same(second.state, alone.state)
@@ -87,14 +87,14 @@ def test_restored_on_another_mesh(run: Callable[..., Run], tmp_path: Path):
         with Checkpoints(tmp_path / "run", config=CONFIG, every=100, keep=1) as checkpoints:
             if axes is None:
                 other = run()
-                other.state = checkpoints.restore(other.state)
+                other.state = checkpoints.restore(other.state, report=pytest.fail)
                 same(other.state, expected)
                 found = other.go(2)
             else:
                 with jax.set_mesh(make_mesh(**axes)):
                     other = run(on_mesh=True)
                     before = other.state.parameters["connector/projector/linear_1/kernel"].sharding
-                    other.state = checkpoints.restore(other.state)
+                    other.state = checkpoints.restore(other.state, report=pytest.fail)
                     kernel = other.state.parameters["connector/projector/linear_1/kernel"]
                     assert kernel.sharding == before
                     assert kernel.addressable_shards[0].data.shape == (64, 128)
@@ -131,4 +131,4 @@ def test_an_unfinished_checkpoint_is_none(run: Callable[..., Run], tmp_path: Pat
     with Checkpoints(tmp_path / "run", config=CONFIG, every=1, keep=3) as checkpoints:
         assert checkpoints.latest is None
         with pytest.raises(CheckpointError, match="no complete checkpoint"):
-            checkpoints.restore(run().state)
+            checkpoints.restore(run().state, report=pytest.fail)

@@ -1,7 +1,8 @@
 """What cannot be trained is refused in words, before a step runs."""
 
 import fcntl
-import shutil
+import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -60,7 +61,7 @@ def test_before_anything_is_written(config: Config, keys: dict[str, Any], messag
         ("--data.batch_size=0", "batch_size is 0; it must be at least 1"),
         ("--micro_batches=3", "data.batch_size 128 does not divide into 3 micro-batches"),
         ("--mesh.fsdp=0", "each size is 1 or more, and one of them may be -1"),
-        ("--architecture=llava", "architecture 'llava' is not one of llava_stf_7b, "),
+        ("--architecture=llava", "architecture 'llava' is not one of llava_1_5_7b, "),
         ("--profile=[3,2]", "give the first step, and one after the last"),
         ("learning_rate=1", "'learning_rate=1' is no override; write --section.key=value"),
     ],
@@ -138,19 +139,40 @@ def test_two_runs_in_one_directory(config: Config) -> None:
     assert train(run) == "finished"
 
 
+def records(run: TrainConfig) -> list[dict[str, Any]]:
+    """Of each step from the second on, apart from how long it took."""
+    lines = map(json.loads, Path(run.out, "metrics.jsonl").read_text().splitlines())
+    return [{**line, "seconds": None} for line in lines if line["step"] >= 1]
+
+
 # Orbax drops its other readers when one has failed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_damaged_checkpoint(config: Config) -> None:
+def test_a_damaged_checkpoint(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     run = config(steps=3, checkpoint={"every": 1, "keep": 3})
     train(run)
+    expected = records(run)
     last, newest = (Path(run.out, "checkpoints", name) for name in "32")
     last.rename(last.with_name(".set-aside"))
     largest = max(newest.rglob("*"), key=lambda one: one.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"checkpoints/2 is damaged; delete it .* from step 1"):
-        train(run)
-    shutil.rmtree(newest)
     assert train(run) == "finished"
+    said = capsys.readouterr().err
+    assert re.search(
+        r"checkpoints/2 is damaged \(.*\); it is 2.damaged now, .* from step 1\n", said
+    )
+    assert records(run) == expected
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_only_checkpoint_is_damaged(config: Config) -> None:
+    run = config(steps=3, checkpoint={"every": 1, "keep": 1})
+    train(run)
+    (only,) = Path(run.out, "checkpoints").glob("[0-9]*")
+    only.rename(only.with_name("2"))
+    largest = max(Path(run.out, "checkpoints", "2").rglob("*"), key=lambda one: one.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"/2 is damaged \(.*\), and there is no other; delete it"):
+        train(run)
 
 
 def test_a_disk_that_is_full(config: Config, tmp_path: Path) -> None:
