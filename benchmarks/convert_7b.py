@@ -24,8 +24,8 @@ from etils import epath
 from stf_jax.convert import import_checkpoint
 from stf_jax.convert.dtypes import FLOATS
 from stf_jax.convert.exporter import SHARD_BYTES, split
-from stf_jax.convert.layouts import published
-from stf_jax.convert.mapping import carried, table
+from stf_jax.convert.layouts import published_name
+from stf_jax.convert.mapping import carried_shapes, table
 from stf_jax.convert.safetensors_file import SafetensorsWriter, TensorInfo
 from stf_jax.convert.sidecars import llava_sidecars
 from stf_jax.systems import named_config
@@ -37,10 +37,11 @@ def make(directory: pathlib.Path) -> int:
     """Writes the checkpoint; returns its size in bytes."""
     config = named_config("llava_stf_7b")
     shapes = {name: entry.shape for entry in table(config) for name in entry.tensors}
-    shapes |= carried(config)
+    shapes |= carried_shapes(config)
     float16 = FLOATS["float16"]
     infos = {
-        published(name, "llava-stf"): TensorInfo(shape, float16) for name, shape in shapes.items()
+        published_name(name, "llava-stf"): TensorInfo(shape, float16)
+        for name, shape in shapes.items()
     }
     infos = dict(sorted(infos.items()))
     shards = split(infos, SHARD_BYTES)

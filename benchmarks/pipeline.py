@@ -1,10 +1,10 @@
-"""Pictures from JPEG files to normalised pixels in batches, beside PIL in a PyTorch DataLoader.
+"""Pictures from JPEG files to normalized pixels in batches, beside PIL in a PyTorch DataLoader.
 
 JPEGs of COCO's sizes with the spectrum of photographs are written to a temporary folder. Each side
 then reads them with the same number of worker processes: this project's own way (a TFDS dataset
 through Grain, as in training: one conversation a row, tokenised, with its picture), and the
 recipe's steps in PyTorch, which knows only pictures: open, pad to a square, then either a plain
-bicubic resize and normalisation, or CLIPImageProcessor as the recipe itself has it.
+bicubic resize and normalization, or CLIPImageProcessor as the recipe itself has it.
 
 A rate per core is that of pictures a second of processor time, of all the side's processes
 together, so that other work on the machine counts little. It is taken between two batches in the
@@ -39,7 +39,7 @@ from transformers import CLIPImageProcessorPil
 from stf_jax.data.builder import build
 from stf_jax.data.config import DataConfig, DatasetSource
 from stf_jax.data.images import CLIP_MEAN, CLIP_STD, ImageProcessor
-from stf_jax.data.packing import group, pack, shuffled
+from stf_jax.data.packing import group, pack, permutation
 from stf_jax.data.pipeline import TrainingData, TrainingStep
 from stf_jax.data.tokenizer import load_tokenizer
 
@@ -151,13 +151,13 @@ def ours(folder: pathlib.Path, workers: int, *, fast: bool) -> Iterator[Iterator
         tokens_per_image=144,
     )
     # A training step begins with this.
-    normalise = jax.jit(ImageProcessor().normalise)
+    normalize = jax.jit(ImageProcessor().normalize)
     with contextlib.closing(data.batches()) as steps:
-        yield (_normalize(step, normalise) for step in steps)
+        yield (_normalize(step, normalize) for step in steps)
 
 
-def _normalize(step: TrainingStep, normalise: Callable[[Any], Any]) -> int:
-    jax.block_until_ready(normalise(step.batch.pixels))
+def _normalize(step: TrainingStep, normalize: Callable[[Any], Any]) -> int:
+    jax.block_until_ready(normalize(step.batch.pixels))
     return sum(len(row) for row in step.example_ids)
 
 
@@ -225,7 +225,7 @@ def packing() -> None:
     """Prints how full packed rows are, beside the reference's padded batches."""
     lengths, images = mix665k.lengths()
     start = time.perf_counter()
-    order = shuffled(len(lengths), key=(0, 0))
+    order = permutation(len(lengths), key=(0, 0))
     rows = pack(order, lengths=lengths, images=images, row_length=2048, row_images=8)
     seconds = time.perf_counter() - start
     grouped = group(order, lengths=lengths, images=images, batch_size=128)

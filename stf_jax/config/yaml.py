@@ -47,7 +47,7 @@ def load_config(cls: type[Config], path: epath.PathLike, overrides: Sequence[str
     if flat:
         raise ValueError(f"{path}: {flat[0]} is {tree[flat[0]]!r}; it is a section of keys")
     if unknown:
-        raise ValueError("\n".join(_unknown(key, known, path) for key in unknown))
+        raise ValueError("\n".join(_describe_unknown(key, known, path) for key in unknown))
     try:
         # The text and not its path, which may be a URL.
         text = epath.Path(path).read_text(encoding="utf-8")
@@ -121,7 +121,7 @@ def _override_key(override: str) -> str:
     return name.removeprefix("--")
 
 
-def _unknown(key: str, known: set[str], path: epath.PathLike) -> str:
+def _describe_unknown(key: str, known: set[str], path: epath.PathLike) -> str:
     # A last part that is right in another section is what was meant, more than a similar word.
     last = key.rpartition(".")[2]
     near = [one for one in sorted(known) if one.rpartition(".")[2] == last]

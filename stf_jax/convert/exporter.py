@@ -14,8 +14,8 @@ from typing import Any, get_args
 from etils import epath
 
 from stf_jax.convert.dtypes import FLOATS, Array, DType, FloatName, cast
-from stf_jax.convert.layouts import ExportLayout, PublishedLayout, published
-from stf_jax.convert.mapping import carried, connector_entries, is_buffer, table
+from stf_jax.convert.layouts import ExportLayout, PublishedLayout, published_name
+from stf_jax.convert.mapping import carried_shapes, connector_entries, is_buffer, table
 from stf_jax.convert.processor import IMAGE_TOKEN, PAD_TOKEN, ImageTokens
 from stf_jax.convert.readers import read_json
 from stf_jax.convert.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorInfo
@@ -226,7 +226,7 @@ def _plan(native: Native, layout: PublishedLayout, rows: int, dtype: DType | Non
         entries = connector_entries(native.config)
     missing = [e.native for e in entries if e.native not in native.checkpoint.shapes]
     infos = {
-        published(name, layout): TensorInfo(entry.shape, dtype or native.dtype(name, entry))
+        published_name(name, layout): TensorInfo(entry.shape, dtype or native.dtype(name, entry))
         for entry in entries
         for name in (() if entry.native in missing else entry.tensors)
     }
@@ -243,12 +243,12 @@ def _plan(native: Native, layout: PublishedLayout, rows: int, dtype: DType | Non
         }
     if layout == "hf":
         # It builds the whole tower, of which the model here may hold a part.
-        missing += [name for name in carried(native.config) if name not in extra]
+        missing += [name for name in carried_shapes(native.config) if name not in extra]
     if missing:
         raise CheckpointError(
             f"{native.checkpoint.path} lacks what layout {layout} needs:\n{list_some(missing)}"
         )
-    infos |= {published(name, layout): info for name, info in extra.items()}
+    infos |= {published_name(name, layout): info for name, info in extra.items()}
     return _Plan(dict(sorted(infos.items(), key=_natural)), entries, tuple(extra))
 
 
@@ -338,7 +338,7 @@ def _each_tensor(
     """Calls `put` with every tensor under its published name; one parameter in memory at a time."""
 
     def convert(entry: Entry, name: str, array: Array) -> None:
-        theirs = published(name, layout)
+        theirs = published_name(name, layout)
         tensor = entry.transform.torch(array)
         put(theirs, cast(tensor, plan.infos[theirs].dtype, name=theirs))
 
@@ -349,9 +349,9 @@ def _each_tensor(
             layers = [array] if entry.layers is None else list(array)
             names = entry.tensors
             list(pool.map(convert, [entry] * len(names), names, layers))
-            advance(sum(plan.infos[published(name, layout)].nbytes for name in names))
+            advance(sum(plan.infos[published_name(name, layout)].nbytes for name in names))
         for name in plan.carried:
             assert native.carried is not None
-            theirs = published(name, layout)
+            theirs = published_name(name, layout)
             put(theirs, cast(native.carried.read(name), plan.infos[theirs].dtype, name=theirs))
             advance(plan.infos[theirs].nbytes)

@@ -90,7 +90,7 @@ def canonical(name: str, layout: Layout) -> str | None:
     return None
 
 
-def published(name: str, layout: Layout) -> str:
+def published_name(name: str, layout: Layout) -> str:
     """The published name of a canonical one."""
     for theirs, ours in _PREFIXES[layout]:
         if name.startswith(ours):

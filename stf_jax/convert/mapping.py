@@ -44,7 +44,7 @@ def table(config: LlavaConfig, *, vocabulary: int | None = None) -> tuple[Entry,
     )
 
 
-def carried(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
+def carried_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
     """Tensors that the model does not compute with but that belong to the checkpoint: their shapes.
 
     They are the tower's layers after the last tap and its last norm.
@@ -77,7 +77,7 @@ def tower_entries(vision: VisionConfig, *, layers: int) -> tuple[Entry, ...]:
     def one(native: str, torch: str, *shape: int) -> Entry:
         return make_entry(f"vision/{native}", TOWER + torch, shape, shape, SAME)
 
-    def stacked(
+    def stack_entry(
         native: str, torch: str, shape: tuple[int, ...], to: tuple[int, ...], transform: Transform
     ) -> Entry:
         name = f"{TOWER}encoder.layers.{{}}.{torch}"
@@ -100,19 +100,19 @@ def tower_entries(vision: VisionConfig, *, layers: int) -> tuple[Entry, ...]:
     ]
     for native, torch in (("attention_norm", "layer_norm1"), ("mlp_norm", "layer_norm2")):
         entries += [
-            stacked(f"{native}/scale", f"{torch}.weight", (width,), (width,), SAME),
-            stacked(f"{native}/bias", f"{torch}.bias", (width,), (width,), SAME),
+            stack_entry(f"{native}/scale", f"{torch}.weight", (width,), (width,), SAME),
+            stack_entry(f"{native}/bias", f"{torch}.bias", (width,), (width,), SAME),
         ]
     for native, torch in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
         entries += [
-            stacked(
+            stack_entry(
                 f"attention/{native}/kernel",
                 f"self_attn.{torch}.weight",
                 (width, width),
                 (width, heads, head_dim),
                 split_heads(heads),
             ),
-            stacked(
+            stack_entry(
                 f"attention/{native}/bias",
                 f"self_attn.{torch}.bias",
                 (width,),
@@ -121,28 +121,28 @@ def tower_entries(vision: VisionConfig, *, layers: int) -> tuple[Entry, ...]:
             ),
         ]
     entries += [
-        stacked(
+        stack_entry(
             "attention/output/kernel",
             "self_attn.out_proj.weight",
             (width, width),
             (heads, head_dim, width),
             join_heads(heads),
         ),
-        stacked("attention/output/bias", "self_attn.out_proj.bias", (width,), (width,), SAME),
+        stack_entry("attention/output/bias", "self_attn.out_proj.bias", (width,), (width,), SAME),
     ]
     for native, torch, inputs, outputs in (
         ("linear_1", "fc1", width, hidden),
         ("linear_2", "fc2", hidden, width),
     ):
         entries += [
-            stacked(
+            stack_entry(
                 f"mlp/{native}/kernel",
                 f"mlp.{torch}.weight",
                 (outputs, inputs),
                 (inputs, outputs),
                 LINEAR,
             ),
-            stacked(f"mlp/{native}/bias", f"mlp.{torch}.bias", (outputs,), (outputs,), SAME),
+            stack_entry(f"mlp/{native}/bias", f"mlp.{torch}.bias", (outputs,), (outputs,), SAME),
         ]
     return tuple(entries)
 
@@ -158,7 +158,7 @@ def text_entries(text: TextConfig, *, vocabulary: int) -> tuple[Entry, ...]:
     heads, head_dim = text.heads, text.head_dim
     padded = text.padded_vocab_size
 
-    def stacked(
+    def stack_entry(
         native: str, torch: str, shape: tuple[int, ...], to: tuple[int, ...], transform: Transform
     ) -> Entry:
         name = f"model.layers.{{}}.{torch}.weight"
@@ -172,8 +172,8 @@ def text_entries(text: TextConfig, *, vocabulary: int) -> tuple[Entry, ...]:
             (padded, width),
             embedding(vocabulary, padded),
         ),
-        stacked("attention_norm/scale", "input_layernorm", (width,), (width,), SAME),
-        stacked("mlp_norm/scale", "post_attention_layernorm", (width,), (width,), SAME),
+        stack_entry("attention_norm/scale", "input_layernorm", (width,), (width,), SAME),
+        stack_entry("mlp_norm/scale", "post_attention_layernorm", (width,), (width,), SAME),
     ]
     for native, torch, count in (
         ("query", "q_proj", heads),
@@ -181,7 +181,7 @@ def text_entries(text: TextConfig, *, vocabulary: int) -> tuple[Entry, ...]:
         ("value", "v_proj", text.kv_heads),
     ):
         entries.append(
-            stacked(
+            stack_entry(
                 f"attention/{native}/kernel",
                 f"self_attn.{torch}",
                 (count * head_dim, width),
@@ -190,7 +190,7 @@ def text_entries(text: TextConfig, *, vocabulary: int) -> tuple[Entry, ...]:
             )
         )
     entries.append(
-        stacked(
+        stack_entry(
             "attention/output/kernel",
             "self_attn.o_proj",
             (width, heads * head_dim),
@@ -204,7 +204,7 @@ def text_entries(text: TextConfig, *, vocabulary: int) -> tuple[Entry, ...]:
         ("down", "down_proj", hidden, width),
     ):
         entries.append(
-            stacked(
+            stack_entry(
                 f"mlp/{native}/kernel",
                 f"mlp.{torch}",
                 (outputs, inputs),

@@ -19,7 +19,7 @@ from stf_jax.convert.dtypes import FLOATS, Array, DType, FloatName, cast, common
 from stf_jax.convert.hf_config import TEXT_DEFAULTS, text_from_hf
 from stf_jax.convert.infer import infer_system
 from stf_jax.convert.layouts import Layout
-from stf_jax.convert.mapping import carried, connector_entries, is_buffer, table
+from stf_jax.convert.mapping import carried_shapes, connector_entries, is_buffer, table
 from stf_jax.convert.parts import Part, RandomTensors, Tensor, open_part
 from stf_jax.convert.sidecars import language_keys
 from stf_jax.convert.tower import TowerChoice, choose_tower
@@ -171,7 +171,7 @@ def open_source(
             system
             if isinstance(system, System)
             else _name_checkpoint(
-                part, lambda: get_system(system or "stf").sized(vision=tower.config, text=text)
+                part, lambda: get_system(system or "stf").for_model(vision=tower.config, text=text)
             )
         )
     elif system is not None:
@@ -286,7 +286,7 @@ def _check(
 ) -> tuple[str, ...]:
     """The carried tensors, once every tensor is known to be there and to fit."""
     needed = {name: entry.shape for entry in entries for name in entry.tensors}
-    may_be = carried(config)
+    may_be = carried_shapes(config)
     if config.text.tie_embeddings:
         may_be["lm_head.weight"] = needed["model.embed_tokens.weight"]
     problems = [f"missing: {name} {shape}" for name, shape in needed.items() if name not in tensors]

@@ -18,7 +18,7 @@ class Batch:
         positions: rotary positions, from 0 in each segment.
         segments: which conversation of a packed row a position belongs to, from 1; 0 is padding.
         image_slots: index into the row's I*K image tokens, -1 where text is.
-        pixels: images, channels last, zeros where a row has fewer than I; normalised for the model,
+        pixels: images, channels last, zeros where a row has fewer than I; normalized for the model,
             8-bit values on their way into a training step.
     """
 

@@ -328,10 +328,10 @@ class ImageProcessor:
         Raises:
           ImageError: see `square`.
         """
-        return self.normalise(self.square(image))
+        return self.normalize(self.square(image))
 
     def square(self, image: Image.Image) -> np.ndarray:
-        """The same before normalisation, uint8 [S, S, 3]: a quarter of the bytes.
+        """The same before normalization, uint8 [S, S, 3]: a quarter of the bytes.
 
         Raises:
           ImageError: not RGB, or so long and thin that padding or resizing it would make more than
@@ -342,7 +342,7 @@ class ImageProcessor:
         self.check_size(*image.size)
         return np.asarray(self._square(image), np.uint8)
 
-    def normalise(self, squares: Pixels) -> Pixels:
+    def normalize(self, squares: Pixels) -> Pixels:
         """Pixels float32 [..., S, S, 3] of uint8 values of the same shape, in numpy or in JAX."""
         mean, std = np.array(self.mean), np.array(self.std)
         scale, bias = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)

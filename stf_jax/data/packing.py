@@ -44,7 +44,7 @@ class Rows:
         return Rows(examples=self.examples[starts + np.arange(offsets[-1])], offsets=offsets)
 
 
-def shuffled(count: int, *, key: Sequence[int]) -> np.ndarray:
+def permutation(count: int, *, key: Sequence[int]) -> np.ndarray:
     """A permutation int64 [count] that depends on `key` alone, not on numpy's version.
 
     Numbers are sorted by their splitmix64 hash (Steele et al., 2014).

@@ -78,7 +78,7 @@ class TrainingStep:
       step: its number; going on from it is `batches(start_step=step + 1)`.
       example_ids: what stands in each row, in order; "dataset/id" if there are several datasets.
       batch: numpy arrays with this host's rows; pixels are 8-bit values, a quarter of the bytes,
-        which the training step normalises.
+        which the training step normalizes.
       lost: what was to stand there and could not be read.
     """
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from stf_jax.data.config import Packing
-from stf_jax.data.packing import Rows, group, pack, shuffled
+from stf_jax.data.packing import Rows, group, pack, permutation
 
 # Examples packed together: fewer fill rows worse, more take longer and mix no better.
 _WINDOW = 16384
@@ -57,7 +57,7 @@ class Planner:
 
     def _plan_rows(self, epoch: int) -> Rows:
         examples = self.examples(epoch)
-        order = examples[shuffled(len(examples), key=(self.seed, epoch, _EXAMPLES))]
+        order = examples[permutation(len(examples), key=(self.seed, epoch, _EXAMPLES))]
         if self.packing == "single":
             return Rows.singles(order)
         if self.packing == "grouped":
@@ -72,7 +72,7 @@ class Planner:
             row_images=self.row_images,
             window=_WINDOW,
         )
-        return rows.reorder(shuffled(len(rows), key=(self.seed, epoch, _ROWS)))
+        return rows.reorder(permutation(len(rows), key=(self.seed, epoch, _ROWS)))
 
     def examples(self, epoch: int) -> np.ndarray:
         """The examples of an epoch, dataset by dataset.
@@ -87,7 +87,7 @@ class Planner:
             while place < end:
                 turn, start = divmod(place, len(pool))
                 stop = min(len(pool), start + end - place)
-                order = shuffled(len(pool), key=(self.seed, number, turn, len(pool)))
+                order = permutation(len(pool), key=(self.seed, number, turn, len(pool)))
                 taken.append(pool[order[start:stop]])
                 place += stop - start
         return np.concatenate(taken)

@@ -42,7 +42,7 @@ def write_corpus(out: Path, *, train: int, held_out: int, seed: int) -> None:
                 _sample(f"{name}-{kind}", name, [(REQUEST, caption(scene, rng))])
                 for kind, caption in scenes.CAPTIONS.items()
             ]
-            conversations.append(_sample(name, name, scenes.shuffled(asked, rng)))
+            conversations.append(_sample(name, name, scenes.shuffle(asked, rng)))
         rng, scans = np.random.default_rng([seed, 1]), Scans.load("test")
         unseen: list[dict[str, Any]] = []
         for number in range(held_out):

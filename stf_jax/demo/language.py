@@ -220,7 +220,7 @@ def read_rows(
         text = phase.texts[row % len(phase.texts)]
         if text == "questions":
             asked = scenes.questions(scene, rng, of_each=of_each)
-            turns = scenes.shuffled([one for one in asked if one.kind in kinds], rng)
+            turns = scenes.shuffle([one for one in asked if one.kind in kinds], rng)
         else:
             turns = [("", CAPTIONS[text](scene, rng))]
         template = get_template("v1" if text == "questions" else "plain")

@@ -176,7 +176,7 @@ def questions(scene: Scene, rng: np.random.Generator, *, of_each: int) -> list[Q
     return [question for turn in zip(*by_kind, strict=True) for question in turn]
 
 
-def shuffled(asked: Sequence[Question], rng: np.random.Generator) -> list[tuple[str, str]]:
+def shuffle(asked: Sequence[Question], rng: np.random.Generator) -> list[tuple[str, str]]:
     """Questions and answers of a conversation: any kind may come first, as when one is asked."""
     return [(asked[number].text, asked[number].answer) for number in rng.permutation(len(asked))]
 

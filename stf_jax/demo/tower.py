@@ -113,7 +113,7 @@ def train_tower(
     moments, rng = optimizer.init(parameters), np.random.default_rng(seed)
     for number in range(1, steps + 1):
         chosen = rng.integers(scene_count, size=_BATCH)
-        batch = Captioned(pixels=processor.normalise(pool.pixels[chosen]), words=pool.words[chosen])
+        batch = Captioned(pixels=processor.normalize(pool.pixels[chosen]), words=pool.words[chosen])
         parameters, moments, lost = step(parameters, moments, batch)
         if number % _EVERY == 0 or number == steps:
             say(f"tower: step {number} of {steps}, loss {float(lost):.3f}")

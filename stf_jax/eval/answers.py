@@ -55,7 +55,7 @@ def read_answers(path: Path) -> list[AnswerRecord]:
 
 
 def answer_line(question: Question, text: str, *, model_id: str) -> str:
-    """The line that records an answer, in the reference's fields and order (FACTS section 6).
+    """The line that records an answer, in the reference's fields and order.
 
     `answer_id` is drawn from what it names rather than at random, so that a run that was stopped
     and taken up again writes the same file as one left alone.

@@ -1,4 +1,4 @@
-"""How EvalAI's VQA evaluation writes an answer before it compares: FACTS section 6.
+"""How EvalAI's VQA evaluation writes an answer before it compares, bug for bug.
 
 VQAv2 and VizWiz are submitted in this form, and TextVQA is scored in it. The oddities are part of
 the metric: scores are comparable only if every one is kept.
@@ -48,7 +48,7 @@ _CONTRACTIONS = {
 } | {"somebody'd": "somebodyd"}
 
 
-def normalise_answer(text: str) -> str:
+def normalize_answer(text: str) -> str:
     """The form in which EvalAI compares an answer: "Two dogs." is "2 dogs"."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()

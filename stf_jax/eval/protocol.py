@@ -15,7 +15,7 @@ from stf_jax.util.files import read_json, sha256, write_json
 
 NAME = "protocol.json"
 
-# Other harnesses leave OCR tokens out, or have other system texts or limits: FACTS section 6.
+# Other harnesses leave OCR tokens out, or have other system texts or limits (docs/evaluation.md).
 _FOLLOWS = "LLaVA-1.5's own evaluation scripts, as LLaVA-STF runs them"
 _PACKAGES = ("stf-jax", "jax", "jaxlib", "flax", "numpy", "pillow", "sentencepiece", "transformers")
 

@@ -45,7 +45,7 @@ class Reply:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How every question of a benchmark is put and answered (FACTS section 6); always greedy."""
+    """How every question of a benchmark is put and answered by the reference; always greedy."""
 
     template: str = "v1"
     max_new_tokens: int = 128

@@ -7,7 +7,7 @@ from typing import Any
 
 from stf_jax.eval.answers import AnswerRecord, pair
 from stf_jax.eval.benchmark import Benchmark, Paths, Score
-from stf_jax.eval.evalai import normalise_answer
+from stf_jax.eval.evalai import normalize_answer
 from stf_jax.eval.files import check_fields, check_kinds
 from stf_jax.eval.questions import read_llava_questions
 from stf_jax.util.files import read_json
@@ -31,8 +31,8 @@ def _key(answer: AnswerRecord) -> tuple[str, str]:
 
 def _agreement(text: str, people: Sequence[str]) -> float:
     """The mean, over each person left out, of min(1, others who agree / 3)."""
-    said = normalise_answer(text)
-    agrees = [normalise_answer(one) == said for one in people]
+    said = normalize_answer(text)
+    agrees = [normalize_answer(one) == said for one in people]
     total = sum(agrees)
     # An answer that nobody gave is 0 either way.
     return _sum(min(1, (total - one) / _ENOUGH) for one in agrees) / _PEOPLE

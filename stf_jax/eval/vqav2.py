@@ -5,7 +5,7 @@ from pathlib import Path
 
 from stf_jax.eval.answers import AnswerRecord, by_id
 from stf_jax.eval.benchmark import Benchmark, Paths, Score, score_on_server
-from stf_jax.eval.evalai import normalise_answer
+from stf_jax.eval.evalai import normalize_answer
 from stf_jax.eval.files import read_jsonl
 from stf_jax.eval.questions import read_llava_questions
 from stf_jax.util.files import name_some, write_json
@@ -32,7 +32,7 @@ def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -
 
 def _submit(paths: Paths, answers: Sequence[AnswerRecord], folder: Path) -> Path:
     """A JSON list of {question_id, answer} for every test question, "" where it is not asked."""
-    texts = {by_id(answer): normalise_answer(answer.text) for answer in answers}
+    texts = {by_id(answer): normalize_answer(answer.text) for answer in answers}
     out = folder / "vqav2_upload.json"
     write_json(
         out,

@@ -1,7 +1,7 @@
 """Low-rank adapters beside frozen weights: y = x W + (alpha / r) dropout(x) A B.
 
 Hu et al. 2021, arXiv 2106.09685. LLaVA puts them on every matmul of the decoder's layers
-(FACTS section 3).
+(arXiv 2310.03744).
 """
 
 import dataclasses

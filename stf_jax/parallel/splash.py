@@ -24,7 +24,7 @@ def splash_attention(
 ) -> Float[Array, "B T N D"]:
     """softmax(q k^T / sqrt(D)) v among positions of the same segment, on one device.
 
-    Lengths are padded to whole blocks, with segment 0. Unlike `Mask`, segment 0 sees segment 0,
+    Lengths are padded to whole blocks, with segment 0. Unlike `causal`, segment 0 sees segment 0,
     which changes no position that means anything.
 
     Args:

@@ -48,7 +48,7 @@ class Collective:
         rounds = 2 if self.kind == "all-reduce" else 1
         return rounds * self.bytes * (self.group - 1) / self.group
 
-    def exposed(self, seconds: float, clock: float) -> float:
+    def exposure(self, seconds: float, clock: float) -> float:
         """How many of its seconds the chip waits for it."""
         return max(0.0, seconds - self.beside / clock)
 

@@ -149,12 +149,12 @@ def compile_and_read(compile: Callable[[dict[str, Any]], Any]) -> tuple[Any, str
             with explain_memory("the program does not fit into the memory of a device"):
                 compiled = compile(options)
         except DeviceMemoryError as error:
-            return needed(str(error.__cause__)), ""
+            return parse_needed(str(error.__cause__)), ""
         (text,) = (path.read_text() for path in Path(folder).glob("*.after_codegen.txt"))
     return compiled, text
 
 
-def needed(message: str) -> int:
+def parse_needed(message: str) -> int:
     """Bytes that the compiler would have needed: "Used 17.2G of 15.75G hbm", or in other words."""
     found = re.search(r"Used ([\d.]+)([KMGT]?) of", message) or re.search(
         r"\(([\d.]+)([KMGT]?)\) exceeds", message

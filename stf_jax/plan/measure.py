@@ -39,7 +39,7 @@ def measure(
     links = {one: times for one, times in work.collectives.items() if not one.dcn}
     # A chip alone has no links.
     seconds = {one: one.traffic / topology.rate for one in links}
-    exposed = {one: one.exposed(seconds[one], chip.clock) for one in links}
+    exposed = {one: one.exposure(seconds[one], chip.clock) for one in links}
     return {
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,

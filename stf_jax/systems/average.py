@@ -43,14 +43,14 @@ class Average(STF):
     }
 
     @classmethod
-    def sized(cls, *, vision: VisionConfig, text: TextConfig) -> "Average":
+    def for_model(cls, *, vision: VisionConfig, text: TextConfig) -> "Average":
         """LLaVA-1.5's projector."""
         return cls(taps=(vision.layers - 1,), projector_width=text.width)
 
     @classmethod
     def variants(cls, *, vision: VisionConfig, text: TextConfig) -> Mapping[str, Variant]:
         """One."""
-        return {cls.name: Variant(title=cls.title, system=cls.sized(vision=vision, text=text))}
+        return {cls.name: Variant(title=cls.title, system=cls.for_model(vision=vision, text=text))}
 
     def token_width(self, vision: VisionConfig) -> int:
         """That of a patch."""

@@ -58,14 +58,14 @@ class System:
             )
 
     @classmethod
-    def sized(cls, *, vision: VisionConfig, text: TextConfig) -> "System":
+    def for_model(cls, *, vision: VisionConfig, text: TextConfig) -> "System":
         """The system with its published proportions, for a tower and a language model."""
         return cls(taps=(vision.layers - 1,), projector_width=text.width)
 
     @classmethod
     def variants(cls, *, vision: VisionConfig, text: TextConfig) -> Mapping[str, "Variant"]:
         """The forms of this system that a comparison shows, by name."""
-        return {cls.name: Variant(title=cls.title, system=cls.sized(vision=vision, text=text))}
+        return {cls.name: Variant(title=cls.title, system=cls.for_model(vision=vision, text=text))}
 
     def check(self, vision: VisionConfig, text: TextConfig) -> None:
         """Refuses a tower or a language model that this system does not fit.
@@ -179,6 +179,9 @@ class System:
         """One line for `inspect`: the name, and the fields that are not the projector's."""
         fields = {**dataclasses.asdict(self), "taps": ", ".join(map(str, self.taps))}
         del fields["projector_width"]
+        for key, value in fields.items():
+            if isinstance(value, Mapping):
+                fields[key] = ", ".join(f"{name} {part}" for name, part in value.items())
         return "; ".join([self.name, *(f"{key} {value}" for key, value in fields.items())])
 
     def to_dict(self) -> dict[str, Any]:
@@ -233,10 +236,11 @@ def published_models(systems: Mapping[str, type[System]]) -> Iterator[tuple[str,
     for system in systems.values():
         for size, make in _TEXTS.items():
             text = make()
-            sized = system.sized(vision=vision, text=text)
             yield (
                 f"{system.family}_{size}",
-                LlavaConfig(vision=vision, text=text, system=sized),
+                LlavaConfig(
+                    vision=vision, text=text, system=system.for_model(vision=vision, text=text)
+                ),
             )
 
 

@@ -32,7 +32,7 @@ class Downsample(System):
         check_positive(self, "side")
 
     @classmethod
-    def sized(cls, *, vision: VisionConfig, text: TextConfig) -> "Downsample":
+    def for_model(cls, *, vision: VisionConfig, text: TextConfig) -> "Downsample":
         """Half the side, rounded down to whole patches: a quarter of the tokens."""
         side = max(vision.grid // 2, 1) * vision.patch_size
         return cls(taps=(vision.layers - 1,), projector_width=text.width, side=side)

@@ -38,7 +38,7 @@ class Random(System):
             raise ValueError(f"Random.seed is {self.seed}; give 0 or more")
 
     @classmethod
-    def sized(cls, *, vision: VisionConfig, text: TextConfig) -> "Random":
+    def for_model(cls, *, vision: VisionConfig, text: TextConfig) -> "Random":
         """A quarter of the patches, as the published systems keep."""
         quarter = max(vision.patches // 4, 1)
         return cls(taps=(vision.layers - 1,), projector_width=text.width, keep=quarter)

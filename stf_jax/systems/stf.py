@@ -81,7 +81,7 @@ class STF(System):
             raise ValueError(f"{len(self.taps)} taps need mbtf to mix them; without it, give one")
 
     @classmethod
-    def sized(cls, *, vision: VisionConfig, text: TextConfig) -> "STF":
+    def for_model(cls, *, vision: VisionConfig, text: TextConfig) -> "STF":
         """The released proportions: 4 and 16 tower widths, the last block but one and every third.
 
         A tower of 24 layers gets `STF_TAPS`.
@@ -96,7 +96,7 @@ class STF(System):
     @classmethod
     def variants(cls, *, vision: VisionConfig, text: TextConfig) -> Mapping[str, Variant]:
         """The paper's ablation: STF alone, and both."""
-        both = cls.sized(vision=vision, text=text)
+        both = cls.for_model(vision=vision, text=text)
         alone = dataclasses.replace(both, taps=both.taps[:1], mbtf=None)
         return {
             "stf": Variant(title="STF", system=alone),

@@ -36,7 +36,7 @@ class Interruption:
     ) -> None:
         self._restore()
 
-    def requested(self, step: int) -> bool:
+    def is_requested(self, step: int) -> bool:
         """Whether to leave before this step; to be asked before each, on every host."""
         if self._alone:
             return self._came

@@ -153,7 +153,7 @@ class _Run:
         batches = self.data.batches(start_step=start, stop_step=stop, rows=rows)
         with contextlib.closing(batches), contextlib.ExitStack() as tracing:
             for number in range(start, stop):
-                if self.interruption.requested(number):
+                if self.interruption.is_requested(number):
                     report.write()
                     self.checkpoints.save(number, state)
                     self.checkpoints.wait()

@@ -134,7 +134,7 @@ def make_program(
         remat=config.remat,
         dtype=dtype,
         seed=config.seed,
-        normalise=(image_processor or ImageProcessor()).normalise,
+        normalize_pixels=(image_processor or ImageProcessor()).normalize,
     )
     state = jax.eval_shape(lambda parameters: init_state(parameters, optimizer), trained)
     return TrainProgram(

@@ -61,7 +61,7 @@ def make_step(
     remat: Remat = "none",
     dtype: DTypeLike = jnp.float32,
     seed: int = 0,
-    normalise: Callable[[Array], Array] = lambda pixels: pixels,
+    normalize_pixels: Callable[[Array], Array] = lambda pixels: pixels,
 ) -> Step:
     """The jitted step (state, frozen parameters, batch) -> (state, metrics); the state is donated.
 
@@ -78,7 +78,7 @@ def make_step(
         remat: what the backward pass computes again rather than stores.
         dtype: of the forward and backward pass.
         seed: of the adapters' dropout, whose masks follow from it and the step's number.
-        normalise: makes the model's pixels of the batch's.
+        normalize_pixels: makes the model's pixels of the batch's.
     """
     graph = nnx.graphdef(model)
     dropout = flatten(nnx.to_pure_dict(nnx.state(model, DropoutKey)))
@@ -94,7 +94,7 @@ def make_step(
         trained: Parameters, frozen: Parameters, keys: Parameters, batch: Batch
     ) -> tuple[Array, Array]:
         leaves = {path: leaf.astype(dtype) for path, leaf in {**trained, **frozen}.items()} | keys
-        batch = dataclasses.replace(batch, pixels=normalise(batch.pixels))
+        batch = dataclasses.replace(batch, pixels=normalize_pixels(batch.pixels))
         return nnx.merge(graph, unflatten(leaves)).loss(batch, remat=remat)
 
     def step(state: TrainState, frozen: Parameters, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -111,10 +111,10 @@ def make_step(
             (loss, gradient), (rows, weight, number) = carry, at
             keys = dropout_keys(state.step, number)
 
-            def weighted(trained: Parameters) -> Array:
+            def weigh(trained: Parameters) -> Array:
                 return loss_of(trained, frozen, keys, rows)[0] * weight
 
-            part, slope = jax.value_and_grad(weighted)(state.parameters)
+            part, slope = jax.value_and_grad(weigh)(state.parameters)
             return (loss + part, jax.tree.map(jnp.add, gradient, slope)), None
 
         zero = jax.tree.map(jnp.zeros_like, state.parameters)

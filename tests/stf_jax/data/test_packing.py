@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import mix665k
-from stf_jax.data.packing import Rows, group, pack, shuffled
+from stf_jax.data.packing import Rows, group, pack, permutation
 
 lengths_and_images = st.lists(
     st.tuples(st.integers(1, 64), st.integers(0, 3)), min_size=1, max_size=200
@@ -18,7 +18,7 @@ def test_every_example_once_and_no_row_too_full(
     sizes: list[tuple[int, int]], seed: int, window: int
 ):
     lengths, images = np.array(sizes).T
-    order = shuffled(len(sizes), key=(seed, 0))
+    order = permutation(len(sizes), key=(seed, 0))
     rows = pack(order, lengths=lengths, images=images, row_length=64, row_images=3, window=window)
     seen = np.concatenate([rows[row] for row in range(len(rows))])
     np.testing.assert_array_equal(np.sort(seen), np.arange(len(sizes)))
@@ -44,13 +44,13 @@ def test_best_fit_leaves_no_two_rows_that_would_fit_in_one(sizes: list[tuple[int
 
 @given(count=st.integers(0, 500), key=st.lists(st.integers(0, 2**64), min_size=1, max_size=3))
 def test_shuffled_is_a_permutation(count: int, key: list[int]):
-    np.testing.assert_array_equal(np.sort(shuffled(count, key=key)), np.arange(count))
+    np.testing.assert_array_equal(np.sort(permutation(count, key=key)), np.arange(count))
 
 
 def test_shuffled_depends_on_the_key():
-    orders = [tuple(shuffled(100, key=key)) for key in ((0, 0), (0, 1), (1, 0))]
+    orders = [tuple(permutation(100, key=key)) for key in ((0, 0), (0, 1), (1, 0))]
     assert len(set(orders)) == 3
-    assert orders[0] == tuple(shuffled(100, key=(0, 0)))
+    assert orders[0] == tuple(permutation(100, key=(0, 0)))
     # Neighbours stay neighbours by chance only: about one pair in a hundred either way.
     gaps = np.abs(np.diff(np.argsort(orders[0])))
     assert (gaps == 1).sum() < 10
@@ -60,7 +60,7 @@ def test_shuffled_depends_on_the_key():
 @given(sizes=lengths_and_images, batch=st.integers(1, 20))
 def test_groups_are_of_one_modality_and_descend(sizes: list[tuple[int, int]], batch: int):
     lengths, images = np.array(sizes).T
-    order = shuffled(len(sizes), key=(3,))
+    order = permutation(len(sizes), key=(3,))
     grouped = group(order, lengths=lengths, images=images, batch_size=batch)
     np.testing.assert_array_equal(np.sort(grouped), np.arange(len(sizes)))
     whole = sum(kind.sum() // batch for kind in (images > 0, images == 0))
@@ -78,7 +78,7 @@ def test_reordered_rows_keep_their_examples():
         row_length=40,
         row_images=0,
     )
-    order = shuffled(len(rows), key=(1,))
+    order = permutation(len(rows), key=(1,))
     moved = rows.reorder(order)
     assert isinstance(moved, Rows)
     for new, old in enumerate(order):
@@ -89,7 +89,7 @@ def test_rows_are_full_on_a_mixture_like_llava():
     """At least 97 %, where padded batches of the reference's order are far from it."""
     count = 40_000
     lengths, pictures = mix665k.lengths(count)
-    order = shuffled(count, key=(0,))
+    order = permutation(count, key=(0,))
     rows = pack(order, lengths=lengths, images=pictures, row_length=2048, row_images=8)
     assert lengths.sum() / (len(rows) * 2048) >= 0.97
     grouped = group(order, lengths=lengths, images=pictures, batch_size=128)

@@ -76,7 +76,7 @@ def test_no_question_comes_twice() -> None:
 def test_any_kind_comes_first_in_a_conversation() -> None:
     random = rng()
     first = {
-        scenes.shuffled(scenes.questions(Scene.draw(random), random, of_each=1), random)[0][0][:7]
+        scenes.shuffle(scenes.questions(Scene.draw(random), random, of_each=1), random)[0][0][:7]
         for _ in range(50)
     }
     assert first == {"Which d", "Which c", "What is", "How man"}

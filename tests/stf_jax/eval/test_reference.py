@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stf_jax.eval.evalai import normalise_answer
+from stf_jax.eval.evalai import normalize_answer
 from stf_jax.eval.pope import says_yes
 from stf_jax.eval.registry import get_benchmark
 from stf_jax.eval.runner import score_file
@@ -62,20 +62,20 @@ def test_scienceqa(files: Path, expected: Any) -> None:
 def test_every_string_of_the_processor(files: Path) -> None:
     pairs = json.loads((files / "evalai_answer_processor.json").read_text())
     assert pairs
-    wrong = [(text, normalise_answer(text), true) for text, true in pairs]
+    wrong = [(text, normalize_answer(text), true) for text, true in pairs]
     assert [one for one in wrong if one[1] != one[2]] == []
 
 
 def test_only_the_first_32_periods_go() -> None:
-    assert normalise_answer("a." * 40 + "b") == "a" * 32 + "a." * 8 + "b"
+    assert normalize_answer("a." * 40 + "b") == "a" * 32 + "a." * 8 + "b"
 
 
 @given(st.text(alphabet=st.characters(codec="ascii")))
 def test_processor_leaves_no_outer_space_and_no_article(text: str) -> None:
-    words = normalise_answer(text).split(" ")
+    words = normalize_answer(text).split(" ")
     assert words == [""] or all(words)
     assert not {"a", "an", "the"} & set(words)
-    assert normalise_answer(text) == normalise_answer(text.upper())
+    assert normalize_answer(text) == normalize_answer(text.upper())
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ TEXT = TextConfig(
     vocab_size=1024, width=256, mlp_width=512, layers=3, heads=4, kv_heads=2, head_dim=64
 )
 CONFIGS = {
-    name: LlavaConfig(vision=VISION, text=TEXT, system=system.sized(vision=VISION, text=TEXT))
+    name: LlavaConfig(vision=VISION, text=TEXT, system=system.for_model(vision=VISION, text=TEXT))
     for name, system in SYSTEMS.items()
 }
 ROWS, LENGTH, IMAGES = 2, 256, 2

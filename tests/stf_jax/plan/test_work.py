@@ -126,8 +126,8 @@ def test_a_collective_that_the_sparsecore_runs_beside_other_work() -> None:
     ((gather, times),) = work.collectives.items()
     assert (gather.kind, gather.bytes, gather.group, times) == ("all-gather", 64 * 128 * 2, 8, 1)
     assert gather.beside == 300
-    assert gather.exposed(seconds=5.0, clock=100) == 2
-    assert gather.exposed(seconds=2.0, clock=100) == 0
+    assert gather.exposure(seconds=5.0, clock=100) == 2
+    assert gather.exposure(seconds=2.0, clock=100) == 0
 
 
 def test_a_loop_without_end_is_not_guessed() -> None:

@@ -20,7 +20,7 @@ VISION, TEXT = VisionConfig.tiny(), TextConfig.tiny()
 
 def config_of(name: str) -> LlavaConfig:
     return LlavaConfig(
-        vision=VISION, text=TEXT, system=SYSTEMS[name].sized(vision=VISION, text=TEXT)
+        vision=VISION, text=TEXT, system=SYSTEMS[name].for_model(vision=VISION, text=TEXT)
     )
 
 

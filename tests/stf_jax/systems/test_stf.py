@@ -67,7 +67,7 @@ def test_blocks_are_fused_before_space() -> None:
 
 def test_the_released_sizes() -> None:
     vision, text = VisionConfig.clip_l_336(), TextConfig.vicuna_7b()
-    system = STF.sized(vision=vision, text=text)
+    system = STF.for_model(vision=vision, text=text)
     assert system == STF()
     assert system.taps == STF_TAPS == (23, 21, 18, 15, 12, 9, 6, 3)
     assert (system.tokens(vision), system.token_width(vision)) == (144, 4096)
