@@ -17,6 +17,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from stf_jax.data.forms import shorten
 from stf_jax.data.index import Index, index_name
 from stf_jax.data.tokenizer import Tokenizer
+from stf_jax.util.files import expand
 
 NAME = "llava"
 SPLIT = "train"
@@ -61,7 +62,7 @@ class Dataset:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
+        self.path = Path(expand(path))
         if str(path).startswith("gs:"):
             raise DatasetError(
                 f"{path}: ArrayRecord files are read from a file system; mount the bucket "
