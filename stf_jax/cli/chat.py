@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stf_jax.cli.verbs import FLOATS, Verbs, add_verb
+from stf_jax.cli.verbs import FLOATS, Verbs, add_verb, path
 
 if TYPE_CHECKING:
     from stf_jax.infer.chat import Chat
@@ -26,12 +26,13 @@ def add_chat(verbs: Verbs) -> None:
     parser = add_verb(verbs, "chat", _chat, "talk with a model about pictures")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = f"In the conversation:\n{_HELP}"
-    parser.add_argument("model", metavar="MODEL", help="as for generate")
+    parser.add_argument("model", metavar="MODEL", type=path, help="as for generate")
     parser.add_argument(
         "--image",
         action="append",
         default=[],
         metavar="FILE",
+        type=path,
         help="a picture for the first question; may be given several times",
     )
     parser.add_argument("--template", default="v1", metavar="NAME", help="(v1)")
@@ -40,7 +41,9 @@ def add_chat(verbs: Verbs) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="(1)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
     parser.add_argument("--dtype", choices=FLOATS, help="(float32 on CPU, else bfloat16)")
-    parser.add_argument("--vision-tower", metavar="DIR", help="CLIP, for a PyTorch directory")
+    parser.add_argument(
+        "--vision-tower", metavar="DIR", type=path, help="CLIP, for a PyTorch directory"
+    )
 
 
 def _chat(options: argparse.Namespace) -> None:
@@ -106,13 +109,13 @@ def _command(chat: "Chat", line: str) -> bool:
     except ValueError:
         raise ValueError(f'{line!r} has a quote that does not end; write "it\'s.png"') from None
     match name, arguments:
-        case "/image", [path]:
-            chat.show(path)
+        case "/image", [name_of_file]:
+            chat.show(path(name_of_file))
         case "/restart", []:
             chat.restart()
-        case "/save", [path]:
+        case "/save", [name_of_file]:
             text = json.dumps(chat.to_json(), indent=2, ensure_ascii=False)
-            Path(path).write_text(f"{text}\n", encoding="utf-8")
+            Path(path(name_of_file)).write_text(f"{text}\n", encoding="utf-8")
         case "/quit", []:
             return False
         case "/help", []:

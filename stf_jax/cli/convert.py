@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from stf_jax.cli.verbs import FLOATS, Verbs, add_verb
+from stf_jax.cli.verbs import FLOATS, Verbs, add_verb, path
 
 
 def add_convert(verbs: Verbs) -> None:
@@ -17,12 +17,17 @@ def add_convert(verbs: Verbs) -> None:
     parser.add_argument(
         "source",
         metavar="SRC",
+        type=path,
         help="LLaVA-STF, LLaVA-1.5, HF Llava, LLaMA, "
         "or a stage-1 adapter; a directory, for an adapter also the file",
     )
-    parser.add_argument("out", metavar="OUT", help="the new directory")
-    parser.add_argument("--vision-tower", metavar="DIR", help="CLIP, where SRC has none inside")
-    parser.add_argument("--base", metavar="DIR", help="the language model under an adapter")
+    parser.add_argument("out", metavar="OUT", type=path, help="the new directory")
+    parser.add_argument(
+        "--vision-tower", metavar="DIR", type=path, help="CLIP, where SRC has none inside"
+    )
+    parser.add_argument(
+        "--base", metavar="DIR", type=path, help="the language model under an adapter"
+    )
     parser.add_argument(
         "--system",
         metavar="NAME",
@@ -39,8 +44,10 @@ def add_convert(verbs: Verbs) -> None:
     )
 
     parser = add_verb(actions, "export", _export, "native -> PyTorch")
-    parser.add_argument("source", metavar="SRC", help="a native checkpoint, or a run's directory")
-    parser.add_argument("out", metavar="OUT", help="the new directory")
+    parser.add_argument(
+        "source", metavar="SRC", type=path, help="a native checkpoint, or a run's directory"
+    )
+    parser.add_argument("out", metavar="OUT", type=path, help="the new directory")
     parser.add_argument(
         "--layout",
         required=True,
@@ -63,9 +70,13 @@ def add_convert(verbs: Verbs) -> None:
         _inspect,
         "what a checkpoint is, and whether it is whole; exit status 1 if it is not",
     )
-    parser.add_argument("source", metavar="SRC", help="a directory or a file of weights")
-    parser.add_argument("--vision-tower", metavar="DIR", help="CLIP, where SRC has none inside")
-    parser.add_argument("--base", metavar="DIR", help="the language model under an adapter")
+    parser.add_argument("source", metavar="SRC", type=path, help="a directory or a file of weights")
+    parser.add_argument(
+        "--vision-tower", metavar="DIR", type=path, help="CLIP, where SRC has none inside"
+    )
+    parser.add_argument(
+        "--base", metavar="DIR", type=path, help="the language model under an adapter"
+    )
     parser.add_argument(
         "--verify",
         action="store_true",

@@ -6,7 +6,7 @@ import json
 import sys
 from typing import Any
 
-from stf_jax.cli.verbs import Verbs, add_verb
+from stf_jax.cli.verbs import Verbs, add_verb, path
 
 # Other than those of a mistake, so that a script can tell.
 NOT_CLEAN = 3
@@ -29,21 +29,29 @@ def add_data(verbs: Verbs) -> None:
     parser = add_verb(actions, "build", _build, "write what is fit to train on as a TFDS dataset")
     parser.epilog = "What was stopped goes on when it is called again."
     _add_files(parser)
-    parser.add_argument("out", metavar="OUT", help="the folder to make")
+    parser.add_argument("out", metavar="OUT", type=path, help="the folder to make")
     _add_model(parser)
     _add_work(parser)
 
     parser = add_verb(actions, "show", _show, "one example as the model will meet it")
-    parser.add_argument("dataset", metavar="DATASET", help="made by 'stf-jax data build'")
+    parser.add_argument(
+        "dataset", metavar="DATASET", type=path, help="made by 'stf-jax data build'"
+    )
     parser.add_argument("example", metavar="EXAMPLE", help="its id, or its place from 0")
     _add_model(parser)
     parser.add_argument("--strict-labels", action="store_true", help="the PyTorch reference's")
-    parser.add_argument("--png", metavar="FILE", help="to write what the vision tower will see")
+    parser.add_argument(
+        "--png", metavar="FILE", type=path, help="to write what the vision tower will see"
+    )
 
 
 def _add_files(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILE", help="LLaVA's JSON, or JSON lines")
-    parser.add_argument("--images", metavar="DIR", help="where the pictures' paths start")
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", type=path, help="LLaVA's JSON, or JSON lines"
+    )
+    parser.add_argument(
+        "--images", metavar="DIR", type=path, help="where the pictures' paths start"
+    )
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -51,9 +59,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--model",
         required=True,
         metavar="MODEL",
+        type=path,
         help="a native checkpoint or a PyTorch directory, for its tokenizer and image processor",
     )
-    parser.add_argument("--vision-tower", metavar="DIR", help="CLIP, for a PyTorch directory")
+    parser.add_argument(
+        "--vision-tower", metavar="DIR", type=path, help="CLIP, for a PyTorch directory"
+    )
     parser.add_argument(
         "--template", default="v1", metavar="NAME", help="form of the conversations (v1)"
     )
@@ -90,9 +101,14 @@ def _check(options: argparse.Namespace) -> int:
 
 def _build(options: argparse.Namespace) -> None:
     from stf_jax.data.builder import build
+    from stf_jax.util.disk import explain_full_disk
     from stf_jax.util.progress import count_progress, unwound_by_sigterm
 
-    with unwound_by_sigterm(), count_progress("Building") as progress:
+    with (
+        explain_full_disk(options.out),
+        unwound_by_sigterm(),
+        count_progress("Building") as progress,
+    ):
         report = build(
             options.files,
             options.out,

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from stf_jax.cli.train import INTERRUPTED
-from stf_jax.cli.verbs import Verbs, add_verb
+from stf_jax.cli.verbs import Verbs, add_verb, path
 
 _NEEDED = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 
@@ -28,7 +28,9 @@ def add_demo(verbs: Verbs) -> None:
         "--full", action="store_const", dest="size", const="full",
         help="all four arms of the paper; the default is two of them, in about ten minutes",
     )  # fmt: skip
-    parser.add_argument("--out", metavar="DIR", type=Path, help="(out/demo-SIZE)")
+    parser.add_argument(
+        "--out", metavar="DIR", type=lambda text: Path(path(text)), help="(out/demo-SIZE)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of scenes, weights and order (0)")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stf_jax.cli.train import add_hosts
-from stf_jax.cli.verbs import FLOATS, Verbs, add_verb
+from stf_jax.cli.verbs import FLOATS, Verbs, add_verb, path
 
 if TYPE_CHECKING:
     from stf_jax.eval.questions import Answerer
@@ -35,12 +35,16 @@ def add_eval(verbs: Verbs) -> None:
         help="vqav2, gqa, vizwiz, scienceqa, textvqa, pope, mme, mmbench, mmbench-cn or all",
     )
     parser.add_argument(
-        "model", metavar="MODEL", nargs="?", help="a native checkpoint or a PyTorch directory"
+        "model",
+        metavar="MODEL",
+        type=path,
+        nargs="?",
+        help="a native checkpoint or a PyTorch directory",
     )
     parser.add_argument(
         "--data",
         metavar="DIR",
-        type=Path,
+        type=lambda text: Path(path(text)),
         help="where LLaVA's Evaluation.md puts the benchmarks: playground/data/eval",
     )
     parser.add_argument(
@@ -51,16 +55,22 @@ def add_eval(verbs: Verbs) -> None:
         help="a file or folder that lies elsewhere, such as images=DIR; may be given several times",
     )
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, help="results, in a folder for each benchmark"
+        "--out",
+        metavar="DIR",
+        type=lambda text: Path(path(text)),
+        help="results, in a folder for each benchmark",
     )
     parser.add_argument(
-        "--answers", metavar="FILE", type=Path, help="score this answer file; no model is needed"
+        "--answers",
+        metavar="FILE",
+        type=lambda text: Path(path(text)),
+        help="score this answer file; no model is needed",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions (all)")
     parser.add_argument(
         "--config",
         metavar="FILE",
-        type=Path,
+        type=lambda text: Path(path(text)),
         help="slots, mesh and dtypes, as configs/stf-7b-inference.yaml; the options below go first",
     )
     parser.add_argument(
@@ -75,7 +85,9 @@ def add_eval(verbs: Verbs) -> None:
         "--cache-dtype", choices=("bfloat16", "int8"), help="of keys and values (as computed)"
     )
     parser.add_argument("--dtype", choices=FLOATS, help="(float32 on CPU, else bfloat16)")
-    parser.add_argument("--vision-tower", metavar="DIR", help="CLIP, for a PyTorch directory")
+    parser.add_argument(
+        "--vision-tower", metavar="DIR", type=path, help="CLIP, for a PyTorch directory"
+    )
     add_hosts(parser)
     parser.add_argument("--json", action="store_true", help="one object a benchmark")
 
@@ -206,8 +218,8 @@ def _mesh(text: str | None) -> "MeshConfig | None":
 def _paths(options: argparse.Namespace) -> dict[str, Path]:
     paths = {}
     for text in options.path:
-        role, equals, path = text.partition("=")
-        if not (role and equals and path):
+        role, equals, name = text.partition("=")
+        if not (role and equals and name):
             raise ValueError(f"--path is {text!r}; write it as ROLE=PATH, such as images=DIR")
-        paths[role] = Path(path)
+        paths[role] = Path(path(name))
     return paths

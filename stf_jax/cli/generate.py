@@ -5,7 +5,7 @@ import dataclasses
 import json
 import sys
 
-from stf_jax.cli.verbs import FLOATS, Verbs, add_verb
+from stf_jax.cli.verbs import FLOATS, Verbs, add_verb, path
 
 
 def add_generate(verbs: Verbs) -> None:
@@ -14,13 +14,17 @@ def add_generate(verbs: Verbs) -> None:
 
     parser = add_verb(verbs, "generate", _generate, "ask a model about pictures")
     parser.add_argument(
-        "model", metavar="MODEL", help="a native checkpoint, a PyTorch directory or a run's"
+        "model",
+        metavar="MODEL",
+        type=path,
+        help="a native checkpoint, a PyTorch directory or a run's",
     )
     parser.add_argument(
         "--image",
         action="append",
         default=[],
         metavar="FILE",
+        type=path,
         help="a picture; may be given several times",
     )
     parser.add_argument(
@@ -48,7 +52,9 @@ def add_generate(verbs: Verbs) -> None:
         help="a text that ends the answer; may be given several times",
     )
     parser.add_argument("--dtype", choices=FLOATS, help="(float32 on CPU, else bfloat16)")
-    parser.add_argument("--vision-tower", metavar="DIR", help="CLIP, for a PyTorch directory")
+    parser.add_argument(
+        "--vision-tower", metavar="DIR", type=path, help="CLIP, for a PyTorch directory"
+    )
     parser.add_argument(
         "--json", action="store_true", help="one object with text, token ids, counts"
     )

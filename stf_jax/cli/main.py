@@ -36,14 +36,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write("error: gs:// needs gcsfs: pip install 'stf-jax[gcs]'\n")
         return 1
-    except (OSError, ValueError) as error:
-        if not _raised_here(error):
-            raise
-        sys.stderr.write(f"error: {error}\n")
-        return 1
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        line = _explain(error)
+        if line is None:
+            raise
+        sys.stderr.write(f"error: {line}\n")
+        return 1
     return 0
+
+
+def _explain(error: Exception) -> str | None:
+    """What a user is told; None for a bug, which is to be seen whole."""
+    from stf_jax.util.disk import FullDiskError, full_disk_error, is_full
+
+    if is_full(error) and not isinstance(error, FullDiskError) and not _raised_here(error):
+        return str(full_disk_error(getattr(error, "filename", None) or os.getcwd()))
+    if isinstance(error, OSError | ValueError) and _raised_here(error):
+        return str(error)
+    return None
 
 
 def _raised_here(error: BaseException) -> bool:

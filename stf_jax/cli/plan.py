@@ -5,7 +5,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from stf_jax.cli.verbs import Verbs, add_verb
+from stf_jax.cli.verbs import Verbs, add_verb, path
 
 if TYPE_CHECKING:
     from stf_jax.plan.phases import InferencePlan
@@ -25,7 +25,7 @@ def add_plan(verbs: Verbs) -> None:
         f"Exit status: 0 if it fits, {DOES_NOT_FIT} if not."
     )
     parser.allow_abbrev = False
-    parser.add_argument("config", metavar="CONFIG", help="YAML, as in configs/")
+    parser.add_argument("config", metavar="CONFIG", type=path, help="YAML, as in configs/")
     parser.add_argument(
         "--topology",
         required=True,

@@ -2,7 +2,7 @@
 
 import argparse
 
-from stf_jax.cli.verbs import Verbs, add_verb
+from stf_jax.cli.verbs import Verbs, add_verb, path
 
 # "Try again later" of sysexits.h: a launcher starts such a run again, and no other.
 INTERRUPTED = 75
@@ -21,7 +21,7 @@ def add_train(verbs: Verbs) -> None:
         f"is finished, {INTERRUPTED} when SIGTERM or Ctrl-C has interrupted it, with a checkpoint."
     )
     parser.allow_abbrev = False
-    parser.add_argument("config", metavar="CONFIG", help="YAML, as in configs/")
+    parser.add_argument("config", metavar="CONFIG", type=path, help="YAML, as in configs/")
     add_hosts(parser)
     # What no argument takes is for the config.
     parser.set_defaults(overrides=[])

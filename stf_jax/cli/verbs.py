@@ -13,6 +13,13 @@ FLOATS = ("float32", "float16", "bfloat16")
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
+def path(text: str) -> str:
+    """The type of an argument that is a path; see `expand`."""
+    from stf_jax.util.files import expand
+
+    return expand(text)
+
+
 def add_verb(
     verbs: Verbs, name: str, run: Callable[[argparse.Namespace], int | None], summary: str
 ) -> argparse.ArgumentParser:

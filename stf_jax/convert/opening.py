@@ -13,6 +13,7 @@ from stf_jax.store.checkpoint import extra_files, flatten, is_native, place, unf
 from stf_jax.store.run import is_run, open_model
 from stf_jax.systems.base import LlavaConfig
 from stf_jax.util.errors import CheckpointError
+from stf_jax.util.files import expand
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,8 @@ def open_any(path: epath.PathLike, *, vision_tower: epath.PathLike | None = None
     Raises:
         CheckpointError: what is missing, damaged or does not fit, and what to do.
     """
-    path = epath.Path(path)
+    path = epath.Path(expand(path))
+    vision_tower = None if vision_tower is None else expand(vision_tower)
     if is_native(path) or is_run(path):
         if vision_tower is not None:
             raise CheckpointError(f"{path} has its vision tower inside; leave out --vision-tower")

@@ -37,7 +37,7 @@ from stf_jax.data.pool import map_in_processes
 from stf_jax.data.sources import RawExample, read_examples
 from stf_jax.data.tokenizer import Tokenizer
 from stf_jax.data.validator import CheckReport, Progress, Tally, check_folder, default_workers
-from stf_jax.util.files import read_json, sha256, write_json
+from stf_jax.util.files import expand, read_json, sha256, write_json
 
 _INDEX_CHUNK = 512
 
@@ -161,8 +161,10 @@ def build(
       DatasetError: `out` or its partial folder was made from something else.
     """
     template = get_template(template).name
+    out = Path(expand(out))
+    files = [expand(path) for path in files]
+    images = None if images is None else expand(images)
     check_folder(images)
-    out = Path(out)
     if str(out).startswith("gs:"):
         raise DatasetError(f"{out}: build on a disk, then copy the folder to the bucket")
     if examples_per_shard < 1:
@@ -170,7 +172,7 @@ def build(
     workers = default_workers(workers)
     tally = Tally(tokens_per_image=tokens_per_image, sequence_length=sequence_length)
     inspector = Inspector(
-        images=None if images is None else os.fspath(images),
+        images=images,
         tokenizer=tokenizer,
         template=get_template(template),
         image_processor=image_processor or ImageProcessor(),

@@ -5,6 +5,7 @@ from typing import Literal
 
 from stf_jax.data.conversation import get_template
 from stf_jax.data.images import Mode
+from stf_jax.util.files import expand
 
 Packing = Literal["packed", "grouped", "single"]
 
@@ -25,6 +26,7 @@ class DatasetSource:
     def __post_init__(self) -> None:
         if not 0 < self.weight <= 1000:
             raise ValueError(f"weight {self.weight} of {self.path} must be above 0, at most 1000")
+        object.__setattr__(self, "path", expand(self.path))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

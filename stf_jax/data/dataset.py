@@ -18,7 +18,7 @@ from stf_jax.data.forms import shorten
 from stf_jax.data.index import Index, index_name
 from stf_jax.data.tokenizer import Tokenizer
 from stf_jax.util.errors import first_line
-from stf_jax.util.files import write_whole
+from stf_jax.util.files import expand, write_whole
 
 NAME = "llava"
 SPLIT = "train"
@@ -63,7 +63,7 @@ class Dataset:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
+        self.path = Path(expand(path))
         if str(path).startswith("gs:"):
             raise DatasetError(
                 f"{path}: ArrayRecord files are read from a file system; mount the bucket "

@@ -21,6 +21,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from stf_jax.data.forms import shorten
 from stf_jax.util.errors import first_line
+from stf_jax.util.files import expand
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -90,7 +91,7 @@ def load_image(
     if isinstance(source, bytes):
         data = source
     elif isinstance(source, str | Path):
-        data = _read(Path(source), name)
+        data = _read(Path(expand(source)), name)
     else:
         raise ImageError(
             f"{name}: a {type(source).__name__} is no picture; "

@@ -19,7 +19,7 @@ from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID, Tokenizer
 
 Kind = Literal[
     "entry", "conversation", "missing picture", "bad picture", "marker", "nothing to learn",
-    "other extension", "empty reply", "strict mask",
+    "other extension", "empty reply", "strict mask", "layout",
 ]  # fmt: skip
 
 # Tried in this order where a picture is not there under its own name.
@@ -135,6 +135,8 @@ class Inspector:
         except UnicodeEncodeError as error:
             reason = f"its text is no Unicode ({error.reason}); leave out half a surrogate"
             return Inspection(id=raw.id, problems=(finding("conversation", reason),))
+        if raw.note is not None:
+            notes.append(finding("layout", raw.note))
         pictures = []
         for name in names:
             try:

@@ -29,12 +29,14 @@ class RawExample:
       where: file and place in it, for messages.
       content: what JSON made of it.
       unreadable: why there is no content, for a line that is no JSON.
+      note: of a file's first entry, how the file was read, where it is no list.
     """
 
     id: str
     where: str
     content: Any = None
     unreadable: str | None = None
+    note: str | None = None
 
 
 def read_examples(files: Sequence[str | os.PathLike[str]]) -> list[RawExample]:
@@ -84,11 +86,13 @@ def _entries(path: Path) -> Iterator[RawExample]:
             yield from _from_lines(text, path)
             return
         raise ValueError(f"{path}: not valid JSON ({error}); fetch it again") from error
+    note = None
     if len(values) == 1:
-        values = _find_list(values[0], path)
+        values, note = _find_list(values[0], path)
     for number, entry in enumerate(values, start=1):
         where = f"{path.name} entry {number}"
-        yield RawExample(id=_id(entry, where), where=where, content=entry)
+        yield RawExample(id=_id(entry, where), where=where, content=entry, note=note)
+        note = None
 
 
 def _from_lines(text: str, path: Path) -> Iterator[RawExample]:
@@ -140,12 +144,15 @@ def _decode_values(text: str) -> Iterator[Any]:
         yield value
 
 
-def _find_list(value: Any, path: Path) -> list[Any]:
-    """The examples in a file's one value: a list, one example, or an object that holds a list."""
+def _find_list(value: Any, path: Path) -> tuple[list[Any], str | None]:
+    """The examples in a file's one value, and what to note where that is no list.
+
+    It may be one example, or an object that holds the list.
+    """
     if isinstance(value, list):
-        return value
+        return value, None
     if any(key in value for key in TURN_KEYS):
-        return [value]
+        return [value], f"{path} is one example, not a list of them"
     lists = {
         key: one
         for key, one in value.items()
@@ -157,7 +164,8 @@ def _find_list(value: Any, path: Path) -> list[Any]:
             f"{path}: one JSON object where a list of examples, or one example a line, is expected "
             f"({there}); write the list alone"
         )
-    return next(iter(lists.values()))
+    ((key, found),) = lists.items()
+    return found, f"{path} is one object; the list under {key!r} was read"
 
 
 def _parse(line: str) -> tuple[Any, str | None]:

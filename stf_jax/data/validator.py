@@ -12,6 +12,7 @@ from stf_jax.data.inspection import Finding, Inspection, Inspector
 from stf_jax.data.pool import map_in_processes
 from stf_jax.data.sources import RawExample, read_examples
 from stf_jax.data.tokenizer import Tokenizer
+from stf_jax.util.files import expand
 
 # Upper bounds of the histogram's bars, in tokens.
 _BOUNDS = (128, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
@@ -200,14 +201,15 @@ def check(
     Raises:
       ValueError: files that cannot be read at all, a folder that is not there, an unknown template.
     """
+    images = None if images is None else expand(images)
     check_folder(images)
     inspector = Inspector(
-        images=None if images is None else os.fspath(images),
+        images=images,
         tokenizer=tokenizer,
         template=get_template(template),
         image_processor=image_processor or ImageProcessor(),
     )
-    examples = read_examples(files)
+    examples = read_examples([expand(path) for path in files])
     tally = Tally(tokens_per_image=tokens_per_image, sequence_length=sequence_length)
     chunks = [examples[start : start + _CHUNK] for start in range(0, len(examples), _CHUNK)]
     done = 0

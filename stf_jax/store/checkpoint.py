@@ -20,6 +20,7 @@ import json
 import logging
 import math
 import secrets
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -199,7 +200,7 @@ class NativeCheckpoint:
         Raises:
             CheckpointError: what describes the parameters is damaged.
         """
-        with _errors_only("absl"):
+        with _quiet("absl", logging.ERROR):
             stored = ocp.metadata(self.path / _PARAMS).metadata
         # Orbax logs what it cannot read, and gives None.
         if stored is None:
@@ -440,7 +441,13 @@ def _write_params(path: epath.Path, leaves: Iterable[Leaf]) -> dict[str, int]:
         ocp.partial.save(path, unflatten(batch))
         recorded.update({name: one.result() for name, one in summed.items()})
 
-    with context, concurrent.futures.ThreadPoolExecutor(1) as adder:
+    # Orbax reports each failure that it raises, too.
+    with (
+        context,
+        _quiet("absl", logging.CRITICAL),
+        _ignore_closed_loops(),
+        concurrent.futures.ThreadPoolExecutor(1) as adder,
+    ):
         batch: dict[str, np.ndarray[Any, Any]] = {}
         for leaf in leaves:
             batch[leaf.path] = leaf.read()
@@ -449,20 +456,36 @@ def _write_params(path: epath.Path, leaves: Iterable[Leaf]) -> dict[str, int]:
                 batch.clear()
         if batch:
             save(batch)
-        with _errors_only("absl"):
-            # Warns that there is no OCDBT to merge.
-            ocp.partial.finalize(path)
+        ocp.partial.finalize(path)
     return recorded
 
 
 @contextlib.contextmanager
-def _errors_only(logger: str) -> Iterator[None]:
-    level = logging.getLogger(logger).level
-    logging.getLogger(logger).setLevel(logging.ERROR)
+def _ignore_closed_loops() -> Iterator[None]:
+    """Keeps tensorstore silent about writes that end after one of them has failed.
+
+    Orbax closes its event loop then, and each of the others prints a traceback from its thread, up
+    to the end of the process. So the filter goes only where all went well.
+    """
+    before = sys.unraisablehook
+
+    def hook(raised: Any) -> None:
+        if str(raised.exc_value) != "Event loop is closed":
+            before(raised)
+
+    sys.unraisablehook = hook
+    yield
+    sys.unraisablehook = before
+
+
+@contextlib.contextmanager
+def _quiet(logger: str, least: int) -> Iterator[None]:
+    before = logging.getLogger(logger).level
+    logging.getLogger(logger).setLevel(least)
     try:
         yield
     finally:
-        logging.getLogger(logger).setLevel(level)
+        logging.getLogger(logger).setLevel(before)
 
 
 def _sizes(path: epath.Path) -> dict[str, int]:

@@ -23,7 +23,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from stf_jax.store.checkpoint import flatten
-from stf_jax.store.checksum import checksums, name_leaves
+from stf_jax.store.checksum import NO_MESH, checksums, name_leaves
 from stf_jax.store.run import CHECKSUMS, PARAMETERS
 from stf_jax.systems.older import is_older, older_path, upgrade_path
 from stf_jax.train.step import TrainState
@@ -230,7 +230,8 @@ class Checkpoints:
                 aside.rmtree()
             path.rename(aside)
         if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"checkpoint {step} is set aside")
+            with jax.set_mesh(NO_MESH):
+                multihost_utils.sync_global_devices(f"checkpoint {step} is set aside")
         self._checkpointer.reload()
 
     def close(self) -> None:
@@ -262,7 +263,8 @@ def _agree(fine: bool) -> bool:
     """Whether all hosts say so."""
     if jax.process_count() == 1:
         return fine
-    return bool(multihost_utils.process_allgather(np.array([fine])).all())
+    with jax.set_mesh(NO_MESH):
+        return bool(multihost_utils.process_allgather(np.array([fine])).all())
 
 
 def _differences(

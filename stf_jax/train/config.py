@@ -14,6 +14,7 @@ from stf_jax.parallel.mesh import MeshConfig
 from stf_jax.systems import named_config
 from stf_jax.train.optimizer import OptimizerConfig, Stage
 from stf_jax.train.step import Normalization
+from stf_jax.util.files import expand
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,8 @@ class TrainConfig:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
+        for name in ("model", "out"):
+            object.__setattr__(self, name, expand(getattr(self, name)))
         least = ("epochs", "micro_batches", "log_every")
         problems = [
             f"{name} is {getattr(self, name)}; it must be at least 1"

@@ -6,12 +6,14 @@ import json
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 
+from stf_jax.util.disk import explain_full_disk
 from stf_jax.util.errors import CheckpointError
 
 _FIX = "mend it or fetch it again"
@@ -199,6 +201,7 @@ def new_directory(path: epath.PathLike) -> Iterator[epath.Path]:
 
     Raises:
         CheckpointError: `path` exists, or cannot be made.
+        FullDiskError: there is no room for what is put into it.
     """
     final = absolute(path)
     try:
@@ -215,12 +218,25 @@ def new_directory(path: epath.PathLike) -> Iterator[epath.Path]:
     if there:
         raise CheckpointError(f"{final} exists; remove it or choose another name")
     try:
-        yield unfinished
-        unfinished.rename(final)
+        with explain_full_disk(final):
+            yield unfinished
+            unfinished.rename(final)
     except BaseException:
-        if unfinished.exists():
-            unfinished.rmtree()
+        _remove(unfinished)
         raise
+
+
+def _remove(path: epath.Path) -> None:
+    """Removes a directory into which threads of a failed write may still put files."""
+    for wait in (0.1, 0.5, 2.0, None):
+        try:
+            if path.exists():
+                path.rmtree()
+            return
+        except OSError:
+            if wait is None:
+                raise
+            time.sleep(wait)
 
 
 def list_some(lines: list[str], *, most: int = 100) -> str:
@@ -237,9 +253,18 @@ def name_some(names: Sequence[object], *, most: int = 5) -> str:
     return ", ".join(map(str, names[:most])) + more
 
 
+def expand(path: epath.PathLike) -> str:
+    """`path` with the home directory in the place of a "~" in front.
+
+    A shell does so, but not in a config, behind "--out=" or in a chat. Every path that a user names
+    comes through here; "./~" is a file of that name.
+    """
+    return os.path.expanduser(os.fspath(path))
+
+
 def absolute(path: epath.PathLike) -> epath.Path:
-    """`path` from the root, as Orbax wants it; a URL is that already."""
-    path = epath.Path(path)
+    """`path` from the root, as Orbax wants it, its "~" expanded; a URL is that already."""
+    path = epath.Path(expand(path))
     return path if "://" in os.fspath(path) else path.absolute()
 
 
