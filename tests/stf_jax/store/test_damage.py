@@ -1,8 +1,10 @@
 """A byte that changes on disk is found, or changes nothing."""
 
+import gc
 import random
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -26,6 +28,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore:Sharding info not provided"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def collect() -> Iterator[None]:
+    """What Orbax drops is collected here, not in another test."""
+    yield
+    gc.collect()
+
 
 TRIALS = 25
 ARRAYS = {

@@ -1,6 +1,7 @@
 """What cannot be trained is refused in words, before a step runs."""
 
 import fcntl
+import gc
 import json
 import re
 import subprocess
@@ -161,6 +162,7 @@ def test_a_damaged_checkpoint(config: Config, capsys: pytest.CaptureFixture[str]
         r"checkpoints/2 is damaged \(.*\); it is 2.damaged now, .* from step 1\n", said
     )
     assert records(run) == expected
+    gc.collect()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -173,6 +175,7 @@ def test_the_only_checkpoint_is_damaged(config: Config) -> None:
     largest.write_bytes(largest.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"/2 is damaged \(.*\), and there is no other; delete it"):
         train(run)
+    gc.collect()
 
 
 def test_a_disk_that_is_full(config: Config, tmp_path: Path) -> None:
