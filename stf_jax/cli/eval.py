@@ -130,7 +130,7 @@ def _score(options: argparse.Namespace) -> "list[Result]":
 def _ask(options: argparse.Namespace) -> "list[Result]":
     from etils import epath
 
-    from stf_jax.eval.evaluate import prepare_all
+    from stf_jax.eval.evaluate import choose, prepare_all
     from stf_jax.eval.hosts import JaxHosts
     from stf_jax.eval.runner import ask_together
     from stf_jax.parallel import hosts as distributed
@@ -139,15 +139,14 @@ def _ask(options: argparse.Namespace) -> "list[Result]":
 
     if options.model is None or options.out is None:
         raise ValueError("give MODEL and --out to ask a model, or --answers FILE to score a file")
+    chosen = choose(options.benchmark, _paths(options))
     config = _config(options)
     if not epath.Path(options.model).exists():
         raise missing(options.model)
     if options.out.is_file():
         raise ValueError(f"{options.out} is a file; give --out a folder")
     # All of them before the model is loaded: nobody wants to hear of a missing file after hours.
-    prepared = prepare_all(
-        options.benchmark, data=options.data, paths=_paths(options), limit=options.limit
-    )
+    prepared = prepare_all(chosen, data=options.data, paths=_paths(options), limit=options.limit)
     distributed.start(
         options.coordinator, options.processes, options.process, timeout=options.host_timeout
     )

@@ -1,11 +1,12 @@
 """`evaluate`: a model on one benchmark or on all of them."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 
+from stf_jax.eval.benchmark import Benchmark
 from stf_jax.eval.generation import ModelAnswerer
 from stf_jax.eval.registry import BENCHMARKS, get_benchmark
 from stf_jax.eval.runner import Prepared, Result, ask, prepare
@@ -43,30 +44,40 @@ def evaluate(
         ValueError: an unknown benchmark, files that are missing or do not fit one another, or an
             `out` that holds answers of another model or protocol.
     """
-    prepared = prepare_all(benchmark, data=data, paths=paths, limit=limit)
+    chosen = choose(benchmark, paths)
+    prepared = prepare_all(chosen, data=data, paths=paths, limit=limit)
     dtype = jax.tree.leaves(model.engine.program.weights)[0].dtype.name
     answerer = ModelAnswerer(model, model_id=model_id, slots=slots, dtype=dtype)
     return [ask(ready, answerer, out=Path(out) / ready.benchmark.name) for ready in prepared]
 
 
+def choose(benchmark: str, paths: Mapping[str, Path] | None) -> list[Benchmark]:
+    """One benchmark, or all.
+
+    Raises:
+        ValueError: there is none of that name, or `paths` are given for all.
+    """
+    if benchmark != ALL:
+        return [get_benchmark(benchmark)]
+    if paths:
+        raise ValueError("--path is for one benchmark; with 'all' lay the files out under --data")
+    return list(BENCHMARKS.values())
+
+
 def prepare_all(
-    benchmark: str,
+    benchmarks: Sequence[Benchmark],
     *,
     data: str | os.PathLike[str] | None,
     paths: Mapping[str, Path] | None = None,
     limit: int | None = None,
 ) -> list[Prepared]:
-    """Reads and checks the files of one benchmark, or of all, before a model is loaded.
+    """Reads and checks the files of several benchmarks, before a model is loaded.
 
     Raises:
         ValueError: lists what is wrong with each.
     """
-    everything = benchmark == ALL
-    if everything and paths:
-        raise ValueError("--path is for one benchmark; with 'all' lay the files out under --data")
-    chosen = list(BENCHMARKS.values()) if everything else [get_benchmark(benchmark)]
     prepared, problems = [], []
-    for item in chosen:
+    for item in benchmarks:
         try:
             folder = None if data is None else Path(data)
             prepared.append(prepare(item, data=folder, paths=paths, limit=limit))

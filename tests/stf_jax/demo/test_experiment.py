@@ -218,7 +218,7 @@ def torch_answers(folder: Path, asked: list[HeldOut], pictures: Path) -> list[st
         deviation = torch.tensor([0.26862954, 0.26130258, 0.27577711])
         pixels = ((pixels - mean) / deviation).permute(2, 0, 1)[None]
         states = tower(pixel_values=pixels, output_hidden_states=True).hidden_states
-        taps = [states[tap][:, 1:] for tap in config["mm_fusion"]["taps"]]
+        taps = [states[tap][:, 1:] for tap in config["mm_system"]["taps"]]
         mixed = mlp(torch.cat(taps, dim=-1), "mm_projector_crosslayer")
         side = round(mixed.shape[1] ** 0.5) // 2
         windows = mixed.reshape(side, 2, side, 2, -1).permute(0, 2, 4, 1, 3)
