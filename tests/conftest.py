@@ -18,6 +18,7 @@ if os.environ.get("STF_JAX_TEST_XLA") != "default":
         " --xla_backend_optimization_level=0"
         " --xla_llvm_disable_expensive_passes=true"
         " --xla_cpu_use_fusion_emitters=false"
+        " --xla_cpu_parallel_codegen_split_count=1"
     )
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 # In the background of a shell Ctrl-C is ignored, and would be by all that the tests start.
@@ -68,6 +69,7 @@ def compiler_options() -> dict[str, bool | int]:
         "xla_backend_optimization_level": 3,
         "xla_llvm_disable_expensive_passes": False,
         "xla_cpu_use_fusion_emitters": True,
+        "xla_cpu_parallel_codegen_split_count": 32,
     }
 
 

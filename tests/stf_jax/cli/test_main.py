@@ -87,28 +87,36 @@ def test_every_option_arrives(
 
 
 @pytest.mark.portable
-def test_in_a_process_of_its_own(reference: Path, native: Path):
+def test_in_a_process_of_its_own(
+    reference: Path, native: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Nothing but the answer on stdout, nothing at all on stderr, the text as it streams."""
     command = ask(native, reference / "images" / "0.png", "What is the color of the bus?")
-    runs = [
-        subprocess.run(
-            [sys.executable, "-m", "stf_jax", *command, *more], capture_output=True, check=True
-        )
-        for more in ([], ["--json"])
-    ]
-    assert [run.stderr for run in runs] == [b"", b""]
-    assert runs[0].stdout.decode() == json.loads(runs[1].stdout)["text"] + "\n"
+    process = subprocess.run(
+        [sys.executable, "-m", "stf_jax", *command], capture_output=True, check=True
+    )
+    capfd.readouterr()
+    assert main([*command, "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert (process.stderr, err) == (b"", "")
+    assert process.stdout.decode() == json.loads(out)["text"] + "\n"
 
 
-def test_python_m_convert(reference: Path, native: Path):
-    for directory, kind in (
-        (native, b"native checkpoint"),
-        (reference / "llava-stf", b"LLaVA-STF"),
-    ):
-        command = [sys.executable, "-m", "convert", "inspect", str(directory)]
-        out = subprocess.run(command, capture_output=True, check=True).stdout
-        assert kind in out
-        assert b"tokens per image  4" in out
+def test_python_m_convert(
+    reference: Path, native: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [sys.executable, "-m", "convert", "inspect", str(native)]
+    out = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    assert "native checkpoint" in out
+    assert "tokens per image  4" in out
+    # `stf-jax convert inspect` says the same of both.
+    capsys.readouterr()
+    assert main(["convert", "inspect", str(native)]) == 0
+    assert capsys.readouterr().out == out
+    assert main(["convert", "inspect", str(reference / "llava-stf")]) == 0
+    of_published = capsys.readouterr().out
+    assert "LLaVA-STF" in of_published
+    assert "tokens per image  4" in of_published
 
 
 @pytest.mark.parametrize(
