@@ -25,7 +25,7 @@ _SENDERS = {
 }  # fmt: skip
 # What a content part calls its image.
 _PART_KEYS = ("image", "image_url", "url", "path", "file")
-_LONGEST = 80
+_LONGEST = 200
 
 
 class FormError(ValueError):
@@ -62,11 +62,12 @@ def read_form(content: Any) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def shorten(text: str) -> str:
-    """`text` as a message can show it: one line of readable length."""
+    """`text` as a message can show it: one line of readable length, with both ends of a path."""
     text = text.replace("\n", " ")
     if len(text) <= _LONGEST:
         return text
-    return f"{text[: _LONGEST // 2]}... ({len(text)} characters)"
+    end = _LONGEST // 4
+    return f"{text[:end]}...{text[-end:]} ({len(text)} characters)"
 
 
 def _read_turns(content: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
