@@ -44,6 +44,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import stf_jax
 from stf_jax.convert import Source, import_checkpoint, open_source
 from stf_jax.data.batch import Batch
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
@@ -101,6 +102,12 @@ def native(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "native"
     import_checkpoint(reference / "llava-stf", path, vocabulary_multiple=8)
     return path
+
+
+@pytest.fixture(scope="session")
+def model(reference: Path) -> stf_jax.Model:
+    """It, loaded: what one test has compiled serves the others."""
+    return stf_jax.load(reference / "llava-stf")
 
 
 @pytest.fixture(scope="session")
