@@ -34,11 +34,6 @@ def run(*arguments: str | int | Path) -> int:
     return options.run(options)
 
 
-@pytest.fixture(scope="module")
-def model(reference: Path) -> stf_jax.Model:
-    return stf_jax.load(reference / "llava-stf")
-
-
 def answerer(model: stf_jax.Model, **options: Any) -> ModelAnswerer:
     return ModelAnswerer(model, model_id="tiny", dtype="float32", **options)
 

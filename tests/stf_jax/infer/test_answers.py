@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-import stf_jax
 from stf_jax import Request
 from stf_jax.data.tokenizer import Tokenizer, load_tokenizer
 from stf_jax.infer.answers import AnswerBuilder
@@ -38,11 +37,6 @@ def test_a_stop_string_that_the_last_id_completes(tokenizer: Tokenizer) -> None:
     answer.push([newline])
     assert answer.finish() == ""
     assert answer.finished
-
-
-@pytest.fixture(scope="module")
-def model(reference: Path) -> Model:
-    return stf_jax.load(reference / "llava-stf")
 
 
 def test_stop_strings_end_an_answer(model: Model, reference: Path) -> None:

@@ -20,11 +20,6 @@ from stf_jax.infer.sampling import GREEDY
 NEW = 12
 
 
-@pytest.fixture(scope="module")
-def model(reference: Path) -> stf_jax.Model:
-    return stf_jax.load(reference / "llava-stf")
-
-
 def expected(
     model: stf_jax.Model, chat: Chat, question: str, images: list[Path]
 ) -> tuple[str, int]:

@@ -12,11 +12,6 @@ from stf_jax.infer.model import Model, Request
 from stf_jax.util.errors import CheckpointError
 
 
-@pytest.fixture(scope="module")
-def model(reference: Path) -> Model:
-    return stf_jax.load(reference / "llava-stf")
-
-
 def answer(model: Model, request: Request, **settings: object) -> str:
     (given,) = model.generate([request], max_new_tokens=8, **settings)
     return given.text
