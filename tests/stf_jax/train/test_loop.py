@@ -18,6 +18,7 @@ from stf_jax.store.run import open_model
 from stf_jax.train import loop
 from stf_jax.train.config import TrainConfig
 from stf_jax.train.loop import TrainingError, train
+from stf_jax.train.program import TrainProgram
 
 Config = Callable[..., TrainConfig]
 
@@ -173,10 +174,10 @@ def test_a_loss_that_is_not_finite(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    compiled = loop._compile
+    compile_step = TrainProgram.compile
 
-    def spoiled(program: Any) -> Any:
-        step, numbers = compiled(program), itertools.count()
+    def spoiled(program: TrainProgram) -> Any:
+        step, numbers = compile_step(program), itertools.count()
 
         def run(state: Any, frozen: dict[str, jax.Array], batch: Any) -> Any:
             if next(numbers) == 3:
@@ -186,7 +187,7 @@ def test_a_loss_that_is_not_finite(
         run.memory_analysis = step.memory_analysis  # type: ignore[attr-defined]
         return run
 
-    monkeypatch.setattr(loop, "_compile", spoiled)
+    monkeypatch.setattr(TrainProgram, "compile", spoiled)
     run = config(nonfinite=mode, checkpoint={"every": 2, "keep": 5})
     if mode == "stop":
         with pytest.raises(TrainingError, match=r"step 3: the loss is nan .*example-\d+"):
