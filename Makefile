@@ -10,8 +10,8 @@ TORCH = $(shell ls -d $(VENV)/lib/python3*/site-packages/torch 2>/dev/null)
 
 help:
 	@echo "make demo    the paper's claim at laptop scale, in about ten minutes; DEMO=--quick or --full"
-	@echo "make test    all tests; choose with ARGS: make test ARGS='-k clip -x'"
-	@echo "make lint    ruff and mypy; 'make format' mends what ruff can"
+	@echo "make test    all tests, in about 12 minutes; choose with ARGS: make test ARGS='-k clip -x'"
+	@echo "make lint    ruff and mypy; 'make format' fixes what ruff can"
 	@echo "make clean   remove caches and builds; the environment is $(VENV)"
 
 demo: $(VENV)/.installed-demo

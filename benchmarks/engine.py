@@ -52,13 +52,13 @@ def make_prompts(args: argparse.Namespace, *, tokens: int, size: int) -> list[Pr
     """Suffixes of 12 to 30 tokens, those about an image not together, as in GQA's file."""
     rng = np.random.default_rng(0)
     system = rng.integers(3, 31000, SYSTEM)
-    pictures = rng.standard_normal((args.images, 1, size, size, 3), dtype=np.float32)
+    pixels = rng.standard_normal((args.images, 1, size, size, 3), dtype=np.float32)
     prompts = []
     for number in range(args.images * args.questions):
         image = number % args.images
         question = rng.integers(3, 31000, rng.integers(12, 31))
         ids = np.concatenate([system, np.full(tokens, IMAGE_TOKEN_ID), question])
-        prompts.append(Prompt(ids=ids.astype(np.int32), pixels=pictures[image], pictures=image))
+        prompts.append(Prompt(ids=ids.astype(np.int32), pixels=pixels[image], image_key=image))
     return prompts
 
 

@@ -1,8 +1,8 @@
 """Lengths like those of LLaVA-1.5's second stage, without its files.
 
 What is known: llava_v1_5_mix665k has the parts and sizes of table 7 of the LLaVA-1.5 paper
-(arXiv 2310.03744); questions about one picture are merged into one conversation; ShareGPT has no
-pictures and long conversations. What is assumed: the text of a part is log-normal, with the medians
+(arXiv 2310.03744); questions about one image are merged into one conversation; ShareGPT has no
+images and long conversations. What is assumed: the text of a part is log-normal, with the medians
 and spreads below (tokens of the v1 template's text, its system prompt of about 40 included), and
 long conversations are cut at the sequence length.
 """
@@ -19,9 +19,9 @@ class Part:
     Attributes:
         name: as in the paper's table.
         count: conversations.
-        median: tokens of text, the picture not counted.
+        median: tokens of text, the image not counted.
         spread: standard deviation of the logarithm.
-        images: pictures in each conversation.
+        images: how many in each conversation.
     """
 
     name: str
@@ -49,7 +49,7 @@ SHORTEST = 50
 def lengths(
     count: int = 665_000, *, tokens_per_image: int = 144, longest: int = 2048, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and pictures, int32 [count] each, of a sample in the mixture's proportions."""
+    """Tokens and images, int32 [count] each, of a sample in the mixture's proportions."""
     rng = np.random.default_rng(seed)
     shares = np.array([part.count for part in PARTS]) / sum(part.count for part in PARTS)
     which = rng.choice(len(PARTS), size=count, p=shares)

@@ -1,19 +1,19 @@
-"""Pictures from JPEG files to normalized pixels in batches, beside PIL in a PyTorch DataLoader.
+"""Images from JPEG files to normalized pixels in batches, beside PIL in a PyTorch DataLoader.
 
 JPEGs of COCO's sizes with the spectrum of photographs are written to a temporary folder. Each side
 then reads them with the same number of worker processes: this project's own way (a TFDS dataset
-through Grain, as in training: one conversation a row, tokenised, with its picture), and the
-recipe's steps in PyTorch, which knows only pictures: open, pad to a square, then either a plain
+through Grain, as in training: one conversation a row, tokenized, with its image), and the
+recipe's steps in PyTorch, which knows only images: open, pad to a square, then either a plain
 bicubic resize and normalization, or CLIPImageProcessor as the recipe itself has it.
 
-A rate per core is that of pictures a second of processor time, of all the side's processes
+A rate per core is that of images a second of processor time, of all the side's processes
 together, so that other work on the machine counts little. It is taken between two batches in the
-middle of a stream that goes on, so that neither starting workers nor what they have made ahead
+middle of a stream that continues, so that neither starting workers nor what they have made ahead
 counts. Sides take turns; the median round of each counts. Then the fill of packed rows and the
 time to plan them, on lengths like those of LLaVA's mix665k. Needs the test extra (PyTorch) and
 Linux. Not part of the tests.
 
-    python benchmarks/pipeline.py [--pictures N] [--workers N] [--rounds N]
+    python benchmarks/pipeline.py [--images N] [--workers N] [--rounds N]
 """
 
 import argparse
@@ -62,15 +62,15 @@ def photograph(width: int, height: int, seed: int) -> bytes:
     for _ in range(3):
         spectrum = np.fft.rfft2(rng.standard_normal((height, width))) / frequency**1.2
         values.append(np.fft.irfft2(spectrum, s=(height, width)))
-    picture = np.stack([values[0] + 0.3 * values[n] for n in range(3)], axis=-1)
-    scaled = 115 + 45 * (picture - picture.mean()) / picture.std()
+    noise = np.stack([values[0] + 0.3 * values[n] for n in range(3)], axis=-1)
+    scaled = 115 + 45 * (noise - noise.mean()) / noise.std()
     file = io.BytesIO()
     Image.fromarray(np.clip(scaled, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
     return file.getvalue()
 
 
 def make(folder: pathlib.Path, count: int) -> list[pathlib.Path]:
-    """Writes the pictures, LLaVA's JSON for them, and the dataset."""
+    """Writes the images, LLaVA's JSON for them, and the dataset."""
     images = folder / "images"
     images.mkdir()
     rng = np.random.default_rng(0)
@@ -78,7 +78,7 @@ def make(folder: pathlib.Path, count: int) -> list[pathlib.Path]:
     names = [f"{number}.jpg" for number in range(count)]
     different = {}
     for number, name in enumerate(names):
-        # Making noise takes longer than reading it, so each size has only a few pictures.
+        # Making noise takes longer than reading it, so each size has only a few images.
         key = (int(sizes[number]), number % 16)
         if key not in different:
             different[key] = photograph(*SIZES[key[0]][0], seed=key[1])
@@ -97,7 +97,7 @@ def make(folder: pathlib.Path, count: int) -> list[pathlib.Path]:
 
 
 class Recipe(torch.utils.data.Dataset[torch.Tensor]):
-    """The recipe's steps on an endless stream of pictures."""
+    """The recipe's steps on an endless stream of images."""
 
     def __init__(self, paths: list[pathlib.Path], *, clip: CLIPImageProcessorPil | None):
         self.paths = paths
@@ -127,7 +127,7 @@ class Recipe(torch.utils.data.Dataset[torch.Tensor]):
 def recipe(
     paths: list[pathlib.Path], workers: int, *, clip: CLIPImageProcessorPil | None
 ) -> Iterator[Iterator[int]]:
-    """Batches of pixels float32 [B, 3, 336, 336] from PyTorch's DataLoader, by their pictures."""
+    """Batches of pixels float32 [B, 3, 336, 336] from PyTorch's DataLoader, by their images."""
     loader = torch.utils.data.DataLoader(
         Recipe(paths, clip=clip), batch_size=BATCH, num_workers=workers
     )
@@ -136,7 +136,7 @@ def recipe(
 
 @contextlib.contextmanager
 def ours(folder: pathlib.Path, workers: int, *, fast: bool) -> Iterator[Iterator[int]]:
-    """Batches of pixels float32 [R, 8, 336, 336, 3] from packed rows, by their pictures."""
+    """Batches of pixels float32 [R, 8, 336, 336, 3] from packed rows, by their images."""
     config = DataConfig(
         datasets=(DatasetSource(path=os.fspath(folder / "dataset")),),
         batch_size=ROWS,
@@ -162,7 +162,7 @@ def _normalize(step: TrainingStep, normalize: Callable[[Any], Any]) -> int:
 
 
 def rates(side: Side, count: int) -> tuple[float, float]:
-    """Pictures a second of processor time, and a second by the clock, over `count` pictures."""
+    """Images a second of processor time, and a second by the clock, over `count` images."""
     with side() as batches:
         for _ in range(WARM):
             next(batches)
@@ -193,7 +193,7 @@ def difference(paths: list[pathlib.Path]) -> float:
     return float(np.mean(differences))
 
 
-def pictures(count: int, workers: int, rounds: int) -> None:
+def compare_images(count: int, workers: int, rounds: int) -> None:
     """Compares the sides, the first of which is the measure."""
     clip = CLIPImageProcessorPil(**ImageProcessor().to_hf())
     with tempfile.TemporaryDirectory() as name:
@@ -211,7 +211,7 @@ def pictures(count: int, workers: int, rounds: int) -> None:
                 found[key].append(rates(side, count))
         print(f"JPEGs of COCO's sizes to 336 px, padded; {workers} worker processes, {rounds} "
               f"rounds of {count}; {os.cpu_count()} cores")  # fmt: skip
-        print(f"{'':32} pictures/s per core   ratio   (least)   pictures/s by the clock")
+        print(f"{'':32} images/s per core   ratio   (least)   images/s by the clock")
         first = np.array(next(iter(found.values())))
         for key, values in found.items():
             processor, clock = np.median(values, axis=0)
@@ -241,11 +241,11 @@ def packing() -> None:
 def main() -> None:
     """Runs both parts."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--pictures", type=int, default=1024, help="a round (1024)")
+    parser.add_argument("--images", type=int, default=1024, help="a round (1024)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    pictures(options.pictures, options.workers, options.rounds)
+    compare_images(options.images, options.workers, options.rounds)
     packing()
 
 

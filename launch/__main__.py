@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("launch: left; what runs elsewhere goes on\n")
+        sys.stderr.write("launch: left; what runs elsewhere continues\n")
         return 130
 
 
@@ -285,13 +285,11 @@ def _place(options: argparse.Namespace) -> list[str]:
 
 def _add_local(places: Verbs) -> None:
     summary = "several processes with virtual CPU devices on this machine"
-    parser = places.add_parser("local", help=summary, description=summary)
-    parser.epilog = "The command comes last, after --: -- stf-jax train CONFIG"
+    parser = _verb(places, "local", _local, summary, takes_command=True)
     parser.add_argument("--processes", type=_positive(int), default=2, metavar="N", help="(2)")
     parser.add_argument(
         "--devices", type=_positive(int), default=4, metavar="N", help="of each (4)"
     )
-    parser.set_defaults(run=_local, takes_command=True, parser=parser)
 
 
 def _local(options: argparse.Namespace) -> int:
@@ -309,6 +307,11 @@ def _local(options: argparse.Namespace) -> int:
         run.interrupt()
 
     run = LocalRun(options.command, processes=options.processes, devices=options.devices, say=say)
+    if options.dry_run:
+        runner = Runner(dry_run=True)
+        for command in run.shell_commands:
+            runner.run(command)
+        return 0
     # Before they run, so that every signal reaches them.
     listen(interrupt)
     with run:

@@ -39,7 +39,7 @@ class LocalRun:
         flags = (
             f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
         )
-        self._environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
+        self._variables = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
         self._commands = [
             [*command, *more] for more in process_flags(f"127.0.0.1:{free_port()}", processes)
         ]
@@ -69,6 +69,12 @@ class LocalRun:
         trace: TracebackType | None,
     ) -> None:
         self._kill()
+
+    @property
+    def shell_commands(self) -> list[Command]:
+        """What a user would type to start the processes, each in a terminal of its own."""
+        variables = [f"{name}={value}" for name, value in self._variables.items()]
+        return [["env", *variables, *command] for command in self._commands]
 
     def interrupt(self) -> None:
         """Makes `wait` ask all to save and exit; a signal handler may call this before they run."""
@@ -112,7 +118,7 @@ class LocalRun:
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=self._environment,
+            env=os.environ | self._variables,
             # Ctrl-C reaches them through this process only; one signal reaches their children.
             start_new_session=True,
         )

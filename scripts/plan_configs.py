@@ -3,9 +3,9 @@
     python scripts/plan_configs.py [configs/stf-7b-lora.yaml ...] [--topology v5e:2x4] [--forget]
 
 A config names its slices in a line "# topologies: v5e:4x4 ..."; each gets a line "# plan: ...". One
-that has its line is left alone, so that a run that was stopped goes on where it was; after a change
-to the step, --forget takes the lines out first. Minutes for each config and slice of 7B, without a
-TPU; pip install libtpu.
+that has its line is left alone, so that a stopped run continues where it was; after a change to the
+step, --forget takes the lines out first. It takes minutes for each config and slice of 7B, without
+a TPU; pip install libtpu.
 """
 
 import argparse

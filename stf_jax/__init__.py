@@ -12,6 +12,7 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stf_jax.data.images import ImageError
     from stf_jax.eval.evaluate import evaluate
     from stf_jax.infer.answers import Answer
     from stf_jax.infer.chat import Chat
@@ -20,10 +21,14 @@ if TYPE_CHECKING:
     from stf_jax.infer.sampling import Sampling
     from stf_jax.parallel.sharding import make_mesh
     from stf_jax.train.config import TrainConfig
+    from stf_jax.util.errors import CheckpointError, DeviceMemoryError
 
 __all__ = [
     "Answer",
     "Chat",
+    "CheckpointError",
+    "DeviceMemoryError",
+    "ImageError",
     "Model",
     "Request",
     "Sampling",
@@ -39,6 +44,9 @@ __version__ = importlib.metadata.version("stf-jax")
 _HOMES = {
     "Answer": "stf_jax.infer.answers",
     "Chat": "stf_jax.infer.chat",
+    "CheckpointError": "stf_jax.util.errors",
+    "DeviceMemoryError": "stf_jax.util.errors",
+    "ImageError": "stf_jax.data.images",
     "Model": "stf_jax.infer.model",
     "Request": "stf_jax.infer.model",
     "Sampling": "stf_jax.infer.sampling",

@@ -80,7 +80,7 @@ def compiler_options() -> dict[str, bool | int]:
 
 @pytest.fixture(scope="session")
 def reference() -> Path:
-    """Checkpoints, pictures and tensors that the PyTorch reference computed; see its README."""
+    """Checkpoints, images and tensors that the PyTorch reference computed; see its README."""
     return REFERENCE
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """LLaVA's JSON and a folder of pictures."""
+    """LLaVA's JSON and a folder of images."""
 
     json: Path
     images: Path
@@ -20,7 +20,7 @@ class Corpus:
 
 
 def jpeg(width: int, height: int, seed: int = 0) -> bytes:
-    """Smooth colours with some noise."""
+    """Smooth colors with some noise."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
     smooth = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), np.int16)

@@ -103,7 +103,7 @@ def test_it_divides_its_slices(path: Path) -> None:
 
 @pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.stem)
 def test_the_recipe(path: Path) -> None:
-    """FACTS of the paper's table: rates, templates and pictures of each stage."""
+    """The facts of the paper's table: rates, templates and images of each stage."""
     config = TrainConfig.load(path)
     if not script().slices(path.read_text()):
         return
@@ -214,7 +214,7 @@ def test_stage_2_of_7b_as_it_is_shipped(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_one_in_a_bucket(tmp_path: Path) -> None:
-    """A run's own config is read again when it goes on and when it is a model, on gs:// too."""
+    """A run's own config is read again when it continues and when it is a model, on gs:// too."""
     (tmp_path / "config.yaml").write_text("model: m\nout: o\ndata:\n  datasets: [{path: d}]\n")
 
     def opened(original: Any, path: str, mode: str = "r", **more: Any) -> Any:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from stf_jax.infer.chat import Chat
 
 _HELP = """\
-/image FILE   show a picture; it goes with the next question
+/image FILE   show an image; it goes with the next question
 /restart      forget everything
 /save FILE    write the conversation as JSON, in the form of LLaVA's training files
 /quit         leave (or end of input)
@@ -23,7 +23,7 @@ Ctrl-C ends an answer."""
 
 def add_chat(verbs: Verbs) -> None:
     """Adds `chat`."""
-    parser = add_verb(verbs, "chat", _chat, "talk with a model about pictures")
+    parser = add_verb(verbs, "chat", _chat, "talk with a model about images")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = f"In the conversation:\n{_HELP}"
     parser.add_argument("model", metavar="MODEL", type=path, help="as for generate")
@@ -33,7 +33,7 @@ def add_chat(verbs: Verbs) -> None:
         default=[],
         metavar="FILE",
         type=path,
-        help="a picture for the first question; may be given several times",
+        help="an image for the first question; may be given several times",
     )
     parser.add_argument("--template", default="v1", metavar="NAME", help="(v1)")
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="(512)")

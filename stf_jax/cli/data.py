@@ -16,7 +16,7 @@ _GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
 
 def add_data(verbs: Verbs) -> None:
     """Adds `data` and its actions."""
-    summary = "LLaVA's JSON and a folder of pictures, verified and made a dataset"
+    summary = "LLaVA's JSON and a folder of images, verified and made a dataset"
     data = verbs.add_parser("data", help=summary, description=summary)
     actions = data.add_subparsers(required=True, metavar="check|build|show")
 
@@ -27,7 +27,7 @@ def add_data(verbs: Verbs) -> None:
     _add_work(parser)
 
     parser = add_verb(actions, "build", _build, "write what is fit to train on as a TFDS dataset")
-    parser.epilog = "What was stopped goes on when it is called again."
+    parser.epilog = "A command that was stopped continues when it is called again."
     _add_files(parser)
     parser.add_argument("out", metavar="OUT", type=path, help="the folder to make")
     _add_model(parser)
@@ -49,9 +49,7 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "files", nargs="+", metavar="FILE", type=path, help="LLaVA's JSON, or JSON lines"
     )
-    parser.add_argument(
-        "--images", metavar="DIR", type=path, help="where the pictures' paths start"
-    )
+    parser.add_argument("--images", metavar="DIR", type=path, help="where the images' paths start")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +69,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-mode",
         choices=("pad", "crop"),
-        help="what makes a picture square (as the model's config says)",
+        help="what makes an image square (as the model's config says)",
     )
     parser.add_argument(
         "--sequence-length", type=int, default=2048, metavar="N", help="longer is cut (2048)"

@@ -16,17 +16,17 @@ def add_demo(verbs: Verbs) -> None:
     summary = "the paper's claim at laptop scale: train, ask, compare"
     parser = add_verb(verbs, "demo", _demo, summary)
     parser.epilog = (
-        "A demo that has been stopped goes on when it is called again. Exit status: 0, or "
+        "A demo that has been stopped continues when it is called again. Exit status: 0, or "
         f"{INTERRUPTED} when it was interrupted during training."
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
         "--quick", action="store_const", dest="size", const="quick", default="default",
-        help="two arms for a minute: shows that everything runs, and nothing else",
+        help="two variants for a minute: shows that everything runs, and nothing else",
     )  # fmt: skip
     size.add_argument(
         "--full", action="store_const", dest="size", const="full",
-        help="all four arms of the paper; the default is two of them, in about ten minutes",
+        help="all four variants of the paper; the default is two of them, in about ten minutes",
     )  # fmt: skip
     parser.add_argument(
         "--out", metavar="DIR", type=lambda text: Path(path(text)), help="(out/demo-SIZE)"
@@ -54,9 +54,9 @@ def _demo(options: argparse.Namespace) -> int:
     write_report(results, asked, out)
     show_table(results)
     sys.stdout.write(f"\n{results.verdict}\nThe report is {out / 'report.md'}.\n")
-    picture, question = example_question(asked, out)
-    asking = command("generate", out / "best", "--image", picture, "--prompt", question)
-    sys.stdout.write(f"Ask {results.best.title} about this picture or one of yours:\n  {asking}\n")
+    image, question = example_question(asked, out)
+    asking = command("generate", out / "best", "--image", image, "--prompt", question)
+    sys.stdout.write(f"Ask {results.best.title} about this image or one of yours:\n  {asking}\n")
     return 0
 
 

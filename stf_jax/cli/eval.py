@@ -27,7 +27,7 @@ def add_eval(verbs: Verbs) -> None:
     parser = add_verb(verbs, "eval", _eval, "the paper's nine benchmarks under its own protocol")
     parser.epilog = (
         f"Exit status: 0 if every question has an answer, {INCOMPLETE} if not. "
-        "What was stopped goes on when it is called again."
+        "An evaluation that was stopped continues when it is called again."
     )
     parser.add_argument(
         "benchmark",

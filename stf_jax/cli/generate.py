@@ -12,7 +12,7 @@ def add_generate(verbs: Verbs) -> None:
     """Adds the verb."""
     from stf_jax.data.conversation import TEMPLATES
 
-    parser = add_verb(verbs, "generate", _generate, "ask a model about pictures")
+    parser = add_verb(verbs, "generate", _generate, "ask a model about images")
     parser.add_argument(
         "model",
         metavar="MODEL",
@@ -25,13 +25,13 @@ def add_generate(verbs: Verbs) -> None:
         default=[],
         metavar="FILE",
         type=path,
-        help="a picture; may be given several times",
+        help="an image; may be given several times",
     )
     parser.add_argument(
         "--prompt",
         required=True,
         metavar="TEXT",
-        help="the question; <image> marks where each picture stands (first)",
+        help="the question; <image> marks where each image stands (first)",
     )
     parser.add_argument(
         "--template",

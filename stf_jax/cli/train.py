@@ -13,12 +13,12 @@ HOST_TIMEOUT = 50
 
 def add_train(verbs: Verbs) -> None:
     """Adds `train`."""
-    parser = add_verb(verbs, "train", _train, "train a model, or go on with a run")
+    parser = add_verb(verbs, "train", _train, "train a model, or continue a run")
     parser.usage = "stf-jax train CONFIG [--section.key=value ...] [options]"
     parser.epilog = (
         "The keys of a config are those of stf_jax/train/config.py; docs/training.md explains. "
-        "A run that has been stopped goes on when it is called again. Exit status: 0 when the run "
-        f"is finished, {INTERRUPTED} when SIGTERM or Ctrl-C has interrupted it, with a checkpoint."
+        "A run that was stopped continues when it is called again. Exit status: 0 when the run is "
+        f"finished, {INTERRUPTED} when SIGTERM or Ctrl-C has interrupted it, with a checkpoint."
     )
     parser.allow_abbrev = False
     parser.add_argument("config", metavar="CONFIG", type=path, help="YAML, as in configs/")

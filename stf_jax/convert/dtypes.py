@@ -37,7 +37,7 @@ SAFETENSORS_NAMES: dict[DType, str] = {dtype: name for name, dtype in SAFETENSOR
 
 
 def is_float(dtype: DType) -> bool:
-    """Whether weights may have this dtype; the others are buffers or quantised weights."""
+    """Whether weights may have this dtype; the others are buffers or quantized weights."""
     return dtype in FLOATS.values()
 
 

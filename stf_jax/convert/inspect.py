@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from etils import epath
 
-from stf_jax.convert.layouts import Layout, recognise
+from stf_jax.convert.layouts import Layout, recognize
 from stf_jax.convert.readers import open_tensors
 from stf_jax.convert.safetensors_file import SafetensorsFile
 from stf_jax.convert.source import open_source
@@ -112,7 +112,7 @@ def inspect_checkpoint(
     tensors, config, problem, found = 0, None, None, _Found()
     try:
         infos = open_tensors(path).infos
-        kind, tensors = recognise(infos), len(infos)
+        kind, tensors = recognize(infos), len(infos)
         for info in infos.values():
             sizes[info.dtype.name] += math.prod(info.shape)
         opened = open_source(path, vision_tower=vision_tower, base=base)

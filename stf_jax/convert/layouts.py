@@ -59,7 +59,7 @@ _PREFIXES: dict[Layout, tuple[tuple[str, str], ...]] = {
 _CLIP_TEXT = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
 
 
-def recognise(names: Iterable[str]) -> Layout | None:
+def recognize(names: Iterable[str]) -> Layout | None:
     """The layout that spells names like these, if any does."""
     names = list(names)
 

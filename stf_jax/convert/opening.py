@@ -48,7 +48,7 @@ def open_any(path: epath.PathLike, *, vision_tower: epath.PathLike | None = None
 
     Args:
         path: a native checkpoint, the directory of a run of `stf-jax train`, or a PyTorch directory
-            in a layout that `stf-jax convert import` reads, told apart by what lies in it; local
+            in a layout that `stf-jax convert import` reads, recognized by what lies in it; local
             or on gs://.
         vision_tower: a directory with CLIP, for a PyTorch directory that does not lead to one.
 

@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from stf_jax.convert.dtypes import Array, DType
-from stf_jax.convert.layouts import Layout, canonical, is_ignored, recognise
+from stf_jax.convert.layouts import Layout, canonical, is_ignored, recognize
 from stf_jax.convert.mapping import TOWER
 from stf_jax.convert.readers import Tensors, open_tensors, read_json
 from stf_jax.convert.safetensors_file import TensorInfo
@@ -85,7 +85,7 @@ def open_part(path: epath.PathLike) -> Part:
     file = open_tensors(path)
     config = path / "config.json"
     hf = read_json(config) if path.is_dir() and config.exists() else {}
-    layout = recognise(file.infos)
+    layout = recognize(file.infos)
     if layout is None:
         kind = f"model_type {hf['model_type']!r}" if "model_type" in hf else "unknown tensor names"
         raise CheckpointError(

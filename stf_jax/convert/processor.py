@@ -131,7 +131,7 @@ def _read(files: Mapping[str, bytes], name: str) -> Json:
     try:
         content: Json = decode_json(files.get(name, b"{}"))
     except ValueError as error:
-        raise CheckpointError(f"{name}: {error}; mend it and import again") from error
+        raise CheckpointError(f"{name}: {error}; fix it and import again") from error
     return content
 
 

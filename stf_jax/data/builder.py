@@ -1,9 +1,9 @@
-"""`stf-jax data build`: LLaVA's JSON and a folder of pictures become a TFDS dataset.
+"""`stf-jax data build`: LLaVA's JSON and a folder of images become a TFDS dataset.
 
 The examples are cut into parts of fixed size. Each part is inspected and written by one process,
 first its shard, then a JSON file that says what is in it; a part with its JSON file is finished.
 All this happens in `OUT.partial`, which becomes `OUT` in the end, in one step. So what was killed
-leaves no `OUT`, and a second call goes on with the parts that are missing.
+leaves no `OUT`, and a second call continues with the parts that are missing.
 
 What is kept carries the identity of what it was made from: the files' SHA-256, and of every image
 that they name its size and time of change, or that it was not there. A second call with other files
@@ -110,7 +110,7 @@ class _WritePart:
         inspections = [self.inspector(raw) for raw in part.examples]
         size = write_shard(
             _shard(self.folder, part.number),
-            [(i.id, i.conversation, i.pictures) for i in inspections if not i.problems],
+            [(i.id, i.conversation, i.image_bytes) for i in inspections if not i.problems],
         )
         content = {
             "size": size,
@@ -137,18 +137,18 @@ def build(
 ) -> BuildReport:
     """Writes the dataset `out`, without the examples in which `check` finds a problem.
 
-    Stored are the pictures' own bytes and the turns as they are, so that one dataset serves any
+    Stored are the images' own bytes and the turns as they are, so that one dataset serves any
     model; only the index of lengths is made for a tokenizer and a template. If `out` is finished,
-    only the index is added. If an earlier call was stopped, this one goes on. Images that have come
-    or changed since are read again; a finished `out` is refused then.
+    only the index is added. If an earlier call was stopped, this one continues. New and changed
+    images are read again; a finished `out` is refused then.
 
     Args:
       files: JSON lists or JSON lines.
       out: the folder to make. What is unfinished lies in `out` + ".partial".
-      images: the folder that the picture paths start from.
+      images: the folder that the image paths start from.
       tokenizer: of the model to be trained.
       template: to be trained with; one of `conversation.TEMPLATES`.
-      image_processor: default CLIP's at 336 px, padding; it decides which pictures are too thin.
+      image_processor: default CLIP's at 336 px, padding; it decides which images are too thin.
       tokens_per_image: for the report's lengths.
       sequence_length: for the report.
       examples_per_shard: 2048 of LLaVA's make about 0.3 GB.
@@ -279,7 +279,7 @@ class _MeasureStored:
                     stored.conversation,
                     tokenizer=self.tokenizer,
                     template=get_template(self.template),
-                    num_images=len(stored.pictures),
+                    num_images=len(stored.images),
                 )
             except ValueError:
                 measures = Measures()
@@ -368,18 +368,23 @@ def _compare(
 
 
 def _to_json(inspection: Inspection) -> dict[str, Any]:
-    kept = dataclasses.replace(inspection, pictures=(), conversation="")
+    kept = dataclasses.replace(inspection, image_bytes=(), conversation="")
     return dataclasses.asdict(kept)
 
 
 def _from_json(content: dict[str, Any]) -> Inspection:
     return Inspection(
         id=content["id"],
-        problems=tuple(Finding(**finding) for finding in content["problems"]),
-        notes=tuple(Finding(**finding) for finding in content["notes"]),
+        problems=tuple(_finding(finding) for finding in content["problems"]),
+        notes=tuple(_finding(finding) for finding in content["notes"]),
         measures=Measures(**content["measures"]),
-        num_pictures=content["num_pictures"],
+        # Older releases say "pictures".
+        num_images=content[key if (key := "num_images") in content else "num_pictures"],
     )
+
+
+def _finding(content: dict[str, Any]) -> Finding:
+    return Finding(**content | {"kind": content["kind"].replace("picture", "image")})
 
 
 def _link(source: Path, target: Path) -> None:

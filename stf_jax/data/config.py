@@ -45,12 +45,12 @@ class DataConfig:
       packing: "packed" rows of several examples; "grouped" one example a row, each batch of one
         modality and sorted by length, as LLaVA-1.5's second stage has it; "single" one example a
         row at random.
-      images_per_row: I, pictures that a row has room for. An example with more is left out.
+      images_per_row: I, images that a row has room for. An example with more is left out.
       seed: of the order.
-      workers: processes that decode and tokenise; with 0 it is done between the steps.
+      workers: processes that decode and tokenize; with 0 it is done between the steps.
       strict_labels: the PyTorch reference's labels, which mask some conversations whole; these are
         left out.
-      max_lost: pictures or examples that may turn out to be damaged before a run is stopped.
+      max_lost: images or examples that may turn out to be damaged before a run is stopped.
     """
 
     datasets: tuple[DatasetSource, ...] = ()

@@ -309,16 +309,16 @@ def read_turns(conversation: Sequence[Mapping[str, str]], template: Template) ->
 
 
 def place_images(turns: Sequence[Turn], template: Template, *, num_images: int) -> tuple[Turn, ...]:
-    """Puts `<image>` where training wants it, and checks it against the pictures at hand.
+    """Puts `<image>` where training wants it, and checks it against the images at hand.
 
-    With one picture, each turn that has `<image>` gets exactly one, in front of its stripped text
-    and followed by a newline (the LLaVA-1.5 recipe). With several pictures the markers stay where
+    With one image, each turn that has `<image>` gets exactly one, in front of its stripped text
+    and followed by a newline (the LLaVA-1.5 recipe). With several images the markers stay where
     they are, since moving them would lose which is which. With none, `<image>` is ordinary text
     (web pages and SVG contain it).
 
     Raises:
-      ValueError: the markers are more or fewer than the pictures, or the template is for captions
-        and the conversation is not one picture with one caption.
+      ValueError: the markers are more or fewer than the images, or the template is for captions
+        and the conversation is not one image with one caption.
     """
     if template.question_is_image:
         if len(turns) != 2 or num_images != 1 or IMAGE_MARKER not in turns[0].text:
@@ -382,13 +382,13 @@ def render_turns(turns: Sequence[Turn], template: Template) -> list[TextPiece]:
 def render_conversation(
     conversation: Sequence[Mapping[str, str]], *, template: Template, num_images: int
 ) -> list[TextPiece]:
-    """Text of a LLaVA training conversation; joined, the pieces are what is tokenised.
+    """Text of a LLaVA training conversation; joined, the pieces are what is tokenized.
 
     Args:
       conversation: `{"from": "human" | "gpt", "value": text}` in the order spoken; one from
         "system" in front of them takes the place of the template's own system text.
       template: as named by the caller; its training form is used where it has one.
-      num_images: pictures that go with it; see `place_images`.
+      num_images: images that go with it; see `place_images`.
 
     Raises:
       ValueError: one line that names what is wrong and the fix; see `read_turns`, `place_images`.

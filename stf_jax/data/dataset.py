@@ -1,4 +1,4 @@
-"""Datasets as TFDS keeps them: ArrayRecord files with the pictures' own bytes. No TensorFlow.
+"""Datasets as TFDS keeps them: ArrayRecord files with the images' own bytes. No TensorFlow.
 
 Any TFDS user can read one: `tfds.builder_from_directory(path).as_data_source("train")`.
 """
@@ -30,7 +30,7 @@ class DatasetError(ValueError):
 
 
 def features() -> tfds.features.FeaturesDict:
-    """One example: its id, its turns as a JSON list, and the bytes of its picture files."""
+    """One example: its id, its turns as a JSON list, and the bytes of its image files."""
     return tfds.features.FeaturesDict(
         {
             "id": tfds.features.Text(doc="of the entry in LLaVA's JSON"),
@@ -46,13 +46,13 @@ class Stored:
     Attributes:
       id: of the entry, unique in the dataset.
       conversation: `{"from": "human" | "gpt", "value": text}` in the order spoken.
-      pictures: bytes of the picture files.
+      images: bytes of the image files.
     """
 
     def __init__(self, record: dict[str, Any]):
         self.id: str = record["id"].decode()
         self.conversation: list[dict[str, str]] = json.loads(record["conversations"])
-        self.pictures: list[bytes] = list(record["images"])
+        self.images: list[bytes] = list(record["images"])
 
 
 class Dataset:
@@ -73,7 +73,7 @@ class Dataset:
             if partial_path(self.path).is_dir():
                 raise DatasetError(
                     f"{path}: not finished yet; call 'stf-jax data build' again with the same "
-                    "arguments, and it goes on"
+                    "arguments, and it continues"
                 )
             raise DatasetError(f"{path}: no such folder; make it with 'stf-jax data build'")
         if not (self.path / "dataset_info.json").is_file():
@@ -201,14 +201,14 @@ def shard_path(folder: Path, number: int, total: int) -> Path:
 
 
 def write_shard(path: Path, examples: list[tuple[str, str, tuple[bytes, ...]]]) -> int:
-    """Writes (id, conversation, pictures) of each example, whole or not at all; returns bytes."""
+    """Writes (id, conversation, images) of each example, whole or not at all; returns bytes."""
     connector = features()
     size = 0
     with write_whole(path) as unfinished:
         # Groups of one make each record readable alone.
         writer = ArrayRecordWriter(str(unfinished), "group_size:1")
-        for name, conversation, pictures in examples:
-            record = {"id": name, "conversations": conversation, "images": list(pictures)}
+        for name, conversation, images in examples:
+            record = {"id": name, "conversations": conversation, "images": list(images)}
             data = connector.serialize_example(connector.encode_example(record))
             writer.write(data)
             size += len(data)
@@ -227,7 +227,7 @@ def write_metadata(folder: Path, *, shard_lengths: list[int], size: int) -> None
         features=features(),
         split_infos=[split],
         filename_template=template,
-        description="Conversations about pictures, in LLaVA's form.",
+        description="Conversations about images, in LLaVA's form.",
         check_data=False,
     )
 

@@ -23,7 +23,7 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        # The last ids whose text is out; decoding goes on from them, so that spaces come out right.
+        # The last ids whose text is out. Decoding continues from them, to get spaces right.
         self._context: list[int] = []
         self._held: list[int] = []
 

@@ -59,7 +59,7 @@ def encode_conversation(
       conversation: `{"from": "human" | "gpt", "value": text}` in the order spoken; one from
         "system" in front of them takes the place of the template's own system text.
       template: one of `conversation.TEMPLATES`.
-      num_images: pictures that go with it; 0 makes `<image>` ordinary text.
+      num_images: images that go with it; 0 makes `<image>` ordinary text.
       max_length: cut after so many tokens, an image counting as one; None for no cut.
       strict: labels by the PyTorch reference's rule, with its faults; see `reference_labels`.
 
@@ -92,7 +92,7 @@ def expand_conversation(
     """Gives each image `tokens_per_image` placeholders, labels ignored there, then cuts.
 
     A cut that would fall inside an image drops that image whole, so the result may be up to
-    `tokens_per_image - 1` shorter than `max_length`; `num_images` says how many pictures are left.
+    `tokens_per_image - 1` shorter than `max_length`; `num_images` says how many images are left.
     (The reference keeps a part of the image.) A sample whose replies are all cut off has
     `num_supervised` 0.
     """

@@ -1,7 +1,7 @@
-"""Pictures as pixels: opened whatever their kind, then CLIP's preprocessing in numpy and Pillow.
+"""Images as pixels: opened whatever their kind, then CLIP's preprocessing in numpy and Pillow.
 
 The result equals that of the LLaVA-1.5 recipe: resize of the shortest edge (bicubic, antialiased,
-on 8-bit values), centre crop, then CLIP's mean and deviation; "pad" first pads to a square.
+on 8-bit values), center crop, then CLIP's mean and deviation; "pad" first pads to a square.
 `fast` comes close to it in about two thirds of the time.
 """
 
@@ -41,7 +41,7 @@ _KNOWN_PROCESSORS = ("CLIPImageProcessor", "CLIPFeatureExtractor", "LlavaImagePr
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used; one line that names it and the fix."""
+    """An image that cannot be used; one line that names it and the fix."""
 
 
 def load_image(
@@ -52,16 +52,16 @@ def load_image(
     min_edge: int | None = None,
     min_longest_edge: int = 1,
 ) -> Image.Image:
-    """Opens a picture and gives it as 8-bit RGB.
+    """Opens an image and gives it as 8-bit RGB.
 
-    Transparency is dropped, not blended (the colours stored under it show); of an animation the
-    first frame is taken; 16-bit greyscale is scaled to 8 bits, where Pillow alone would clip it to
-    white. CMYK, palettes and greyscale go through Pillow's own conversion.
+    Transparency is dropped, not blended (the colors stored under it show); of an animation the
+    first frame is taken; 16-bit grayscale is scaled to 8 bits, where Pillow alone would clip it to
+    white. CMYK, palettes and grayscale go through Pillow's own conversion.
 
     Args:
       source: a path, the bytes of a file, a Pillow image, or uint8 [height, width, 3] of numpy.
       name: what errors call it; default the path.
-      apply_orientation: turn the picture upright as its EXIF says. Off by default, because the
+      apply_orientation: turn the image upright as its EXIF says. Off by default, because the
         LLaVA code ignores EXIF and published scores stand on that; photographs straight from a
         telephone want it on.
       min_edge: a JPEG is decoded at a half, a quarter or an eighth of its size, whichever is the
@@ -70,11 +70,11 @@ def load_image(
       min_longest_edge: likewise, for the longer edge alone.
 
     Raises:
-      ImageError: no such file, empty, no picture, truncated, of zero size, of more than
+      ImageError: no such file, empty, no image, truncated, of zero size, of more than
         `MAX_PIXELS`, or of a kind that has no 8-bit RGB form.
     """
     if name is None:
-        name = shorten(str(source)) if isinstance(source, str | Path) else "the picture"
+        name = shorten(str(source)) if isinstance(source, str | Path) else "the image"
     if isinstance(source, str) and source.startswith(("data:", "http://", "https://")):
         raise ImageError(
             f"{name}: neither base64 nor a URL is read; give a path, or the bytes of the file"
@@ -82,7 +82,7 @@ def load_image(
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
             raise ImageError(
-                f"{name}: {source.dtype} {list(source.shape)} of numpy is no picture; "
+                f"{name}: {source.dtype} {list(source.shape)} of numpy is no image; "
                 "give uint8 [height, width, 3]"
             )
         source = Image.fromarray(source)
@@ -94,7 +94,7 @@ def load_image(
         data = _read(Path(expand(source)), name)
     else:
         raise ImageError(
-            f"{name}: a {type(source).__name__} is no picture; "
+            f"{name}: a {type(source).__name__} is no image; "
             "give a path, bytes, a Pillow image or uint8 [height, width, 3] of numpy"
         )
     if not data:
@@ -110,7 +110,7 @@ def load_image(
         raise ImageError(_too_large(name, size[0] if size else str(error))) from error
     except Exception as error:  # each format's reader raises its own kinds
         raise ImageError(
-            f"{name}: no picture in a format that is read ({', '.join(FORMATS)}); convert it to "
+            f"{name}: no image in a format that is read ({', '.join(FORMATS)}); convert it to "
             "PNG, or leave it out"
         ) from error
     with image:
@@ -130,7 +130,7 @@ def _read(path: Path, name: str) -> bytes:
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file; check the path or fetch the image") from None
     except IsADirectoryError:
-        raise ImageError(f"{name}: cannot be read, a directory; give a picture in it") from None
+        raise ImageError(f"{name}: cannot be read, a directory; give an image in it") from None
     except (OSError, ValueError) as error:  # a name with a zero byte
         reason = error.strerror if isinstance(error, OSError) else error
         raise ImageError(
@@ -154,7 +154,7 @@ def _shrink(image: Image.Image, min_edge: int, min_longest_edge: int) -> None:
 def _checked_rgb(image: Image.Image, name: str, apply_orientation: bool) -> Image.Image:
     width, height = image.size
     if width == 0 or height == 0:
-        raise ImageError(f"{name}: the picture is {width}x{height}; leave it out")
+        raise ImageError(f"{name}: the image is {width}x{height}; leave it out")
     if width * height > MAX_PIXELS:
         raise ImageError(_too_large(name, f"{width}x{height} pixels"))
     try:
@@ -180,15 +180,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode == "P" and "transparency" in image.info:
-        # The same colours as straight to RGB, without Pillow's warning.
+        # The same colors as straight to RGB, without Pillow's warning.
         return image.convert("RGBA").convert("RGB")
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        return Image.fromarray(_deep_grey_to_8_bit(image)).convert("RGB")
+        return Image.fromarray(_deep_gray_to_8_bit(image)).convert("RGB")
     return image.convert("RGB")
 
 
-def _deep_grey_to_8_bit(image: Image.Image) -> np.ndarray:
-    """uint8 [height, width] of a picture with more than 8 bits a pixel."""
+def _deep_gray_to_8_bit(image: Image.Image) -> np.ndarray:
+    """uint8 [height, width] of an image with more than 8 bits a pixel."""
     values = np.asarray(image)
     low, high = values.min(), values.max()
     if image.mode == "F" and 0 < high <= 1:
@@ -207,12 +207,12 @@ def _deep_grey_to_8_bit(image: Image.Image) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageProcessor:
-    """What becomes of a picture before the vision tower sees it.
+    """What becomes of an image before the vision tower sees it.
 
     Attributes:
       image_size: S, the side in pixels of what comes out.
       shortest_edge: resized to this before the crop; at least `image_size`.
-      mode: "pad" to a square with the mean colour first (LLaVA-1.5's second stage, evaluation), or
+      mode: "pad" to a square with the mean color first (LLaVA-1.5's second stage, evaluation), or
         "crop" the middle, losing the ends (its first stage).
       mean, std: for each of R, G, B, on the scale 0 to 1.
       fast: resize with half as many taps (Hamming), and decode a large JPEG at a half, a quarter or
@@ -244,8 +244,8 @@ class ImageProcessor:
         return dataclasses.replace(self, image_size=image_size, shortest_edge=edge)
 
     @cached_property
-    def pad_colour(self) -> tuple[int, int, int]:
-        """The mean as an 8-bit colour; (122, 116, 104) for CLIP."""
+    def pad_color(self) -> tuple[int, int, int]:
+        """The mean as an 8-bit color; (122, 116, 104) for CLIP."""
         red, green, blue = (int(value * 255) for value in self.mean)
         return red, green, blue
 
@@ -324,7 +324,7 @@ class ImageProcessor:
         )
 
     def pixels(self, image: Image.Image) -> np.ndarray:
-        """What the tower sees of an RGB picture from `load_image`: float32 [S, S, 3].
+        """What the tower sees of an RGB image from `load_image`: float32 [S, S, 3].
 
         Raises:
           ImageError: see `square`.
@@ -339,7 +339,7 @@ class ImageProcessor:
             `MAX_PIXELS`.
         """
         if image.mode != "RGB":
-            raise ImageError(f"a picture of mode {image.mode}; open it with load_image")
+            raise ImageError(f"an image of mode {image.mode}; open it with load_image")
         self.check_size(*image.size)
         return np.asarray(self._square(image), np.uint8)
 
@@ -353,7 +353,7 @@ class ImageProcessor:
         return rows.reshape(squares.shape)
 
     def check_size(self, width: int, height: int) -> None:
-        """Raises ImageError if `pixels` would refuse a picture of this size as too thin."""
+        """Raises ImageError if `pixels` would refuse an image of this size as too thin."""
         longest, shortest = max(width, height), min(width, height)
         if self.mode == "pad":
             pixels = longest * longest
@@ -361,7 +361,7 @@ class ImageProcessor:
             pixels = self.shortest_edge * int(self.shortest_edge * longest / shortest)
         if width != height and pixels > MAX_PIXELS:
             raise ImageError(
-                f"a picture of {width}x{height} is too long and thin to make a square of; "
+                f"an image of {width}x{height} is too long and thin to make a square of; "
                 "cut it or leave it out"
             )
 
@@ -387,7 +387,7 @@ class ImageProcessor:
                 if width > height:
                     image = self._resize(image, (edge, height))
                 sides = (image.width, longest) if width > height else (longest, longest)
-                square = Image.new("RGB", sides, self.pad_colour)
+                square = Image.new("RGB", sides, self.pad_color)
                 square.paste(image, ((sides[0] - image.width) // 2, (longest - height) // 2))
                 image, size = square, (edge, edge)
         elif width <= height:
@@ -401,20 +401,20 @@ class ImageProcessor:
     def _place(self, image: Image.Image) -> Image.Image:
         """Padded and resized, without resizing any padding.
 
-        Pixels that the picture covers in part become padding: less than one at each end.
+        Pixels that the image covers in part become padding: less than one at each end.
         """
         edge, longest = self.shortest_edge, max(image.size)
         left, top = ((longest - side) // 2 for side in image.size)
         first = (-(-left * edge // longest), -(-top * edge // longest))
         last = ((left + image.width) * edge // longest, (top + image.height) * edge // longest)
         scale = longest / edge
-        # Of the picture, what these whole pixels cover.
+        # Of the image, what these whole pixels cover.
         box = (
             max(first[0] * scale - left, 0),
             max(first[1] * scale - top, 0),
             min(last[0] * scale - left, image.width),
             min(last[1] * scale - top, image.height),
         )
-        square = Image.new("RGB", (edge, edge), self.pad_colour)
+        square = Image.new("RGB", (edge, edge), self.pad_color)
         square.paste(self._resize(image, (last[0] - first[0], last[1] - first[1]), box), first)
         return square

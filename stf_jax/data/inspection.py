@@ -18,11 +18,11 @@ from stf_jax.data.sources import RawExample
 from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID, Tokenizer
 
 Kind = Literal[
-    "entry", "conversation", "missing picture", "bad picture", "marker", "nothing to learn",
+    "entry", "conversation", "missing image", "bad image", "marker", "nothing to learn",
     "other extension", "empty reply", "strict mask", "layout",
 ]  # fmt: skip
 
-# Tried in this order where a picture is not there under its own name.
+# Tried in this order where an image is not there under its own name.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -48,10 +48,10 @@ class Measures:
     """What a plan needs to know of an example, whatever the tokens of an image.
 
     Attributes:
-      length: tokens, a picture counting as one; 0 if it cannot be encoded.
-      images: pictures.
+      length: tokens, an image counting as one; 0 if it cannot be encoded.
+      images: how many it has.
       first_supervised: where the first supervised token stands, -1 if there is none.
-      images_before: pictures in front of that token.
+      images_before: images in front of that token.
       mismatch: the PyTorch reference's labels would mask it whole.
     """
 
@@ -80,8 +80,8 @@ class Inspection:
       notes: what is odd and does no harm.
       measures: of an example without problems.
       conversation: its turns as JSON.
-      num_pictures: picture files read to their end.
-      pictures: their bytes.
+      num_images: image files read to their end.
+      image_bytes: what is in them.
     """
 
     id: str
@@ -89,8 +89,8 @@ class Inspection:
     notes: tuple[Finding, ...] = ()
     measures: Measures = Measures()
     conversation: str = ""
-    num_pictures: int = 0
-    pictures: tuple[bytes, ...] = ()
+    num_images: int = 0
+    image_bytes: tuple[bytes, ...] = ()
 
 
 class _Unfit(Exception):
@@ -104,10 +104,10 @@ class Inspector:
     """Looks into examples; the same for `check` and for `build`.
 
     Attributes:
-      images: the folder that the entries' picture paths start from; None if they have no pictures.
+      images: the folder that the entries' image paths start from; None if they have no images.
       tokenizer: of the model to be trained.
       template: to be trained with.
-      image_processor: its pad or crop must be able to take each picture.
+      image_processor: its pad or crop must be able to take each image.
     """
 
     images: str | None
@@ -116,7 +116,7 @@ class Inspector:
     image_processor: ImageProcessor
 
     def __call__(self, raw: RawExample) -> Inspection:
-        """Reads the pictures and encodes the conversation; all problems are found, none raised."""
+        """Reads the images and encodes the conversation; all problems are found, none raised."""
         problems: list[Finding] = []
         notes: list[Finding] = []
 
@@ -137,14 +137,14 @@ class Inspector:
             return Inspection(id=raw.id, problems=(finding("conversation", reason),))
         if raw.note is not None:
             notes.append(finding("layout", raw.note))
-        pictures = []
+        contents = []
         for name in names:
             try:
-                data, note = self._picture(name)
+                data, note = self._read_image(name)
             except _Unfit as error:
                 problems.append(finding(error.kind, str(error)))
                 continue
-            pictures.append(data)
+            contents.append(data)
             if note:
                 notes.append(finding("other extension", note))
         measures = Measures()
@@ -181,19 +181,19 @@ class Inspector:
             notes=tuple(notes),
             measures=measures,
             conversation=json.dumps(turns, ensure_ascii=False),
-            num_pictures=len(pictures),
-            pictures=tuple(pictures),
+            num_images=len(contents),
+            image_bytes=tuple(contents),
         )
 
-    def _picture(self, name: str) -> tuple[bytes, str | None]:
+    def _read_image(self, name: str) -> tuple[bytes, str | None]:
         if fault := _name_fault(name):
-            raise _Unfit("bad picture", fault)
+            raise _Unfit("bad image", fault)
         if self.images is None:
-            raise _Unfit("missing picture", f"{name}: no folder of pictures was given")
+            raise _Unfit("missing image", f"{name}: no folder of images was given")
         found = find_image(self.images, name)
         if found is None:
             raise _Unfit(
-                "missing picture",
+                "missing image",
                 f"{Path(self.images, name)}: no such file, nor with another extension; fetch it",
             )
         note = (
@@ -204,11 +204,11 @@ class Inspector:
         try:
             data = found.read_bytes()
         except OSError as error:
-            raise _Unfit("bad picture", f"{found}: cannot be read ({error.strerror})") from error
+            raise _Unfit("bad image", f"{found}: cannot be read ({error.strerror})") from error
         try:
-            check_picture(data, name=str(found), image_processor=self.image_processor)
+            check_image(data, name=str(found), image_processor=self.image_processor)
         except ImageError as error:
-            raise _Unfit("bad picture", str(error)) from error
+            raise _Unfit("bad image", str(error)) from error
         return data, note
 
     def identify(self, examples: Sequence[RawExample]) -> list[str]:
@@ -258,8 +258,8 @@ def _name_fault(name: str) -> str | None:
     return None
 
 
-def check_picture(data: bytes, *, name: str, image_processor: ImageProcessor) -> None:
-    """Reads a picture file to its end; ImageError if training could not use it."""
+def check_image(data: bytes, *, name: str, image_processor: ImageProcessor) -> None:
+    """Reads an image file to its end; ImageError if training could not use it."""
     # Damage shows at an eighth of the size just as well, in a fraction of the time.
     load_image(data, name=name, min_edge=1)
     with open_header(io.BytesIO(data)) as header:

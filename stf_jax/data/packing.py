@@ -80,9 +80,9 @@ def pack(
     Args:
       order: int64 [N], the examples to pack.
       lengths: tokens by example, none above `row_length`.
-      images: pictures by example, none above `row_images`.
+      images: how many, by example, none above `row_images`.
       row_length: tokens in a row.
-      row_images: pictures in a row.
+      row_images: how many a row has room for.
       window: examples packed together.
     """
     examples: list[int] = []
@@ -103,7 +103,7 @@ def pack(
 def _best_fit(
     examples: list[int], lengths: list[int], images: list[int], row_length: int, row_images: int
 ) -> list[list[int]]:
-    # rows_with[i][s]: rows with room for i more pictures and s more tokens; bit s of rooms[i] says
+    # rows_with[i][s]: rows with room for i more images and s more tokens; bit s of rooms[i] says
     # whether there is any, so that the tightest fit is the lowest bit from the length upwards.
     rows_with: list[list[list[list[int]]]] = [
         [[] for _ in range(row_length + 1)] for _ in range(row_images + 1)
@@ -111,9 +111,9 @@ def _best_fit(
     rooms = [0] * (row_images + 1)
     rows: list[list[int]] = []
     row: list[int]
-    for example, length, pictures in zip(examples, lengths, images, strict=True):
+    for example, length, image_count in zip(examples, lengths, images, strict=True):
         room, slots = row_length + 1, row_images
-        for candidate in range(pictures, row_images + 1):
+        for candidate in range(image_count, row_images + 1):
             fits = rooms[candidate] >> length
             if fits:
                 tightest = length + (fits & -fits).bit_length() - 1
@@ -127,8 +127,8 @@ def _best_fit(
             if not rows_with[slots][room]:
                 rooms[slots] ^= 1 << room
         row.append(example)
-        rows_with[slots - pictures][room - length].append(row)
-        rooms[slots - pictures] |= 1 << (room - length)
+        rows_with[slots - image_count][room - length].append(row)
+        rooms[slots - image_count] |= 1 << (room - length)
     return rows
 
 
@@ -137,14 +137,14 @@ def group(
 ) -> np.ndarray:
     """The order of LLaVA-1.5's second stage: batches of one modality, alike in length.
 
-    Examples with and without pictures are cut, each kind in the order given, into whole batches;
+    Examples with and without images are cut, each kind in the order given, into whole batches;
     these come in a random order that `order` decides, each sorted with the longest first. What is
     left of both kinds makes the last ones.
 
     Args:
       order: int64 [N], shuffled.
       lengths: tokens by example.
-      images: pictures by example.
+      images: how many, by example.
       batch_size: examples in a global batch.
     """
     has_images = images[order] > 0

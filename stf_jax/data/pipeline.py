@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 # Rows that a worker keeps ready; each may hold tens of megabytes of pixels.
 _ROWS_AHEAD = 2
 # Of at most 16 MB each, for a worker.
-_PICTURE_BLOCKS = 8
+_IMAGE_BLOCKS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class DataPlan:
       tokens: of its rows, padding not counted.
       truncated: used examples that are cut to the sequence length.
       too_long: left out, because no supervised token is within the sequence length.
-      too_many_images: left out, because they have more pictures than a row.
+      too_many_images: left out, because they have more images than a row.
       unfit: left out, because the template cannot take them or they teach nothing.
       masked: left out, because strict labels mask them whole.
     """
@@ -75,7 +75,7 @@ class TrainingStep:
     """This host's part of one global batch.
 
     Attributes:
-      step: its number; going on from it is `batches(start_step=step + 1)`.
+      step: its number; continuing from it is `batches(start_step=step + 1)`.
       example_ids: what stands in each row, in order; "dataset/id" if there are several datasets.
       batch: numpy arrays with this host's rows; pixels are 8-bit values, a quarter of the bytes,
         which the training step normalizes.
@@ -205,7 +205,7 @@ class TrainingData:
 
         Args:
           start_step: the first.
-          stop_step: one after the last; None goes on for ever, epoch after epoch.
+          stop_step: one after the last; None continues for ever, epoch after epoch.
           rows: of each global batch, those that this host makes, ascending; default all. Hosts may
             ask for the same ones, as where a row's computation is spread over several.
 
@@ -315,8 +315,8 @@ def _start_worker(worker: int, workers: int) -> None:
     for one in (signal.SIGTERM, signal.SIGINT):
         signal.signal(one, signal.SIG_IGN)
     end_with_parent()
-    # Memory of pictures is used again, not given back and fetched anew for each.
-    Image.core.set_blocks_max(_PICTURE_BLOCKS)  # type: ignore[attr-defined]
+    # Memory of images is used again, not given back and fetched anew for each.
+    Image.core.set_blocks_max(_IMAGE_BLOCKS)  # type: ignore[attr-defined]
 
 
 def _open(config: DataConfig, tokenizer: Tokenizer) -> tuple[list[Dataset], list[Index]]:
@@ -339,7 +339,7 @@ def _prefixes(datasets: list[Dataset]) -> list[str]:
     if len(datasets) == 1:
         return [""]
     names = [dataset.path.name for dataset in datasets]
-    # Two folders of the same name are told apart by their place in the list.
+    # Two folders of the same name differ by their place in the list.
     return [
         f"{name}/" if names.count(name) == 1 else f"{name}({number})/"
         for number, name in enumerate(names, start=1)
@@ -348,7 +348,7 @@ def _prefixes(datasets: list[Dataset]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Columns:
-    """By example of all datasets, [N]: tokens and pictures, and why it is left out."""
+    """By example of all datasets, [N]: tokens and images, and why it is left out."""
 
     tokens: np.ndarray
     images: np.ndarray
@@ -388,7 +388,7 @@ class _Columns:
             f"{count} have no supervised token within sequence_length {config.sequence_length}"
             for count in [int(self.too_long.sum())] if count
         ] + [
-            f"{count} have more pictures than images_per_row {config.images_per_row}"
+            f"{count} have more images than images_per_row {config.images_per_row}"
             for count in [int(self.too_many_images.sum())] if count
         ] + [
             f"{count} teach nothing under template {config.template!r}"

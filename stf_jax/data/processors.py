@@ -1,4 +1,4 @@
-"""What texts and pictures go through before a model's weights; read without reading the weights."""
+"""What texts and images go through before a model's weights; read without reading the weights."""
 
 import contextlib
 import dataclasses

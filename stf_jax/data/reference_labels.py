@@ -1,7 +1,7 @@
 """Labels by the rule of the PyTorch reference, with its faults, for runs that must repeat it.
 
 The reference does not know where in the token sequence a reply lies. It cuts the text at the
-separators, tokenises the parts again, and counts. Where its count and the sequence's length
+separators, tokenizes the parts again, and counts. Where its count and the sequence's length
 disagree, it masks the whole sample ("tokenization mismatch"). Span-based labels need none of this
 and agree wherever the count is right; this file is for comparison and for repeating old runs.
 """
@@ -74,7 +74,7 @@ def _mask_rounds(
         halves = part.split(separator)
         if len(halves) != 2:
             break
-        # The BOS of a part tokenised alone stands for the </s> that the cut took away.
+        # The BOS of a part tokenized alone stands for the </s> that the cut took away.
         length = len(encode(part))
         # BOS and the space before the reply are not the instruction's.
         instruction = len(encode(halves[0] + separator)) - 2

@@ -77,10 +77,10 @@ class RowMaker:
     strict_labels: bool
 
     def make(self, examples: np.ndarray) -> tuple[Row, np.ndarray]:
-        """The row of these examples, and its pictures uint8 [images, S, S, 3].
+        """The row of these examples, and its images uint8 [images, S, S, 3].
 
-        One that cannot be read, or a picture of which cannot, is left out whole: a conversation
-        about a picture that is not there would teach guessing. The others move up; the free places
+        One that cannot be read, or an image of which cannot, is left out whole: a conversation
+        about an image that is not there would teach guessing. The others move up; the free places
         become padding.
         """
         encoded: list[EncodedConversation] = []
@@ -94,8 +94,8 @@ class RowMaker:
             try:
                 stored = self.datasets[dataset][number]
                 name = f"{self.names[dataset]}{stored.id}"
-                one = self._encode(stored.conversation, len(stored.pictures))
-                seen = [self._square(data) for data in stored.pictures[: one.num_images]]
+                one = self._encode(stored.conversation, len(stored.images))
+                seen = [self._square(data) for data in stored.images[: one.num_images]]
             except (DatasetError, ImageError) as error:
                 lost.append(Lost(id=name, reason=str(error)))
                 continue
@@ -171,6 +171,6 @@ class RowSource:
         return self.rows
 
     def __getitem__(self, number: int) -> tuple[Row, np.ndarray]:
-        # Apart from the row, so that Grain hands the pictures over in shared memory.
+        # Apart from the row, so that Grain hands the images over in shared memory.
         step, row = divmod(int(number), len(self.batch_rows))
         return self.maker.make(self.planner.row(self.start_step + step, self.batch_rows[row]))

@@ -30,10 +30,10 @@ class ShownExample:
     Attributes:
       id: of the entry in LLaVA's JSON.
       number: its place in the dataset.
-      spans: its text; each picture is an `<image>`.
+      spans: its text; each image is an `<image>`.
       tokens: with images expanded, after the cut.
       supervised: tokens that count in the loss.
-      pictures: pictures that the tower will see.
+      images: how many the tower will see.
       truncated: whether tokens were cut off.
       png: file with what the tower will see, side by side; None if nothing was to be written.
     """
@@ -43,7 +43,7 @@ class ShownExample:
     spans: tuple[Span, ...]
     tokens: int
     supervised: int
-    pictures: int
+    images: int
     truncated: bool
     png: str | None
 
@@ -56,7 +56,7 @@ class ShownExample:
         cut = ", cut" if self.truncated else ""
         lines = [
             f"{self.id} (number {self.number}): {self.tokens} tokens{cut}, "
-            f"{self.supervised} supervised, {self.pictures} pictures",
+            f"{self.supervised} supervised, {self.images} images",
             "".join(f"{start}{s.text}{end}" if s.supervised else s.text for s in self.spans),
         ]
         if self.png:
@@ -84,14 +84,14 @@ def show(
       tokenizer: of the model.
       template: one of `conversation.TEMPLATES`.
       image_processor: default CLIP's at 336 px, padding.
-      tokens_per_image: placeholders for each picture.
+      tokens_per_image: placeholders for each image.
       sequence_length: cut there.
       strict_labels: the PyTorch reference's labels.
-      png: file to write the pictures to, as the tower sees them; not written if there are none.
+      png: file to write the images to, as the tower sees them; not written if there are none.
 
     Raises:
       DatasetError: no such dataset or example.
-      ValueError: a conversation that the template cannot take, or a picture that cannot be read.
+      ValueError: a conversation that the template cannot take, or an image that cannot be read.
     """
     opened = Dataset(dataset)
     number = _find(opened, example)
@@ -100,7 +100,7 @@ def show(
         tokenizer,
         stored.conversation,
         template=get_template(template),
-        num_images=len(stored.pictures),
+        num_images=len(stored.images),
         max_length=sequence_length,
         strict=strict_labels,
     )
@@ -109,14 +109,14 @@ def show(
     )
     processor = image_processor or ImageProcessor()
     seen = [
-        Image.fromarray(processor.square(processor.load(data, name=f"picture of {stored.id}")))
-        for data in stored.pictures[: expanded.num_images]
+        Image.fromarray(processor.square(processor.load(data, name=f"image of {stored.id}")))
+        for data in stored.images[: expanded.num_images]
     ]
     if png is not None and seen:
         _side_by_side(seen).save(png, "PNG")
     ids, labels = expanded.ids, expanded.labels
     starts = ids == IMAGE_TOKEN_ID
-    # Of each picture's run of placeholders one is shown.
+    # Of each image's run of placeholders one is shown.
     kept = ~starts
     kept[np.flatnonzero(starts)[::tokens_per_image]] = True
     return ShownExample(
@@ -125,7 +125,7 @@ def show(
         spans=_spans(tokenizer, ids[kept], labels[kept] != IGNORED_LABEL),
         tokens=len(ids),
         supervised=expanded.num_supervised,
-        pictures=expanded.num_images,
+        images=expanded.num_images,
         truncated=encoded.truncated or expanded.truncated,
         png=os.fspath(png) if png is not None and seen else None,
     )
@@ -156,7 +156,7 @@ def _spans(tokenizer: Tokenizer, ids: np.ndarray, supervised: np.ndarray) -> tup
     for start, end in itertools.pairwise(bounds):
         if is_image[start]:
             spans.append(Span(text=IMAGE_MARKER, supervised=False))
-            # The text after a picture is tokenised on its own.
+            # The text after an image is tokenized on its own.
             text_before, first = "", end
             continue
         # A span alone would lose its leading space.
@@ -167,9 +167,9 @@ def _spans(tokenizer: Tokenizer, ids: np.ndarray, supervised: np.ndarray) -> tup
     return tuple(spans)
 
 
-def _side_by_side(pictures: list[Image.Image]) -> Image.Image:
-    side = pictures[0].width
-    sheet = Image.new("RGB", (side * len(pictures), side))
-    for place, picture in enumerate(pictures):
-        sheet.paste(picture, (place * side, 0))
+def _side_by_side(images: list[Image.Image]) -> Image.Image:
+    side = images[0].width
+    sheet = Image.new("RGB", (side * len(images), side))
+    for place, image in enumerate(images):
+        sheet.paste(image, (place * side, 0))
     return sheet

@@ -2,7 +2,7 @@
 
 Ids are those of LLaVA-1.5, whose tokenizer is sentencepiece with `legacy: false`: a text gets one
 word-start mark `▁` in front, text after a special token gets none, and the stretches of text
-between two `<image>` are tokenised each on its own. transformers 5 is close but not equal (its
+between two `<image>` are tokenized each on its own. transformers 5 is close but not equal (its
 pre-tokenizer leaves out the mark where a text starts with a space), so the mark is put here.
 """
 
@@ -52,7 +52,7 @@ class Tokenizer:
     special_ids: frozenset[int]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, special tokens in it recognised, without BOS. `<image>` means nothing."""
+        """Ids of `text`, special tokens in it recognized, without BOS. `<image>` means nothing."""
         return self.encode_with_spans(text)[0]
 
     def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:

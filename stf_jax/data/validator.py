@@ -37,8 +37,8 @@ class CheckReport:
     Attributes:
       examples: entries in the files.
       fit: of these, how many can be trained on.
-      text_only: of the fit ones, how many have no picture.
-      pictures: picture files read to their end, one for each time that an example names it.
+      text_only: of the fit ones, how many have no image.
+      images: image files read to their end, one for each time that an example names it.
       tokens: of the fit examples together, images expanded, uncut.
       sequence_length: what is longer is cut in training.
       cut: fit examples that are longer.
@@ -52,7 +52,7 @@ class CheckReport:
     examples: int
     fit: int
     text_only: int
-    pictures: int
+    images: int
     tokens: int
     sequence_length: int
     cut: int
@@ -75,9 +75,9 @@ class CheckReport:
         """For a terminal; names at most `limit` of each kind of offender."""
         lines = [
             f"{self.examples} examples: {self.fit} fit to train on "
-            f"({self.fit - self.text_only} with pictures, {self.text_only} text only), "
+            f"({self.fit - self.text_only} with images, {self.text_only} text only), "
             f"{self.examples - self.fit} not",
-            f"{self.pictures} pictures, {self.tokens} tokens; {self.cut} examples are longer than "
+            f"{self.images} images, {self.tokens} tokens; {self.cut} examples are longer than "
             f"{self.sequence_length} and will be cut, {self.cut_to_nothing} of them to nothing",
             f"{self.strict_drops} would be masked whole by strict labels",
             "",
@@ -121,7 +121,7 @@ class Tally:
     def add(self, inspection: Inspection) -> None:
         """Counts one example."""
         self._counts["examples"] += 1
-        self._counts["pictures"] += inspection.num_pictures
+        self._counts["images"] += inspection.num_images
         self._problems += inspection.problems
         self._notes += inspection.notes
         if inspection.problems:
@@ -165,7 +165,7 @@ class _InspectAll:
 
     def __call__(self, examples: Sequence[RawExample]) -> list[Inspection]:
         # The bytes are not needed, and sending them between processes would cost much.
-        return [dataclasses.replace(self.inspector(raw), pictures=()) for raw in examples]
+        return [dataclasses.replace(self.inspector(raw), image_bytes=()) for raw in examples]
 
 
 def check(
@@ -180,16 +180,16 @@ def check(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> CheckReport:
-    """Looks into every example of LLaVA's training files, and reads every picture to its end.
+    """Looks into every example of LLaVA's training files, and reads every image to its end.
 
     Found are: entries of another form; roles, turns and numbers of `<image>` that do not fit;
-    replies without text; pictures that are missing, damaged, cut short, no pictures, too large to
-    unpack or too thin to use. Only noted are: a picture that is there with another extension (which
+    replies without text; images that are missing, damaged, cut short, no images, too large to
+    unpack or too thin to use. Only noted are: an image that is there with another extension (which
     is then used), a conversation with some empty replies, one that strict labels would mask whole.
 
     Args:
       files: JSON lists or JSON lines.
-      images: the folder that the picture paths start from.
+      images: the folder that the image paths start from.
       tokenizer: of the model to be trained.
       template: to be trained with; one of `conversation.TEMPLATES`.
       image_processor: default CLIP's at 336 px, padding.
@@ -225,9 +225,9 @@ def check(
 
 
 def check_folder(images: str | os.PathLike[str] | None) -> None:
-    """Raises ValueError if the folder of pictures is not there."""
+    """Raises ValueError if the folder of images is not there."""
     if images is not None and not os.path.isdir(images):
-        raise ValueError(f"{os.fspath(images)}: no such folder of pictures; check the path")
+        raise ValueError(f"{os.fspath(images)}: no such folder of images; check the path")
 
 
 def default_workers(workers: int | None) -> int:

@@ -11,18 +11,18 @@ from stf_jax.demo import scenes
 from stf_jax.demo.scenes import MOST, Question, Scans, Scene
 from stf_jax.util.files import new_directory, read_json, write_json
 
-PICTURES = "pictures"
+IMAGES = "images"
 CAPTIONS = "captions.json"
 CONVERSATIONS = "conversations.json"
 HELD_OUT = "held_out.json"
-REQUEST = "Describe the picture."
+REQUEST = "Describe the image."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeldOut:
     """A question about a scene that no model was trained on, with scans that none has seen."""
 
-    picture: str
+    image: str
     question: Question
 
 
@@ -30,13 +30,13 @@ def write_corpus(out: Path, *, train: int, held_out: int, seed: int) -> None:
     """Draws all scenes of a run into the new folder `out`, which appears when it is complete."""
     with new_directory(out) as unfinished:
         folder = Path(unfinished)
-        (folder / PICTURES).mkdir()
+        (folder / IMAGES).mkdir()
         captions: list[dict[str, Any]] = []
         conversations: list[dict[str, Any]] = []
         rng, scans = np.random.default_rng([seed, 0]), Scans.load("train")
         for number in range(train):
             name, scene = f"train-{number:05}.jpg", Scene.draw(rng)
-            _save(scene, scans, rng, folder / PICTURES / name)
+            _save(scene, scans, rng, folder / IMAGES / name)
             asked = scenes.questions(scene, rng, of_each=MOST)
             captions += [
                 _sample(f"{name}-{kind}", name, [(REQUEST, caption(scene, rng))])
@@ -47,10 +47,10 @@ def write_corpus(out: Path, *, train: int, held_out: int, seed: int) -> None:
         unseen: list[dict[str, Any]] = []
         for number in range(held_out):
             name, scene = f"held-out-{number:04}.jpg", Scene.draw(rng)
-            _save(scene, scans, rng, folder / PICTURES / name)
+            _save(scene, scans, rng, folder / IMAGES / name)
             unseen += [
                 {
-                    "picture": name,
+                    "image": name,
                     "question": dataclasses.asdict(question),
                 }
                 for question in scenes.questions(scene, rng, of_each=2)
@@ -69,15 +69,15 @@ def read_held_out(folder: Path) -> list[HeldOut]:
     ]
 
 
-def _sample(identity: str, picture: str, turns: list[tuple[str, str]]) -> dict[str, Any]:
+def _sample(identity: str, image: str, turns: list[tuple[str, str]]) -> dict[str, Any]:
     """An entry of LLaVA's JSON."""
     return {
         "id": identity,
-        "image": picture,
+        "image": image,
         "conversations": [*scenes.conversation(turns)],
     }
 
 
 def _save(scene: Scene, scans: Scans, rng: np.random.Generator, path: Path) -> None:
-    # Small coloured strokes would lose their colour to JPEG's usual half-resolution chroma.
+    # Small colored strokes would lose their color to JPEG's usual half-resolution chroma.
     Image.fromarray(scenes.render(scene, scans, rng)).save(path, quality=95, subsampling=0)

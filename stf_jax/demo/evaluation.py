@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stf_jax.demo.corpus import PICTURES, HeldOut
+from stf_jax.demo.corpus import IMAGES, HeldOut
 from stf_jax.demo.scenes import KINDS
 from stf_jax.infer.load import load
 from stf_jax.infer.model import Model, Request
@@ -16,7 +16,7 @@ from stf_jax.models import flops
 from stf_jax.util.files import read_json, write_json
 
 BATCH = 100
-LONGEST_ANSWER = 6  # tokens: two colours, two digits, a comma and the end of sequence
+LONGEST_ANSWER = 6  # tokens: two colors, two digits, a comma and the end of sequence
 
 # Two-sided 95 % of the normal distribution.
 _Z = 1.96
@@ -38,20 +38,20 @@ class Score:
     def interval(self) -> tuple[float, float]:
         """Lower and upper end."""
         n, p = self.asked, self.accuracy
-        centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+        center = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
         half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
-        return centre - half, centre + half
+        return center - half, center + half
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of reading one picture and one question, before the first token of the answer.
+    """Of reading one image and one question, before the first token of the answer.
 
     Attributes:
-        vision_tokens: of the picture.
-        prompt_tokens: of the longest question, picture included.
+        vision_tokens: of the image.
+        prompt_tokens: of the longest question, image included.
         language_flops: of the language model alone, which is where fewer tokens save.
-        total_flops: with tower, fusion and projector.
+        total_flops: with tower, connector and projector.
         seconds: of all of it, a question: of a batch, the median of several times.
     """
 
@@ -95,7 +95,7 @@ def read_cost(out: Path) -> Cost:
 def requests(asked: Sequence[HeldOut], corpus: Path) -> list[Request]:
     """As a user would ask."""
     return [
-        Request(prompt=one.question.text, images=[corpus / PICTURES / one.picture]) for one in asked
+        Request(prompt=one.question.text, images=[corpus / IMAGES / one.image]) for one in asked
     ]
 
 

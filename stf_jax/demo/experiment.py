@@ -1,15 +1,15 @@
 """The laptop reproduction from beginning to end, each step by the verb that a user would call.
 
-    scenes/      pictures, LLaVA's JSON, held-out questions
+    scenes/      images, LLaVA's JSON, held-out questions
     data/        the same as TFDS datasets, by `stf-jax data build`
-    ARM/start    by `stf-jax convert import`: tower, new connector, language model
-    ARM/stage1   by `stf-jax train`: the connector learns captions
-    ARM/stage2   by `stf-jax train`: with the language model, they learn conversations
-    ARM/answers.json
+    VARIANT/start    by `stf-jax convert import`: tower, new connector, language model
+    VARIANT/stage1   by `stf-jax train`: the connector learns captions
+    VARIANT/stage2   by `stf-jax train`: with the language model, they learn conversations
+    VARIANT/answers.json
     results.json, report.md, *.png
-    best/        the best arm as a PyTorch checkpoint
+    best/        the best variant as a PyTorch checkpoint
 
-What is there already is not done again, so that a run that was stopped goes on.
+What is there already is not done again, so that a run that was stopped continues.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ from stf_jax.convert import export_checkpoint, import_checkpoint
 from stf_jax.convert.opening import load_processors
 from stf_jax.data.builder import build
 from stf_jax.data.validator import check
-from stf_jax.demo.corpus import CAPTIONS, CONVERSATIONS, PICTURES, read_held_out, write_corpus
+from stf_jax.demo.corpus import CAPTIONS, CONVERSATIONS, IMAGES, read_held_out, write_corpus
 from stf_jax.demo.evaluation import answer_all, read_cost, scores
 from stf_jax.demo.language import TEXT
 from stf_jax.demo.pretraining import LANGUAGE, TOWER
-from stf_jax.demo.results import ArmResult, Results
+from stf_jax.demo.results import Results, VariantResult
 from stf_jax.demo.tower import VISION
-from stf_jax.demo.variants import Arm, all_arms
+from stf_jax.demo.variants import DemoVariant, all_variants
 from stf_jax.store.run import METRICS, open_model
 from stf_jax.train.config import TrainConfig
 from stf_jax.train.loop import train
@@ -40,7 +40,7 @@ from stf_jax.util.files import read_json, read_jsonl, write_json
 from stf_jax.util.progress import count_progress
 
 SETTINGS, SCENES = "settings.json", "scenes"
-FINETUNE_RATE = 5e-4  # the peak learning rate of stage 2, for every arm
+FINETUNE_RATE = 5e-4  # the peak learning rate of stage 2, for every variant
 TEMPLATES = {CAPTIONS: "plain", CONVERSATIONS: "v1"}
 
 
@@ -49,8 +49,8 @@ class Settings:
     """How large a run is.
 
     Attributes:
-        arms: names, in the order of the report.
-        train_scenes: pictures, each with a caption of every kind and a conversation.
+        variants: names, in the order of the report.
+        train_scenes: images, each with a caption of every kind and a conversation.
         held_out_scenes: with two questions of each kind.
         steps: of stage 1 and of stage 2.
         rows: of a batch.
@@ -60,7 +60,7 @@ class Settings:
         ValueError: `seed` is negative.
     """
 
-    arms: tuple[str, ...] = ("average", "stf_mbtf")
+    variants: tuple[str, ...] = ("average", "stf_mbtf")
     train_scenes: int = 2000
     held_out_scenes: int = 200
     steps: tuple[int, int] = (600, 500)
@@ -77,12 +77,12 @@ class Settings:
         if size == "quick":
             return cls(train_scenes=300, held_out_scenes=20, steps=(10, 10), seed=seed)
         if size == "full":
-            return cls(arms=("llava", "average", "stf", "stf_mbtf"), seed=seed)
+            return cls(variants=("llava", "average", "stf", "stf_mbtf"), seed=seed)
         return cls(seed=seed)
 
 
 class DemoError(ValueError):
-    """A demo that cannot begin or go on; the message names the fix."""
+    """A demo that cannot begin or continue; the message names the fix."""
 
 
 class Interrupted(Exception):
@@ -90,45 +90,45 @@ class Interrupted(Exception):
 
 
 def run(settings: Settings, out: Path) -> Results:
-    """Runs the experiment in the folder `out`, or goes on with the one that is there.
+    """Runs the experiment in the folder `out`, or continues the one that is there.
 
     Raises:
         DemoError: `out` holds a run of other settings.
         Interrupted: and it can be called again.
     """
     claim(out, settings)
-    arms = all_arms(VISION, TEXT)
-    for name in settings.arms:
+    variants = all_variants(VISION, TEXT)
+    for name in settings.variants:
         for stage in (1, 2):
-            train_stage(stage, arms[name], settings, out)
+            train_stage(stage, variants[name], settings, out)
     corpus = out / SCENES
     asked = read_held_out(corpus)
     results = []
-    for name in settings.arms:
+    for name in settings.variants:
         answers_file = out / name / "answers.json"
-        with count_progress(f"Asking {arms[name].title}") as progress:
+        with count_progress(f"Asking {variants[name].title}") as progress:
             answers = answer_all(out / name / "stage2", asked, corpus, answers_file, progress)
         results.append(
-            ArmResult(
+            VariantResult(
                 name=name,
-                title=arms[name].title,
+                title=variants[name].title,
                 scores=scores(asked, answers),
                 cost=read_cost(answers_file),
                 stages=tuple(read_metrics(out / name / stage) for stage in ("stage1", "stage2")),
                 answers=tuple(answers),
             )
         )
-    found = Results(settings=dataclasses.asdict(settings), arms=tuple(results))
+    found = Results(settings=dataclasses.asdict(settings), variants=tuple(results))
     _export(found.best.name, out)
     return found
 
 
-def train_stage(stage: int, arm: Arm, settings: Settings, out: Path) -> Path:
-    """Trains one stage of one arm, with all that must be there before it.
+def train_stage(stage: int, variant: DemoVariant, settings: Settings, out: Path) -> Path:
+    """Trains one stage of one variant, with all that must be there before it.
 
     Args:
         stage: 1 or 2.
-        arm: of any name.
+        variant: of any name.
         settings: of the run.
         out: its folder.
 
@@ -138,9 +138,9 @@ def train_stage(stage: int, arm: Arm, settings: Settings, out: Path) -> Path:
     Raises:
         Interrupted: and it can be called again.
     """
-    folder = out / arm.name
+    folder = out / variant.name
     _draw(out, settings)
-    _import(arm, out, seed=settings.seed)
+    _import(variant, out, seed=settings.seed)
     _build(out, folder / "start")
     name, template = list(TEMPLATES.items())[stage - 1]
     run_folder = folder / f"stage{stage}"
@@ -158,14 +158,14 @@ def train_stage(stage: int, arm: Arm, settings: Settings, out: Path) -> Path:
             "datasets": [{"path": str(_dataset(out, name))}],
             "template": template,
             "image_mode": "pad",
-            # Room for four captions with any arm's vision tokens, so that all see the same rows.
+            # Four captions fit with any variant's vision tokens, so that all see the same rows.
             "sequence_length": (320, 256)[stage - 1],
             "batch_size": settings.rows,
             "images_per_row": (4, 1)[stage - 1],
             "seed": settings.seed,
             "workers": 0,
         },
-        "optimizer": {"learning_rate": arm.pretrain_rate if stage == 1 else FINETUNE_RATE},
+        "optimizer": {"learning_rate": variant.pretrain_rate if stage == 1 else FINETUNE_RATE},
         "checkpoint": {"every": 50, "keep": 1},
     }
     file = folder / f"stage{stage}.yaml"
@@ -185,7 +185,9 @@ def claim(out: Path, settings: Settings) -> None:
     wanted = json.loads(json.dumps(dataclasses.asdict(settings)))
     if (out / SETTINGS).is_file():
         if read_json(out / SETTINGS, fix="choose another --out") != wanted:
-            raise DemoError(f"{out} holds a demo of other settings; choose another --out")
+            raise DemoError(
+                f"{out} holds a demo of other settings or of an older release; choose another --out"
+            )
         return
     if out.exists() and any(out.iterdir()):
         raise DemoError(f"{out} holds something else than a demo; choose another --out")
@@ -205,25 +207,25 @@ def _draw(out: Path, settings: Settings) -> None:
     )
 
 
-def _import(arm: Arm, out: Path, *, seed: int) -> None:
-    start = out / arm.name / "start"
+def _import(variant: DemoVariant, out: Path, *, seed: int) -> None:
+    start = out / variant.name / "start"
     if start.is_dir():
         return
-    _say(f"\n== {arm.title}")
+    _say(f"\n== {variant.title}")
     _show("convert", "import", LANGUAGE, start, "--vision-tower", TOWER, "--dtype", "float32")
     import_checkpoint(
-        LANGUAGE, start, vision_tower=TOWER, system=arm.system, seed=seed, dtype="float32"
+        LANGUAGE, start, vision_tower=TOWER, system=variant.system, seed=seed, dtype="float32"
     )
 
 
 def _build(out: Path, model: Path) -> None:
-    """Both datasets; tokenizer and pictures are those of every arm."""
+    """Both datasets; tokenizer and images are those of every variant."""
     processors = load_processors(model)
     for name, template in TEMPLATES.items():
         dataset = _dataset(out, name)
         if dataset.is_dir():
             continue
-        files, images = [out / SCENES / name], out / SCENES / PICTURES
+        files, images = [out / SCENES / name], out / SCENES / IMAGES
         shared: dict[str, Any] = {
             "images": images,
             "tokenizer": processors.tokenizer,
@@ -245,8 +247,8 @@ def _build(out: Path, model: Path) -> None:
             build(files, dataset, progress=progress, **shared)
 
 
-def _export(arm: str, out: Path) -> None:
-    best, trained = out / "best", out / arm / "stage2"
+def _export(variant: str, out: Path) -> None:
+    best, trained = out / "best", out / variant / "stage2"
     if best.is_dir():
         return
     layout: Any = open_model(trained).config.system.layout

@@ -89,10 +89,10 @@ _STDDEV = 0.5  # of embeddings and codes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A part of the head start.
+    """A part of the pretraining.
 
     Attributes:
-        steps: of the optimiser.
+        steps: of the optimizer.
         rows: of a batch, a scene each.
         length: tokens of a row.
         texts: what the rows are, in turn: of `CAPTIONS`, or "questions".
@@ -106,7 +106,7 @@ class Phase:
     rate: float
 
 
-# Captions first, in which nearly every word must be looked up: so it is learnt ten times faster
+# Captions first, in which nearly every word must be looked up: so it is learned ten times faster
 # than from questions.
 PHASES = (
     Phase(steps=5000, rows=24, length=80, texts=[*CAPTIONS], rate=3e-3),
@@ -121,11 +121,11 @@ class Seen:
     """What the cells of each row's scene hold."""
 
     digits: Int[Array, "B G G"]
-    colours: Int[Array, "B G G"]
+    colors: Int[Array, "B G G"]
 
 
-class Codes(nnx.Module):
-    """Stands for tower, fusion and projector: codes of what the cells of a window hold, and where.
+class CellCodes(nnx.Module):
+    """Stands for tower and connector: codes of what the cells of a window hold, and where.
 
     A code is a sum of vectors: for each cell of the window, whose place in it has tables of its
     own; and one each for the window's row and column.
@@ -138,14 +138,14 @@ class Codes(nnx.Module):
             return nnx.Param(make(rngs.params(), (*shape, TEXT.width)))
 
         self.window = window
-        self.digits, self.colours = table(cells, 11), table(cells, len(NAMES) + 1)
+        self.digits, self.colors = table(cells, 11), table(cells, len(NAMES) + 1)
         self.rows, self.columns = table(side, 1), table(1, side)
 
     def __call__(self, seen: Seen) -> Float[Array, "B K H"]:
         """In raster order, as vision tokens come."""
         held = sum(
             table[jnp.arange(self.window**2), self._windows(numbers) + 1].sum(axis=2)
-            for table, numbers in ((self.digits, seen.digits), (self.colours, seen.colours))
+            for table, numbers in ((self.digits, seen.digits), (self.colors, seen.colors))
         )
         return held + (self.rows[...] + self.columns[...]).reshape(-1, TEXT.width)
 
@@ -168,8 +168,8 @@ def _widen(path: str, leaf: Array) -> Array:
     return leaf / (0.02 * math.sqrt(inputs) * share)
 
 
-class Reader(nnx.Module):
-    """The language model with codes for one and for four cells."""
+class Oracle(nnx.Module):
+    """The language model with codes in place of an image: codes of one cell, or of four."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.text = Llama(TEXT, init=Init(rngs=rngs))
@@ -177,11 +177,11 @@ class Reader(nnx.Module):
         nnx.update(
             self.text, unflatten({path: _widen(path, leaf) for path, leaf in leaves.items()})
         )
-        self.codes = nnx.List([Codes(1, rngs=rngs), Codes(2, rngs=rngs)])
+        self.cell_codes = nnx.List([CellCodes(1, rngs=rngs), CellCodes(2, rngs=rngs)])
 
     def __call__(self, batch: Batch, seen: Seen, *, window: int) -> Float[Array, "B T V"]:
         """Logits at every position, with codes in place of vision tokens."""
-        codes, slots = self.codes[window - 1](seen), batch.image_slots[..., None]
+        codes, slots = self.cell_codes[window - 1](seen), batch.image_slots[..., None]
         placed = jnp.take_along_axis(codes, jnp.maximum(slots, 0), axis=1)
         spliced = jnp.where(slots >= 0, placed, self.text.embed(batch.ids))
         return self.text.logits(self.text(spliced, marks=marks_of(batch)))
@@ -196,10 +196,10 @@ class Reader(nnx.Module):
         return (losses * known).sum() / known.sum()
 
     def answered(self, batch: Batch, seen: Seen, *, window: int) -> Array:
-        """The share of rows in which each next token of every answer is the likeliest."""
+        """The share of rows in which each next token of every answer is the most likely."""
         targets = batch.labels[:, 1:]
-        likeliest = self(batch, seen, window=window)[:, :-1].argmax(-1)
-        return ((likeliest == targets) | (targets == IGNORED_LABEL)).all(axis=1).mean()
+        predicted = self(batch, seen, window=window)[:, :-1].argmax(-1)
+        return ((predicted == targets) | (targets == IGNORED_LABEL)).all(axis=1).mean()
 
 
 def read_rows(
@@ -246,8 +246,8 @@ def read_rows(
         "pixels": np.zeros((phase.rows, 0, 1, 1, 3), np.float32),
     }
     digits: Any = np.stack([scene.digits for scene in drawn])
-    colours: Any = np.stack([scene.colours for scene in drawn])
-    return Batch(**arrays), Seen(digits=digits, colours=colours)
+    colors: Any = np.stack([scene.colors for scene in drawn])
+    return Batch(**arrays), Seen(digits=digits, colors=colors)
 
 
 def train_language(
@@ -258,8 +258,8 @@ def train_language(
     phases: Sequence[Phase] = PHASES,
 ) -> dict[str, Any]:
     """Trains the decoder on random scenes; its parameters by native path, "text/..."."""
-    graph, parameters = nnx.split(Reader(rngs=nnx.Rngs(seed)))
-    exam = _exam(tokenizer, graph, seed=seed)
+    graph, parameters = nnx.split(Oracle(rngs=nnx.Rngs(seed)))
+    probe = _make_probe(tokenizer, graph, seed=seed)
     rng = np.random.default_rng(seed)
     for part, phase in enumerate(phases, 1):
         rate = optax.warmup_cosine_decay_schedule(
@@ -286,14 +286,19 @@ def train_language(
             if number % _EVERY == 0 or number == phase.steps:
                 say(
                     f"language model, part {part}: step {number} of {phase.steps}, "
-                    f"loss {float(lost):.3f}; answered in %: {exam(parameters)}"
+                    f"loss {float(lost):.3f}; answered in %: {probe(parameters)}"
                 )
     trained = nnx.to_pure_dict(parameters)["text"]
     return flatten({"text": jax.device_get(trained)})
 
 
-def _exam(tokenizer: Tokenizer, graph: nnx.GraphDef, *, seed: int) -> Callable[[nnx.State], str]:
-    """How many single questions of each kind are answered with a code for one, for four cells."""
+def _make_probe(
+    tokenizer: Tokenizer, graph: nnx.GraphDef, *, seed: int
+) -> Callable[[nnx.State], str]:
+    """A function that says how many questions of each kind are answered, in per cent.
+
+    Each kind has two numbers: with a code for each cell, and with a code for four cells.
+    """
     rng = np.random.default_rng([seed, 1])
     single = Phase(steps=0, rows=100, length=80, texts=["questions"], rate=0)
     asked = {

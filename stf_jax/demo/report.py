@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from stf_jax.demo.corpus import PICTURES, HeldOut
+from stf_jax.demo.corpus import IMAGES, HeldOut
 from stf_jax.demo.evaluation import BATCH, Score
 from stf_jax.demo.experiment import FINETUNE_RATE
 from stf_jax.demo.language import TEXT
@@ -20,7 +20,7 @@ from stf_jax.demo.rates import RATES
 from stf_jax.demo.results import Results
 from stf_jax.demo.scenes import GRID, KINDS
 from stf_jax.demo.tower import VISION
-from stf_jax.demo.variants import all_arms
+from stf_jax.demo.variants import all_variants
 
 _TEXT = """# A quarter of the vision tokens: what is lost, and what is not
 
@@ -28,21 +28,23 @@ _TEXT = """# A quarter of the vision tokens: what is lost, and what is not
 
 {table}
 
-Exact matches in per cent with their 95 % interval (Wilson); a blind answerer who always gives the
-commonest answer of a kind would have {guessed:.1f}. Prefill is one question about one picture up to
-the first token of the answer: the arithmetic of tower, fusion and language model, that of the
-language model (LLM) alone, and the measured time with reading the picture, in batches of {batch}.
+The figures are exact matches in per cent, with their 95 % interval (Wilson). The most common answer
+of each kind, given without looking, reaches {guessed:.1f}. Prefill is one question about one image,
+up to the first token of the answer. It has three columns: the arithmetic of tower, connector and
+language model, the arithmetic of the language model (LLM) alone, and the measured time, which
+includes the reading of the image, in batches of {batch}.
 Training time is that of all steps.
 
 ![Accuracy](accuracy.png)
 
 ## What was done
 
-Scenes of {grid} cells with handwritten digits (scikit-learn's) in four colours, digits everywhere
+Scenes of {grid} cells with handwritten digits (scikit-learn's) in four colors, digits everywhere
 of other size and place. A patch of the tower covers one cell, a fused token four.
-{train:,} scenes to train on; {held_out:,} held out, composed of other scans. Every arm has the same
-tower, language model, data, seed and steps: {steps[0]} of stage 1 (captions of each scene's cells,
-neighbours and counts; the language model frozen), {steps[1]} of stage 2 (conversations).
+{train:,} scenes to train on; {held_out:,} held out, composed of other scans. Every variant has the
+same tower, language model, data, seed and steps. Stage 1 has {steps[0]} steps (captions of each
+scene's cells, neighbors and counts; the language model is frozen). Stage 2 has {steps[1]}
+(conversations).
 The questions:
 
 | kind | for example |
@@ -51,13 +53,13 @@ The questions:
 
 ![A scene](scene.png)
 
-Pooling has the hardest case here. Neighbouring patches of such a scene have nothing in common; the
-tower has learnt to say in every patch what is in it, and an average keeps what is in four of them
-better than which is where; and the language model's head start was with codes that keep the four
-places apart, as STF's tokens can and an average cannot. In photographs neighbours are alike, and
+Pooling has the hardest case here. Neighboring patches of such a scene have nothing in common; the
+tower has learned to say in every patch what is in it, and an average keeps what is in four of them
+better than which is where; and the language model's pretraining was with codes that keep the four
+places apart, as STF's tokens can and an average cannot. In photographs neighbors are alike, and
 the paper's gap is about one point (its table 3).
 
-The peak learning rate of stage 1 is each arm's own, since projectors of {narrow} (LLaVA-1.5's,
+The peak learning rate of stage 1 is each variant's own, since projectors of {narrow} (LLaVA-1.5's,
 AvgPool's) and of {wide:,} (STF's) want different ones: of {choice}, the one
 with the lowest loss on scenes of another seed (`stf_jax.demo.rates`): {rates}.
 In stage 2 it is {finetune:g} for all.
@@ -68,8 +70,9 @@ In stage 2 it is {finetune:g} for all.
 
 ## Where it ran
 
-{machine}. Seed {seed}. `results.json` has the numbers of the table, `ARM/stage1/metrics.jsonl` and
-`ARM/stage2/metrics.jsonl` every step, `ARM/answers.json` every answer.
+{machine}. Seed {seed}. `results.json` has the numbers of the table.
+`VARIANT/stage1/metrics.jsonl` and `VARIANT/stage2/metrics.jsonl` have every step, and
+`VARIANT/answers.json` has every answer.
 """
 
 
@@ -77,17 +80,18 @@ def write_report(results: Results, asked: Sequence[HeldOut], out: Path) -> None:
     """Writes results.json, report.md and its figures."""
     results.save(out / "results.json")
     draw_all(results, asked, out)
-    settings, arms = results.settings, all_arms(VISION, TEXT)
+    settings, variants = results.settings, all_variants(VISION, TEXT)
     text = _TEXT.format(
         verdict=results.verdict,
         table=_markdown(*_cells(results)),
         examples=_examples(asked),
         guessed=100 * _chance(asked),
         narrow=TEXT.width,
-        wide=arms["stf_mbtf"].system.projector_width,
+        wide=variants["stf_mbtf"].system.projector_width,
         choice=", ".join(f"{rate:g}" for rate in RATES),
         rates=", ".join(
-            f"{arms[arm.name].pretrain_rate:g} for {arm.title}" for arm in results.arms
+            f"{variants[variant.name].pretrain_rate:g} for {variant.title}"
+            for variant in results.variants
         ),
         finetune=FINETUNE_RATE,
         grid=f"{GRID}x{GRID}",
@@ -107,7 +111,7 @@ def show_table(results: Results) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in header:
         heading = name.replace(" ", "\n")
-        table.add_column(heading, justify="left" if name == "arm" else "right")
+        table.add_column(heading, justify="left" if name == "variant" else "right")
     for row in rows:
         table.add_row(*row)
     # In a pipe, where it takes 80 characters for the width, rich would cut the columns.
@@ -130,19 +134,19 @@ def machine() -> str:
 
 def _cells(results: Results) -> tuple[list[str], list[list[str]]]:
     costs = ["prefill MFLOP", "LLM MFLOP", "prefill ms", "training s"]
-    header = ["arm", "tokens", *KINDS, "all", *costs]
+    header = ["variant", "tokens", *KINDS, "all", *costs]
     rows = [
         [
-            arm.title,
-            str(arm.cost.vision_tokens),
-            *(f"{100 * arm.scores[kind].accuracy:.1f}" for kind in KINDS),
-            _with_interval(arm.scores["all"]),
-            f"{arm.cost.total_flops / 1e6:.1f}",
-            f"{arm.cost.language_flops / 1e6:.1f}",
-            f"{1000 * arm.cost.seconds:.2f}",
-            f"{arm.training_seconds:.0f}",
+            variant.title,
+            str(variant.cost.vision_tokens),
+            *(f"{100 * variant.scores[kind].accuracy:.1f}" for kind in KINDS),
+            _with_interval(variant.scores["all"]),
+            f"{variant.cost.total_flops / 1e6:.1f}",
+            f"{variant.cost.language_flops / 1e6:.1f}",
+            f"{1000 * variant.cost.seconds:.2f}",
+            f"{variant.training_seconds:.0f}",
         ]
-        for arm in results.arms
+        for variant in results.variants
     ]
     return header, rows
 
@@ -158,7 +162,7 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _chance(asked: Sequence[HeldOut]) -> float:
-    """The share of questions whose answer is the commonest of their kind."""
+    """The share of questions whose answer is the most common of their kind."""
     by_kind: dict[str, Counter[str]] = {}
     for one in asked:
         by_kind.setdefault(one.question.kind, Counter())[one.question.answer] += 1
@@ -166,7 +170,7 @@ def _chance(asked: Sequence[HeldOut]) -> float:
 
 
 def _examples(asked: Sequence[HeldOut]) -> str:
-    """A row for each kind of question: those about the first picture."""
+    """A row for each kind of question: those about the first image."""
     return "\n".join(
         f"| {one.question.kind} | {one.question.text} {one.question.answer} |"
         for one in asked[: len(KINDS)]
@@ -174,5 +178,5 @@ def _examples(asked: Sequence[HeldOut]) -> str:
 
 
 def example_question(asked: Sequence[HeldOut], out: Path) -> tuple[Path, str]:
-    """A held-out picture, and a question about it."""
-    return out / "scenes" / PICTURES / asked[0].picture, asked[0].question.text
+    """A held-out image, and a question about it."""
+    return out / "scenes" / IMAGES / asked[0].image, asked[0].question.text

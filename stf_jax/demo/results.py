@@ -12,8 +12,8 @@ BASELINE, CLAIM = "average", "stf_mbtf"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ArmResult:
-    """One arm, trained and asked.
+class VariantResult:
+    """One variant, trained and asked.
 
     Attributes:
         name: of its folder.
@@ -53,24 +53,24 @@ class ArmResult:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Results:
-    """All arms of a run."""
+    """All variants of a run."""
 
     settings: Mapping[str, Any]
-    arms: Sequence[ArmResult]
+    variants: Sequence[VariantResult]
 
     @property
-    def best(self) -> ArmResult:
-        """The arm with the most right answers."""
-        return max(self.arms, key=lambda arm: arm.scores["all"].right)
+    def best(self) -> VariantResult:
+        """The variant with the most right answers."""
+        return max(self.variants, key=lambda variant: variant.scores["all"].right)
 
-    def arm(self, name: str) -> ArmResult:
-        """The arm of that name."""
-        return next(arm for arm in self.arms if arm.name == name)
+    def variant(self, name: str) -> VariantResult:
+        """The variant of that name."""
+        return next(variant for variant in self.variants if variant.name == name)
 
     @property
     def verdict(self) -> str:
-        """How the arm of the claim and its baseline compare."""
-        claim, baseline = self.arm(CLAIM), self.arm(BASELINE)
+        """How the variant of the claim and its baseline compare."""
+        claim, baseline = self.variant(CLAIM), self.variant(BASELINE)
         ours, theirs = claim.scores["all"], baseline.scores["all"]
         gap = 100 * (ours.accuracy - theirs.accuracy)
         if ours.interval[0] > theirs.interval[1]:
@@ -90,6 +90,6 @@ class Results:
         content = {
             "verdict": self.verdict,
             "settings": dict(self.settings),
-            "arms": {arm.name: arm.to_json() for arm in self.arms},
+            "variants": {variant.name: variant.to_json() for variant in self.variants},
         }
         write_json(path, content, indent=1)

@@ -17,18 +17,19 @@ CELL = 16  # pixels
 SIDE = GRID * CELL
 EMPTY = -1
 
-COLOURS = {
+COLORS = {
     "red": (235, 60, 50),
     "green": (60, 200, 80),
     "blue": (80, 120, 255),
     "yellow": (240, 215, 60),
 }
-NAMES = tuple(COLOURS)
+NAMES = tuple(COLORS)
 
 # Kinds of questions.
 TEXTS = {
     "digit": "Which digit is in {}?",
-    "colour": "Which colour is in {}?",
+    # Spelled as in the texts that the shipped language model was trained on.
+    "color": "Which colour is in {}?",
     "cell": "What is in {}?",
     "pair": "What is in {}?",
     "left": "What is left of the {}?",
@@ -53,19 +54,19 @@ def name(row: int, column: int) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What a picture shows: for each cell a digit, `EMPTY` where there is none, and its colour."""
+    """What an image shows: for each cell a digit, `EMPTY` where there is none, and its color."""
 
     digits: Int[np.ndarray, "G G"]
-    colours: Int[np.ndarray, "G G"]
+    colors: Int[np.ndarray, "G G"]
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "Scene":
         """A random scene, with digits enough to ask about."""
         while True:
             filled = rng.random((GRID, GRID)) < _FILLED
-            digits, colours = (rng.integers(n, size=filled.shape) for n in (10, len(NAMES)))
+            digits, colors = (rng.integers(n, size=filled.shape) for n in (10, len(NAMES)))
             scene = cls(
-                digits=np.where(filled, digits, EMPTY), colours=np.where(filled, colours, EMPTY)
+                digits=np.where(filled, digits, EMPTY), colors=np.where(filled, colors, EMPTY)
             )
             if all(len(scene.cells(kind)) >= MOST for kind in ("digit", "left", "above")):
                 return scene
@@ -87,15 +88,15 @@ class Scene:
         """The word for the digit that is there."""
         return DIGITS[self.digits[row, column]]
 
-    def colour(self, row: int, column: int) -> str:
+    def color(self, row: int, column: int) -> str:
         """Of the digit that is there."""
-        return NAMES[self.colours[row, column]]
+        return NAMES[self.colors[row, column]]
 
     def cell(self, row: int, column: int) -> str:
         """What is there: "red seven", or "nothing"."""
         if self.digits[row, column] == EMPTY:
             return "nothing"
-        return f"{self.colour(row, column)} {self.digit(row, column)}"
+        return f"{self.color(row, column)} {self.digit(row, column)}"
 
     def left(self, row: int, column: int) -> str:
         """The cell to the left and what is there: "BX red seven"."""
@@ -118,7 +119,7 @@ class Scene:
         cells = rng.permutation([(row, column) for row in range(GRID) for column in range(GRID)])
         return ", ".join(self.named_cell(*at) for at in cells)
 
-    def neighbours(self, rng: np.random.Generator) -> str:
+    def neighbors(self, rng: np.random.Generator) -> str:
         """What is left of some digits and above some: "left eight BX red seven, above two ..."."""
         facts = [
             f"{kind} {self.digit(*at)} {getattr(self, kind)(*at)}"
@@ -134,7 +135,7 @@ class Scene:
 
 
 # The captions of a scene: together they say what can be asked.
-CAPTIONS = {"cells": Scene.caption, "neighbours": Scene.neighbours, "counts": Scene.counts}
+CAPTIONS = {"cells": Scene.caption, "neighbors": Scene.neighbors, "counts": Scene.counts}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -209,11 +210,11 @@ class Scans:
 def render(
     scene: Scene, scans: Scans, rng: np.random.Generator, *, tilt: float = 0
 ) -> UInt8[np.ndarray, "S S 3"]:
-    """The picture: every digit another scan, at a random size and place within its cell.
+    """The image: every digit another scan, at a random size and place within its cell.
 
     With `tilt` it is turned, too, by up to so many degrees.
     """
-    picture = rng.uniform(10, 50, 3) + rng.normal(0, 6, (SIDE, SIDE, 3))
+    image = rng.uniform(10, 50, 3) + rng.normal(0, 6, (SIDE, SIDE, 3))
     for row, column in np.argwhere(scene.digits != EMPTY):
         ink = scans.ink[scene.digits[row, column]]
         size = int(rng.integers(12, CELL, endpoint=True))
@@ -225,14 +226,14 @@ def render(
         if tilt:
             scan = scan.rotate(rng.uniform(-tilt, tilt), Image.Resampling.BICUBIC)
         cover = np.asarray(scan, np.float32) / 255
-        colour = COLOURS[NAMES[scene.colours[row, column]]] + rng.normal(0, 12, 3)
-        part = picture[top : top + size, left : left + size]
-        part += cover[..., None] * (colour - part)
-    return picture.clip(0, 255).astype(np.uint8)
+        color = COLORS[NAMES[scene.colors[row, column]]] + rng.normal(0, 12, 3)
+        part = image[top : top + size, left : left + size]
+        part += cover[..., None] * (color - part)
+    return image.clip(0, 255).astype(np.uint8)
 
 
 def conversation(turns: Iterable[tuple[str, str]]) -> Iterator[dict[str, str]]:
-    """The turns of LLaVA's JSON, from questions and answers; the picture comes with the first."""
+    """The turns of LLaVA's JSON, from questions and answers; the image comes with the first."""
     for number, (question, answer) in enumerate(turns):
         marker = "" if number else "<image>\n"
         yield {"from": "human", "value": marker + question}

@@ -32,14 +32,14 @@ STEPS, SCENES = 1200, 10000
 _TILT = 12  # degrees; there are few scans, and a tower that knows them by heart knows no others
 _BATCH, _RATE, _EVERY = 64, 2e-3, 100
 
-# How many words each part of a patch's caption can be: a digit or nothing, colour, row, column.
+# How many words each part of a patch's caption can be: a digit or nothing, color, row, column.
 _WORDS = (11, len(NAMES), GRID, GRID)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Captioned:
-    """Pictures, and for each patch the number of each word of its caption; -1 where none is due."""
+    """Images, and for each patch the number of each word of its caption; -1 where none is due."""
 
     pixels: Float[Array, "B S S 3"]  # uint8 until they go into a step
     words: Int[Array, "B P 4"]
@@ -72,13 +72,13 @@ def caption_patches(split: str, count: int, *, seed: int) -> Captioned:
     """Random scenes of the scans of a split."""
     rng, scans = np.random.default_rng(seed), Scans.load(split)
     drawn = [Scene.draw(rng) for _ in range(count)]
-    pictures: Any = np.stack([scenes.render(scene, scans, rng, tilt=_TILT) for scene in drawn])
+    pixels: Any = np.stack([scenes.render(scene, scans, rng, tilt=_TILT) for scene in drawn])
     rows, columns = np.indices((GRID, GRID))
     words = [
         np.stack(
             [
                 scene.digits + 1,
-                scene.colours,
+                scene.colors,
                 rows,
                 columns,
             ],
@@ -87,7 +87,7 @@ def caption_patches(split: str, count: int, *, seed: int) -> Captioned:
         for scene in drawn
     ]
     stacked: Any = np.stack(words)
-    return Captioned(pixels=pictures, words=stacked)
+    return Captioned(pixels=pixels, words=stacked)
 
 
 def train_tower(

@@ -14,8 +14,8 @@ RATES = {"llava": 1e-2, "average": 3e-2, "stf": 1.5e-3, "stf_mbtf": 1.5e-3}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One way to make vision tokens.
+class DemoVariant:
+    """A system's variant in the demo: one way to make vision tokens.
 
     Attributes:
         name: of its folder.
@@ -30,7 +30,7 @@ class Arm:
     pretrain_rate: float
 
 
-def all_arms(vision: VisionConfig, text: TextConfig) -> dict[str, Arm]:
+def all_variants(vision: VisionConfig, text: TextConfig) -> dict[str, DemoVariant]:
     """The variants whose rates are known, with the papers' multiples of the tower's width."""
     variants = {
         name: variant
@@ -38,7 +38,7 @@ def all_arms(vision: VisionConfig, text: TextConfig) -> dict[str, Arm]:
         for name, variant in system.variants(vision=vision, text=text).items()
     }
     return {
-        name: Arm(
+        name: DemoVariant(
             name=name,
             title=variants[name].title,
             system=_with_taps(variants[name].system),

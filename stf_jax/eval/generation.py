@@ -1,4 +1,4 @@
-"""A loaded model as an answerer: all questions through the engine, by picture."""
+"""A loaded model as an answerer: all questions through the engine, by image."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -40,11 +40,11 @@ class ModelAnswerer:
         }
 
     def answer(self, questions: Sequence[Question], decoding: Decoding) -> Iterator[Reply]:
-        """Replies as they come; pictures are read shortly before they are needed.
+        """Replies as they come; images are read shortly before they are needed.
 
         Raises:
           ValueError: naming every question that is longer than the context, before the first reply.
-          ImageError: a picture that cannot be read.
+          ImageError: an image that cannot be read.
         """
         prompts = [self._prompt(question, decoding) for question in questions]
         self._check_lengths(questions, prompts)
@@ -63,14 +63,14 @@ class ModelAnswerer:
             question.images,
             self._model.image_processor,
             upright=False,  # The reference ignores EXIF.
-            unnamed=f"the picture of {question.question_id}",
+            unnamed=f"the image of {question.question_id}",
         )
         return make_prompt(
             render_prompt(question.prompt, template=get_template(decoding.template)),
             pixels,
             tokenizer=self._model.tokenizer,
             tokens_per_image=self._model.config.tokens_per_image,
-            pictures=question.images or None,
+            image_key=question.images or None,
         )
 
     def _check_lengths(self, questions: Sequence[Question], prompts: Sequence[Prompt]) -> None:

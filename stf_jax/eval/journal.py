@@ -48,7 +48,7 @@ class AnswerLog:
         self._path, self._questions = path, questions
         self._model_id, self._hosts = model_id, hosts
         with contextlib.ExitStack() as files:
-            # Before anything there is mended or taken for left behind.
+            # Before anything there is fixed or taken for left behind.
             self._file = files.enter_context(_lock(path)) if hosts.number == 0 else None
             self._written = count_answers(path, questions) if hosts.number == 0 else 0
             own = [(str(part), *line) for part in self._parts() for line in _read(part)]
@@ -158,7 +158,7 @@ def _read(part: Path) -> list[list[Any]]:
 
 
 def share(questions: Sequence[Question], hosts: Hosts) -> list[Question]:
-    """This host's questions; those about the same pictures stay together."""
+    """This host's questions; those about the same images stay together."""
     groups: dict[tuple[Path | bytes, ...] | int, int] = {}
     return [
         one

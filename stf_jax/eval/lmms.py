@@ -16,7 +16,7 @@ from stf_jax.infer.load import load
 from stf_jax.infer.model import Request
 from stf_jax.infer.sampling import GREEDY, Sampling
 
-# Pictures of so many questions are in memory at a time.
+# Images of so many questions are in memory at a time.
 _CHUNK = 256
 
 
@@ -78,12 +78,12 @@ class StfJax(lmms):
         raise NotImplementedError("stf_jax generates only; choose tasks of generate_until")
 
     def _request(self, request: Any) -> Request:
-        context, _, pictures_of, document, task, split = request.args
-        pictures = list(pictures_of(self.task_dict[task][split][document]) or ())
-        # Where marks and pictures do not match, the pictures come first.
-        if context.count(IMAGE_MARKER) != len(pictures):
+        context, _, visuals_of, document, task, split = request.args
+        images = list(visuals_of(self.task_dict[task][split][document]) or ())
+        # Where marks and images do not match, the images come first.
+        if context.count(IMAGE_MARKER) != len(images):
             context = context.replace(IMAGE_MARKER, "")
-        return Request(prompt=context, images=pictures)
+        return Request(prompt=context, images=images)
 
 
 def _options(asked: Mapping[str, Any]) -> dict[str, Any]:

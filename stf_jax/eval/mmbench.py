@@ -37,7 +37,7 @@ _LOCAL = "the circular accuracy by letters; the server has a language model read
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     """The lines of the TSV; `index` is a number, an empty cell None."""
-    # A picture in base64 is longer than csv's default limit for a cell.
+    # An image in base64 is longer than csv's default limit for a cell.
     csv.field_size_limit(sys.maxsize)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -81,17 +81,17 @@ def _question(path: Path, number: int, row: dict[str, Any], ending: str) -> Ques
     lines += [row["question"], *(f"{a}. {b}" for a, b in zip(_LETTERS, options, strict=False))]
     text = "\n".join(lines)
     try:
-        picture = base64.b64decode(row["image"], validate=True)
+        image = base64.b64decode(row["image"], validate=True)
     except ValueError as error:
         raise ValueError(
-            f"{path}: the picture of index {row['index']} is no base64 ({error}); fetch it again"
+            f"{path}: the image of index {row['index']} is no base64 ({error}); fetch it again"
         ) from error
     return Question(
         number=number,
         question_id=row["index"],
         text=text,
         prompt=image_prompt(f"{text}\n{ending}"),
-        images=(picture,),
+        images=(image,),
         extra={
             "round_id": 0,
             "options": options,
@@ -144,7 +144,7 @@ def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -
 
 
 def _check_columns(path: Path, columns: Collection[str]) -> None:
-    """Tells the test split, which need have no answers, from a table whose answers are misspelt."""
+    """Raises ValueError if answers may be there under a wrong name; the test split has none."""
     strange = [one for one in columns if one not in (*_NEEDED, *_OPTIONAL)]
     if strange and "answer" not in columns:
         raise ValueError(
@@ -155,7 +155,7 @@ def _check_columns(path: Path, columns: Collection[str]) -> None:
 
 
 def _submit(paths: Paths, answers: Sequence[AnswerRecord], folder: Path, *, name: str) -> Path:
-    """The server's spreadsheet: the official table with the answers in it and pictures left out."""
+    """The server's spreadsheet: the official table with the answers in it and images left out."""
     # Importing it takes a moment that other benchmarks need not wait for.
     from openpyxl import Workbook  # type: ignore[import-untyped]
     from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE  # type: ignore[import-untyped]

@@ -1,4 +1,4 @@
-"""MME: two yes-or-no questions about each picture, fourteen tasks."""
+"""MME: two yes-or-no questions about each image, fourteen tasks."""
 
 import re
 from collections import defaultdict
@@ -91,7 +91,7 @@ def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -
     truth = _truth(paths)
     expected = [key for key, several in truth.items() for _ in several]
     paired = pair(expected, answers, key=_key, answered_only=answered_only)
-    # For each task and picture, whether each of its questions is answered rightly.
+    # For each task and image, whether each of its questions is answered rightly.
     right: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for key in paired.missing:
         right[key.task][key.file].append(False)
@@ -100,11 +100,11 @@ def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -
         right[key.task][key.file].append(correct)
     tasks = {}
     for task in filter(right.get, (*PERCEPTION, *COGNITION)):
-        pictures = list(right[task].values())
-        single = [one for picture in pictures for one in picture]
+        images = list(right[task].values())
+        single = [answer for image in images for answer in image]
         accuracy = sum(single) / len(single)
         # Both questions; in a try-out the second may not have been asked.
-        accuracy_plus = sum(len(one) > 1 and all(one) for one in pictures) / len(pictures)
+        accuracy_plus = sum(len(one) > 1 and all(one) for one in images) / len(images)
         tasks[task] = {
             "accuracy": accuracy,
             "accuracy_plus": accuracy_plus,
@@ -123,7 +123,7 @@ def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -
 
 
 def _submit(paths: Paths, answers: Sequence[AnswerRecord], folder: Path) -> Path:
-    """What MME's own script takes: a text a task, each line picture, question, truth, answer."""
+    """What MME's own script takes: a text a task, each line image, question, truth, answer."""
     truth, lines = _truth(paths), defaultdict(list)
     for answer in answers:
         key = _key(answer)

@@ -1,4 +1,4 @@
-"""POPE: is there such a thing in the picture? Three ways to choose what to ask for."""
+"""POPE: is there such a thing in the image? Three ways to choose what to ask for."""
 
 import dataclasses
 from collections.abc import Sequence

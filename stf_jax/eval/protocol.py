@@ -48,7 +48,7 @@ def hashes(paths: Paths) -> dict[str, dict[str, str]]:
 
 
 def settle(folder: Path, protocol: Mapping[str, Any]) -> None:
-    """Stores the protocol of the answers to come, or checks that they go on under the stored one.
+    """Stores the protocol of a folder's answers; one that is stored already must be the same.
 
     Raises:
       ValueError: the folder's answers were given under another protocol; says what differs. Or

@@ -19,11 +19,11 @@ class Question:
 
     Attributes:
       number: its place among the benchmark's questions, from 0; the only unique name it has, since
-        TextVQA and MME use a picture's name as the id of every question about it.
+        TextVQA and MME use an image's name as the id of every question about it.
       question_id: as the official file has it.
       text: what the reference stores as `prompt` beside the answer.
-      prompt: the user's turn, `<image>` and a newline in front where there is a picture.
-      images: paths, or a picture file's bytes; at most one in these nine benchmarks.
+      prompt: the user's turn, `<image>` and a newline in front where there is an image.
+      images: paths, or an image file's bytes; at most one in these nine benchmarks.
       extra: further fields of the answer's line.
     """
 
@@ -72,7 +72,7 @@ class Answerer(Protocol):
 
 
 def image_prompt(text: str) -> str:
-    """A user's turn about one picture."""
+    """A user's turn about one image."""
     return f"{IMAGE_MARKER}\n{text}"
 
 
@@ -100,7 +100,7 @@ def read_llava_questions(paths: Mapping[str, Path]) -> list[Question]:
 
 
 def check_markers(path: Path, questions: Sequence[Question]) -> None:
-    """Raises ValueError naming the questions of `path` that ask for pictures they have not."""
+    """Raises ValueError naming the questions of `path` that ask for images they have not."""
     names = [
         str(one.question_id)
         for one in questions
@@ -113,7 +113,7 @@ def check_markers(path: Path, questions: Sequence[Question]) -> None:
         )
 
 
-def missing_pictures(questions: Sequence[Question]) -> list[Path]:
-    """Picture files that are not there, each once, in the order asked."""
+def missing_images(questions: Sequence[Question]) -> list[Path]:
+    """Image files that are not there, each once, in the order asked."""
     paths = {path: None for one in questions for path in one.images if isinstance(path, Path)}
     return [path for path in paths if not path.is_file()]

@@ -11,7 +11,7 @@ from stf_jax.eval.benchmark import Benchmark, Score
 from stf_jax.eval.files import check_there
 from stf_jax.eval.hosts import Alone, Hosts
 from stf_jax.eval.journal import AnswerLog, share
-from stf_jax.eval.questions import Answerer, Question, check_markers, missing_pictures
+from stf_jax.eval.questions import Answerer, Question, check_markers, missing_images
 from stf_jax.util.files import name_some, write_json
 
 ANSWERS = "answers.jsonl"
@@ -90,15 +90,15 @@ def prepare(
       limit: ask only the first so many.
 
     Raises:
-      ValueError: files or pictures that are not there, lack fields, or do not fit one another.
+      ValueError: files or images that are not there, lack fields, or do not fit one another.
     """
     _check_limit(limit)
     located = _find_image(benchmark, (*benchmark.to_ask, *benchmark.to_score), data, paths)
     questions = benchmark.read(located)
     check_markers(located["questions"], questions)
-    if lost := missing_pictures(questions[:limit]):
+    if lost := missing_images(questions[:limit]):
         raise ValueError(
-            f"{benchmark.name}: {len(lost)} pictures are not there "
+            f"{benchmark.name}: {len(lost)} images are not there "
             f"({name_some(lost, most=_NAMED)}); fetch them, or give their "
             "folder with --path images=DIR"
         )
@@ -147,7 +147,7 @@ def ask(
     """Asks what `out` does not answer yet, then scores.
 
     Answers are kept as they come and end up in the order of the questions; after a kill, the same
-    call goes on where it stopped, and the answer file ends up the same.
+    call continues where it stopped, and the answer file ends up the same.
 
     Args:
       prepared: by `prepare`.
@@ -158,7 +158,7 @@ def ask(
 
     Raises:
       ValueError: `out` holds answers to other questions or under another protocol; a question
-        longer than the context; a picture that cannot be read.
+        longer than the context; an image that cannot be read.
     """
     result = ask_together(prepared, answerer, out=out, progress=progress, hosts=Alone())
     assert result is not None
@@ -173,7 +173,7 @@ def ask_together(
     progress: Progress | None = None,
     hosts: Hosts,
 ) -> Result | None:
-    """`ask` with several hosts, each of which calls this and takes its share of the pictures.
+    """`ask` with several hosts, each of which calls this and takes its share of the images.
 
     `out` may be one folder for all or one on each host. Progress is that of the host's share. Only
     host 0 has a result in the end.
@@ -219,7 +219,7 @@ def score_file(
     Args:
       benchmark: of `registry.BENCHMARKS`.
       answers: the jsonl.
-      data: as for `prepare`; pictures are not needed.
+      data: as for `prepare`; images are not needed.
       paths: by role, what lies elsewhere.
       out: a folder for the scores, named as by `ask`, and the submission; none are written by
         default.

@@ -1,4 +1,4 @@
-"""ScienceQA test: lettered options, with and without a picture."""
+"""ScienceQA test: lettered options, with and without an image."""
 
 import re
 from collections.abc import Sequence
@@ -16,9 +16,7 @@ _LETTERS = "ABCDE"
 # The last dot is the reference's: any character but a newline.
 _SENTENCE = re.compile(r"The answer is ([A-Z]).")
 
-_NO_IMAGES = (
-    f"no SQA-I, since no answer's prompt has {IMAGE_MARKER}, by which it knows the pictures"
-)
+_NO_IMAGES = f"no SQA-I, since no answer's prompt has {IMAGE_MARKER}, by which it knows the images"
 _MISSING_IMAGES = "SQA-I leaves out what has no answer, as the reference's script does"
 
 
@@ -46,7 +44,7 @@ def _question(number: int, entry: dict[str, Any], images: Path) -> Question:
     text = f"{asked}\n{OPTION_LETTER}"
     if "image" not in entry:
         return Question(number=number, question_id=entry["id"], text=text, prompt=text, images=())
-    # The reference stores the marker too, and knows by it which answers are about a picture.
+    # The reference stores the marker too, and knows by it which answers are about an image.
     text = image_prompt(text)
     return Question(
         number=number,

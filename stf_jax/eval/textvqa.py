@@ -18,11 +18,11 @@ _OCR = "Reference OCR token:"
 
 
 def _key(answer: AnswerRecord) -> tuple[str, str]:
-    """(picture, question): the answer's id names only the picture."""
+    """(image, question): the answer's id names only the image."""
     lines = answer.prompt.split("\n")
     if len(lines) not in (2, 3):
         raise ValueError(
-            f"the answer about picture {answer.question_id} has no 'prompt' of two or three lines; "
+            f"the answer about image {answer.question_id} has no 'prompt' of two or three lines; "
             "TextVQA's answer files need it, since it holds the question"
         )
     asked = lines[1] if len(lines) == 3 and lines[0].startswith(_OCR) else lines[0]

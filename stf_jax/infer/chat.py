@@ -1,4 +1,4 @@
-"""A conversation about pictures: history in the template's form, answers as they come."""
+"""A conversation about images: history in the template's form, answers as they come."""
 
 import dataclasses
 from collections.abc import Generator
@@ -22,8 +22,8 @@ _EVERY = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Picture:
-    """A picture of the conversation, by the name that its owner gave, as the tower sees it."""
+class ShownImage:
+    """An image of the conversation, by the name that its owner gave, as the tower sees it."""
 
     name: str
     pixels: np.ndarray
@@ -64,18 +64,18 @@ class Chat:
     def restart(self) -> None:
         """Forgets what was said and shown."""
         self.history: list[tuple[str, str]] = []
-        self.pictures: list[Picture] = []
-        self._pending: list[Picture] = []
+        self.images: list[ShownImage] = []
+        self._pending: list[ShownImage] = []
 
     def show(self, image: ImageSource) -> None:
-        """Adds a picture, which goes with the next question.
+        """Adds an image, which goes with the next question.
 
         Raises:
-          ImageError: a picture that cannot be used.
+          ImageError: an image that cannot be used.
         """
         pixels = self._read_pixels(image)
-        name = str(image) if isinstance(image, str | Path) else "picture"
-        self._pending.append(Picture(name=name, pixels=pixels))
+        name = str(image) if isinstance(image, str | Path) else "image"
+        self._pending.append(ShownImage(name=name, pixels=pixels))
 
     def ask(self, question: str) -> Generator[str, None, None]:
         """The answer's text as it comes; an answer that is not heard to its end is history, too.
@@ -87,7 +87,7 @@ class Chat:
         asked = f"{IMAGE_MARKER}\n" * len(self._pending) + question.replace(IMAGE_MARKER, "")
         if not question.strip():
             raise ValueError("the question is empty; ask something")
-        shown = self.pictures + self._pending
+        shown = self.images + self._pending
         prompt = self._prompt(asked, shown)
         answer = self._model.make_builder(self._template.stop_strings)
         stream = self._session.stream(prompt, limits=self._limits, every=_EVERY)
@@ -101,28 +101,28 @@ class Chat:
             stream.close()
             if answer.token_ids:
                 self.history.append((asked, answer.text.strip()))
-                self.pictures, self._pending = shown, []
+                self.images, self._pending = shown, []
 
     def to_json(self) -> dict[str, Any]:
-        """The conversation as a record of LLaVA's training files, with the pictures' names."""
+        """The conversation as a record of LLaVA's training files, with the images' names."""
         turns = [
             {"from": sender, "value": text}
             for pair in self.history
             for sender, text in zip(("human", "gpt"), pair, strict=True)
         ]
-        names = [picture.name for picture in self.pictures]
+        names = [image.name for image in self.images]
         images = {"image": names[0] if len(names) == 1 else names} if names else {}
         return {"id": "chat", **images, "conversations": turns}
 
-    def _prompt(self, question: str, shown: list[Picture]) -> Prompt:
+    def _prompt(self, question: str, shown: list[ShownImage]) -> Prompt:
         text = render_prompt(question, template=self._template, history=self.history)
-        pixels = [picture.pixels for picture in shown] or [self._read_pixels()]
+        pixels = [image.pixels for image in shown] or [self._read_pixels()]
         return make_prompt(
             text,
             partial(np.concatenate, pixels),
             tokenizer=self._model.tokenizer,
             tokens_per_image=self._model.config.tokens_per_image,
-            pictures=tuple(shown),
+            image_key=tuple(shown),
         )
 
     def _read_pixels(self, *images: ImageSource) -> np.ndarray:

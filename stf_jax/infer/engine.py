@@ -1,9 +1,9 @@
 """Many questions through few slots: shared prefixes are computed once, no slot waits for another.
 
-Prompts are put in groups that share their first positions (system text and pictures). The cache of
+Prompts are put in groups that share their first positions (system text and images). The cache of
 several such prefixes is computed in one batch; then their questions go through the slots, each
 taking over the cache of its prefix. A round is: insert requests into free slots, decode on the
-devices until enough slots are free again, look at the tokens. The next pictures are read meanwhile.
+devices until enough slots are free again, look at the tokens. The next images are read meanwhile.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from stf_jax.models.cache import CacheDType, KVCache
 from stf_jax.models.llava import Llava
 from stf_jax.util.errors import explain_memory
 
-# Takes a prompt's number and its new ids; returns whether the answer is to go on.
+# Takes a prompt's number and its new ids; returns whether the answer is to continue.
 Take = Callable[[int, Int[np.ndarray, "new"]], bool]
 
 # Slots are refilled when this part of them is free: a question alone costs as much as several.
@@ -45,7 +45,7 @@ class _Group:
 
 
 class Engine:
-    """Answers prompts. What it says depends neither on slots nor on neighbours nor on sharing.
+    """Answers prompts. What it says depends neither on slots nor on neighbors nor on sharing.
 
     Args:
         model: taken over: its stacked layers are taken apart.
@@ -79,11 +79,11 @@ class Engine:
             sampling: the same for all.
             every: steps between looks at the tokens, at most.
             take: called with what is new of an answer; False ends it.
-            share: whether prompts about the same pictures share the cache of their prefix.
+            share: whether prompts about the same images share the cache of their prefix.
 
         Raises:
             ValueError: no tokens or no slots wanted, more slots than there is memory for, a prompt
-                that leaves no room for any token, or one that ends in a picture.
+                that leaves no room for any token, or one that ends in an image.
         """
         limits = Limits(sampling=sampling, max_new_tokens=self._check(prompts, max_new_tokens))
         if not 1 <= slots <= _MOST_SLOTS:
@@ -147,7 +147,7 @@ class Engine:
                 f"the model's context of {room}; shorten it or give fewer images"
             )
         if any(prompt.ids[-1] == IMAGE_TOKEN_ID for prompt in prompts):
-            raise ValueError("a prompt ends in a picture; put text behind it")
+            raise ValueError("a prompt ends in an image; put text behind it")
         return most
 
 
@@ -160,7 +160,7 @@ def batch_sizes(slots: int, *, multiple: int) -> tuple[int, int]:
 class _Feed:
     """Prefixes, `rows` of them at a time, and the questions that wait to be asked about them.
 
-    While one batch of pictures is at work, those of the next are read.
+    While one batch of images is at work, those of the next are read.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class _Feed:
         return bool(self.waiting or self._chunks)
 
     def refill(self) -> None:
-        """Goes on to the next prefixes if no question waits about the last ones."""
+        """Continues with the next prefixes if no question waits about the last ones."""
         if self.waiting or not self._chunks:
             return
         chunk, loaded = self._chunks.popleft(), [one.result() for one in self._coming]
@@ -199,7 +199,7 @@ class _Feed:
         )
 
     def _read(self) -> list[Future[Prompt]]:
-        """Begins to read the pictures of the next chunk."""
+        """Begins to read the images of the next chunk."""
         return [
             self._readers.submit(self._prompts[group.prompts[0]].until, group.prefix)
             for group in (self._chunks[0] if self._chunks else ())
@@ -207,12 +207,12 @@ class _Feed:
 
 
 def _groups(prompts: Sequence[Prompt], *, share: bool) -> list[_Group]:
-    """Prompts by what they share; those of like images and length are neighbours."""
+    """Prompts by what they share; those of like images and length are neighbors."""
     groups: dict[object, _Group] = {}
     for number, prompt in enumerate(prompts):
         end = prompt.prefix
-        shared = share and prompt.pictures is not None
-        key = (prompt.pictures, prompt.ids[:end].tobytes()) if shared else number
+        shared = share and prompt.image_key is not None
+        key = (prompt.image_key, prompt.ids[:end].tobytes()) if shared else number
         groups.setdefault(key, _Group(prefix=end, prompts=[])).prompts.append(number)
 
     def size(group: _Group) -> tuple[int, int]:

@@ -31,7 +31,7 @@ def load(
 
     Args:
         path: a native checkpoint, the directory of a run of `stf-jax train`, or a PyTorch directory
-            in a layout that `stf-jax convert import` reads, told apart by what lies in it; local
+            in a layout that `stf-jax convert import` reads, recognized by what lies in it; local
             or on gs://.
         dtype: of weights and arithmetic; by default float32 on CPU and bfloat16 elsewhere.
         mesh: from `stf_jax.parallel.sharding.make_mesh`; one device by default.

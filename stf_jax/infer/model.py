@@ -30,11 +30,11 @@ _STOP_EVERY = 16
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """A question about pictures.
+    """A question about images.
 
     Attributes:
-        prompt: the question. `<image>` marks where each picture stands; without any mark the
-            pictures come first, as in training.
+        prompt: the question. `<image>` marks where each image stands; without any mark the
+            images come first, as in training.
         images: paths, bytes, Pillow images or uint8 [h, w, 3] of numpy; a single one, too; None
             is no image.
     """
@@ -70,9 +70,9 @@ class Model:
         on_text: Callable[[int, str], None] | None = None,
         slots: int = 16,
     ) -> list[Answer]:
-        """Answers requests, in order; those about the same pictures share work.
+        """Answers requests, in order; those about the same images share work.
 
-        In float32 an answer does not depend on its neighbours. In bfloat16 its later tokens may: a
+        In float32 an answer does not depend on its neighbors. In bfloat16 its later tokens may: a
         matmul over another number of rows sums in another order, and bfloat16 rounds the difference
         to one that tips a close choice. Ask one by one where answers must be the same again.
 
@@ -86,10 +86,10 @@ class Model:
             slots: how many answers are in the making at a time; what memory has room for.
 
         Raises:
-            ImageError: a picture that cannot be used.
+            ImageError: an image that cannot be used.
             TypeError: no list of requests.
             ValueError: an unknown template, an empty prompt, one that is too long, or more or fewer
-                `<image>` than pictures.
+                `<image>` than images.
         """
         if isinstance(requests, Request | str):
             raise TypeError("generate takes a list: write generate([Request(prompt=...)])")
@@ -168,7 +168,7 @@ class Model:
         return AnswerBuilder(self.tokenizer, eos_ids=self.config.text.eos_ids, stops=stops)
 
     def _prompt(self, request: Request, template: Template) -> Prompt:
-        """Text to ids with a placeholder for each vision token, pictures to pixels."""
+        """Text to ids with a placeholder for each vision token, images to pixels."""
         images, question = request.images, request.prompt
         if images is None:
             images = ()
@@ -178,8 +178,8 @@ class Model:
         if marks == 0:
             question = f"{IMAGE_MARKER}\n" * len(images) + question
         elif marks != len(images):
-            there = {0: "is no picture", 1: "is 1 picture"}.get(
-                len(images), f"are {len(images)} pictures"
+            there = {0: "is no image", 1: "is 1 image"}.get(
+                len(images), f"are {len(images)} images"
             )
             fix = "give one for each" if images else "give one for each (--image FILE)"
             raise ValueError(
@@ -194,5 +194,5 @@ class Model:
             pixels,
             tokenizer=self.tokenizer,
             tokens_per_image=self.config.tokens_per_image,
-            pictures=hashlib.sha256(pixels.tobytes()).digest() if images else None,
+            image_key=hashlib.sha256(pixels.tobytes()).digest() if images else None,
         )

@@ -25,16 +25,16 @@ class Prompt:
     Attributes:
         ids: int32 [T], each image already the K placeholders that its tokens will replace.
         pixels: float32 [images, S, S, 3], or what makes them when they are needed.
-        pictures: prompts with equal `pictures` have the same ones; None is like no other's.
+        image_key: prompts with equal keys have the same images; None equals no other.
     """
 
     ids: np.ndarray
     pixels: np.ndarray | Callable[[], np.ndarray]
-    pictures: Hashable | None = None
+    image_key: Hashable | None = None
 
     @property
     def prefix(self) -> int:
-        """How many positions other questions about the same pictures may have in common.
+        """How many positions other questions about the same images may have in common.
 
         All up to the last image; without images, all but the last one.
         """
@@ -56,7 +56,7 @@ def make_prompt(
     *,
     tokenizer: Tokenizer,
     tokens_per_image: int,
-    pictures: Hashable | None = None,
+    image_key: Hashable | None = None,
 ) -> Prompt:
     """`text`, in a template's form, as ids with placeholders for every image.
 
@@ -65,10 +65,10 @@ def make_prompt(
         pixels: from `read_pixels`, or what calls it when they are needed.
         tokenizer: of the model.
         tokens_per_image: of the model.
-        pictures: as the prompt's.
+        image_key: as the prompt's.
     """
     ids = expand_images(encode_prompt(tokenizer, text), tokens_per_image=tokens_per_image)
-    return Prompt(ids=ids, pixels=pixels, pictures=pictures)
+    return Prompt(ids=ids, pixels=pixels, image_key=image_key)
 
 
 def read_pixels(
@@ -76,7 +76,7 @@ def read_pixels(
     image_processor: ImageProcessor,
     *,
     upright: bool,
-    unnamed: str = "the picture",
+    unnamed: str = "the image",
 ) -> np.ndarray:
     """What the tower sees of images: float32 [images, S, S, 3].
 
@@ -119,9 +119,9 @@ def pad_prompts(prompts: Sequence[Prompt], *, rows: int, image_size: int) -> Bat
 
     Rows beyond the prompts hold one token, so that nothing they compute is undefined.
     """
-    pictures = [prompt.load() for prompt in prompts]
+    loaded = [prompt.load() for prompt in prompts]
     length = bucket(max(len(prompt.ids) for prompt in prompts))
-    images = max(map(len, pictures))
+    images = max(map(len, loaded))
     shape = (rows, length)
     # Host arrays in a batch are what `jax.jit` and `jax.device_put` take.
     ids: Any = np.zeros(shape, np.int32)
@@ -131,7 +131,7 @@ def pad_prompts(prompts: Sequence[Prompt], *, rows: int, image_size: int) -> Bat
     labels: Any = np.full(shape, IGNORED_LABEL, np.int32)
     positions: Any = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
     segments[:, 0] = 1
-    for row, (prompt, shown) in enumerate(zip(prompts, pictures, strict=True)):
+    for row, (prompt, shown) in enumerate(zip(prompts, loaded, strict=True)):
         size = len(prompt.ids)
         at_image = prompt.ids == IMAGE_TOKEN_ID
         ids[row, :size] = prompt.ids

@@ -80,5 +80,5 @@ def sample(
     def gumbel(step: Int[Array, ""]) -> Float[Array, "V"]:
         return jax.random.gumbel(jax.random.fold_in(seeded, step), logits.shape[-1:])
 
-    # An answer depends neither on its row nor on its neighbours.
+    # An answer depends neither on its row nor on its neighbors.
     return jnp.argmax(kept + jax.vmap(gumbel)(step), axis=-1).astype(jnp.int32)

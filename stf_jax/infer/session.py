@@ -17,7 +17,7 @@ class Session:
     """Answers prompts one after another, each of which mostly repeats the one before.
 
     Whatever a prompt has in common with what the cache holds, counted from the start, is not
-    computed again; with a new picture all of it is.
+    computed again; with a new image all of it is.
 
     Args:
         program: of the model.
@@ -27,7 +27,7 @@ class Session:
         self._program = program
         self._slots: Slots | None = None
         self._held = np.zeros(0, np.int32)
-        self._pictures: object = None
+        self._image_key: object = None
         #: Tokens of the last prompt that were computed for it.
         self.computed = 0
 
@@ -68,7 +68,7 @@ class Session:
             )
             # The newest token is in no cache yet.
             self._held = np.concatenate([prompt.ids, tokens[: count - 1]])
-            self._slots, self._pictures = slots, prompt.pictures
+            self._slots, self._image_key = slots, prompt.image_key
             said, seen, finished = tokens[seen:count], int(count), bool(ended)
             yield said
 
@@ -77,7 +77,7 @@ class Session:
         slots = self._slots
         if slots is None or slots.cache.slots < context or slots.tokens.shape[1] != new:
             return 0
-        if prompt.pictures != self._pictures or len(prompt.ids) < 2:
+        if prompt.image_key != self._image_key or len(prompt.ids) < 2:
             return 0
         most = min(len(prompt.ids) - 1, len(self._held))
         differs = np.flatnonzero(prompt.ids[:most] != self._held[:most])

@@ -26,14 +26,14 @@ _MATRIX_ROWS = 8
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Quantised:
+class Quantized:
     """Vectors as int8, each with its own scale: value = integer * scale."""
 
     integers: Int[Array, "B K S D"]
     scales: Float[Array, "B K S 1"]
 
 
-Stored: TypeAlias = Array | Quantised
+Stored: TypeAlias = Array | Quantized
 
 
 def _store(x: Float[Array, "B T K D"], dtype: CacheDType | None) -> Stored:
@@ -44,7 +44,7 @@ def _store(x: Float[Array, "B T K D"], dtype: CacheDType | None) -> Stored:
     scales = jnp.abs(wide).max(axis=-1, keepdims=True) / 127
     # A vector of zeros has scale 0.
     integers = jnp.round(wide / jnp.where(scales == 0, 1, scales)).astype(jnp.int8)
-    return Quantised(integers=integers, scales=scales)
+    return Quantized(integers=integers, scales=scales)
 
 
 @jax.tree_util.register_dataclass
@@ -201,7 +201,7 @@ def cache_attention(
         rows, length, heads, dim = query.shape
         keys, key_scales = _split_scales(key, query.dtype)
         # A weight times a scale may be too small for float16.
-        small = isinstance(value, Quantised) and query.dtype == jnp.float16
+        small = isinstance(value, Quantized) and query.dtype == jnp.float16
         values, value_scales = _split_scales(value, jnp.bfloat16 if small else query.dtype)
         kv_heads = keys.shape[1]
         group = heads // kv_heads
@@ -222,7 +222,7 @@ def _split_scales(
     stored: Stored, dtype: DTypeLike
 ) -> tuple[Float[Array, "B K S D"], Float[Array, "B K 1 1 S"] | float]:
     """Vectors, and what each is to be multiplied by."""
-    if isinstance(stored, Quantised):
+    if isinstance(stored, Quantized):
         scales = stored.scales[..., 0]
         return stored.integers.astype(dtype), scales[:, :, None, None]
     return stored.astype(dtype), 1.0

@@ -1,6 +1,6 @@
 """Linear layers, norms and the stacking of equal layers: what the tower and the decoder share.
 
-Every parameter is declared once, with its shape, initialiser and partition spec. A layer computes
+Every parameter is declared once, with its shape, initializer and partition spec. A layer computes
 in the dtype of its parameters; norms and softmax work in float32 inside.
 """
 
@@ -138,9 +138,9 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
         """Normed, in the dtype of `x`."""
         wide = x.astype(jnp.float32)
-        centred = wide - wide.mean(-1, keepdims=True)
-        variance = jnp.square(centred).mean(-1, keepdims=True)
-        normal = centred * jax.lax.rsqrt(variance + self.epsilon)
+        centered = wide - wide.mean(-1, keepdims=True)
+        variance = jnp.square(centered).mean(-1, keepdims=True)
+        normal = centered * jax.lax.rsqrt(variance + self.epsilon)
         return (normal * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 

@@ -9,7 +9,7 @@ class MeshConfig:
 
     Attributes:
         data: replicas of the parameters.
-        fsdp: parts into which parameters, optimiser and rows of the batch are split.
+        fsdp: parts into which parameters, optimizer and rows of the batch are split.
         tensor: parts into which heads and hidden channels are split.
     """
 

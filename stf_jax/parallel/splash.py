@@ -38,7 +38,7 @@ def splash_attention(
     """
     length, heads = query.shape[1], query.shape[2]
     if query_segments is None or key_segments is None:
-        # What is padded below must be told from the rest.
+        # The padding below must differ from the rest.
         query_segments, key_segments = (jnp.ones(x.shape[:2], jnp.int32) for x in (query, key))
     scaled = (query.astype(jnp.float32) * query.shape[-1] ** -0.5).astype(query.dtype)
     query, query_segments = _pad(scaled), _pad(query_segments)

@@ -25,7 +25,7 @@ class Chip:
         memory: bytes of HBM that a program may use.
         bandwidth: of HBM, bytes a second.
         link: bytes a second over one link in one direction.
-        dcn: bytes a second over the data centre's network, to other slices.
+        dcn: bytes a second over the data center's network, to other slices.
         clock: cycles a second.
         axes: of a slice's torus.
         ring: chips along an axis from which on it closes into a ring.

@@ -29,7 +29,7 @@ class Collective:
             that there is some.
         source: where in the program it comes from.
         shape: of the result.
-        dcn: whether it goes from slice to slice over the data centre's network.
+        dcn: whether it goes from slice to slice over the data center's network.
     """
 
     kind: str

@@ -137,7 +137,7 @@ def describe(topology: Topology) -> Sequence[Any]:
 
 
 def compile_and_read(compile: Callable[[dict[str, Any]], Any]) -> tuple[Any, str]:
-    """The executable and the optimised module, or the bytes a chip that it would need, and "".
+    """The executable and the optimized module, or the bytes a chip that it would need, and "".
 
     Args:
         compile: takes options of the compiler's.

@@ -6,7 +6,7 @@ from stf_jax.plan.chips import Topology
 from stf_jax.plan.collectives import Collective
 from stf_jax.plan.kernels import kernel_flops
 from stf_jax.plan.request import Traffic
-from stf_jax.plan.work import Work, analyse, largest_gather
+from stf_jax.plan.work import Work, analyze, largest_gather
 
 # Of the published rate that a Pallas kernel's matmuls are taken to reach; see docs/tpu.md.
 KERNEL_RATE = 0.5
@@ -19,7 +19,7 @@ def measure(
     """The fields of a `Cost`.
 
     Args:
-        text: the optimised module.
+        text: the optimized module.
         memory: `memory_analysis()` of the executable.
         topology: that it was compiled for.
         one_turn: the times are those of one turn of the program's only loop.
@@ -28,7 +28,7 @@ def measure(
         UnreadableProgram: the compiler's text is not as expected.
     """
     chip = topology.chip
-    work = analyse(
+    work = analyze(
         text, devices=topology.chips_per_slice, slices=topology.slices, one_turn=one_turn
     )
     in_kernels = sum(

@@ -12,7 +12,7 @@ class Phase(Cost):
     """One program of an engine.
 
     Attributes:
-        name: "prefill" computes the prefixes of new pictures, "insert" puts questions into slots,
+        name: "prefill" computes the prefixes of new images, "insert" puts questions into slots,
             "decode" makes the next token of every slot.
         rows: prefixes, questions or slots at a time.
         length: positions of each that are computed, padding included.
@@ -96,7 +96,7 @@ class InferencePlan:
     def questions_per_second(self, tokens: int) -> float:
         """With answers of so many tokens, the first of which comes with the insert.
 
-        One question a picture; questions of the longest planned length.
+        One question an image; questions of the longest planned length.
         """
         prefill, *_, insert, decode = self.phases
         each = prefill.seconds / prefill.rows + insert.seconds / insert.rows

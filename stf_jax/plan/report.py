@@ -52,7 +52,7 @@ def render_sweep(chosen: Sequence[tuple[Sequence[str], Plan]]) -> str:
 
 
 def progress(tried: Tried) -> str:
-    """One neighbour."""
+    """One neighbor."""
     changes, plan = tried
     what = "does not go together" if plan is None else headline(plan)
     return f"{what}  {' '.join(changes)}"
@@ -83,7 +83,7 @@ def _training(plan: Plan) -> str:
         f"collectives {plan.collective_seconds:.3f} s",
     }
     lines |= {one.kind: f"{one.count:,} a step, {_traffic(one)}" for one in plan.traffic}
-    return "\n".join([_table(lines), *_dearest(plan)])
+    return "\n".join([_table(lines), *_most_expensive(plan)])
 
 
 def _inference(plan: InferencePlan) -> str:
@@ -105,10 +105,10 @@ def _inference(plan: InferencePlan) -> str:
     once, long = (plan.questions_per_second(n) for n in (1, plan.new_tokens))
     rate = (
         f"{plan.tokens_per_second:,.0f} tokens a second with all slots full; {once:,.1f} questions "
-        f"a second with answers of 1 token, {long:,.1f} with {plan.new_tokens}, one a picture"
+        f"a second with answers of 1 token, {long:,.1f} with {plan.new_tokens}, one an image"
     )
     table = _table(*parts, {"rate (estimate)": rate})
-    return "\n".join([table, *_dearest(plan.phases[-1])])
+    return "\n".join([table, *_most_expensive(plan.phases[-1])])
 
 
 def _prompts(phase: Phase) -> str:
@@ -151,8 +151,8 @@ def _traffic(one: Traffic) -> str:
     )
 
 
-def _dearest(cost: Cost) -> list[str]:
-    title = "the compiler's dearest instructions (estimate):"
+def _most_expensive(cost: Cost) -> list[str]:
+    title = "the compiler's most expensive instructions (estimate):"
     return [
         title,
         *(f"  {1e3 * time:8.2f} ms  {shape}  {where}" for time, where, shape in cost.top),

@@ -62,7 +62,7 @@ class Cost:
         dcn_seconds: what goes between slices, at the rate of the network.
         traffic: by kind.
         largest_gather: elements of the largest array gathered from several chips.
-        top: the dearest instructions: seconds, source and shape.
+        top: the most expensive instructions: seconds, source and shape.
         compile_seconds: that the compiler took.
     """
 
@@ -149,7 +149,7 @@ class Plan(Cost):
 
     @property
     def mfu(self) -> float:
-        """Estimated model FLOPs utilisation."""
+        """Estimated model FLOPs utilization."""
         return self.ideal_seconds / self.step_seconds if self.step_seconds else 0.0
 
     def to_json(self) -> dict[str, Any]:

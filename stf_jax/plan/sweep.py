@@ -1,4 +1,4 @@
-"""Plans of a config's neighbours: meshes, micro-batches, remat policies; slots, cache dtypes."""
+"""Plans of a config's neighbors: meshes, micro-batches, remat policies; slots, cache dtypes."""
 
 import dataclasses
 import itertools
@@ -18,7 +18,7 @@ Ask = Callable[[tuple[str, ...]], Any]
 
 
 def sweep(config: TrainConfig, *, chips: int, ask: Ask) -> Iterator[Tried]:
-    """Every neighbour, one after the other, each with what the compiler says of it.
+    """Every neighbor, one after the other, each with what the compiler says of it.
 
     Meshes with `tensor` 1, 2 and 4, the batch in as few micro-batches as the rows allow and in
     twice as many, and each remat policy.
@@ -54,7 +54,7 @@ def best(tried: list[Tried], *, count: int = 5) -> list[tuple[tuple[str, ...], P
 def training_changes(config: TrainConfig, *, chips: int, ask: Ask) -> list[tuple[str, ...]]:
     """The first of the usual changes with which a step fits; asks the compiler about each.
 
-    Empty if none of them does: then parameters and optimiser are too large for the slice.
+    Empty if none of them does: then parameters and optimizer are too large for the slice.
     """
     changes: list[tuple[str, ...]] = []
     if config.remat != "full":

@@ -1,6 +1,6 @@
 """What a compiled program does: cycles, matmul FLOPs and collectives over the whole call graph.
 
-The text of an optimised module gives `estimated_cycles` for each fusion, once. Here every
+The text of an optimized module gives `estimated_cycles` for each fusion, once. Here every
 instruction counts as often as it runs: a loop's body times the loop's trip count.
 """
 
@@ -43,8 +43,8 @@ class Work:
     collectives: Counter[Collective]
 
 
-def analyse(text: str, *, devices: int, slices: int = 1, one_turn: bool = False) -> Work:
-    """Sums over the call graph of an optimised module.
+def analyze(text: str, *, devices: int, slices: int = 1, one_turn: bool = False) -> Work:
+    """Sums over the call graph of an optimized module.
 
     Args:
         text: `as_text()` of a compiled program.

@@ -1,7 +1,7 @@
 """The directory of a run, and the model that it has trained so far.
 
     config.yaml      the resolved config
-    checkpoints/     Orbax; the trained parameters, the optimiser, the step
+    checkpoints/     Orbax; the trained parameters, the optimizer, the step
     metrics.jsonl    an object a step
     tensorboard/     the same for TensorBoard, and profiles
 

@@ -1,4 +1,4 @@
-"""A control: some of the patches, drawn once; whatever beats it has learnt where to look."""
+"""A control: some of the patches, drawn once; whatever beats it has learned where to look."""
 
 import dataclasses
 from typing import ClassVar
@@ -21,7 +21,7 @@ class Random(System):
 
     Attributes:
         keep: K.
-        seed: of the draw. Another seed is another model, since positions are learnt.
+        seed: of the draw. Another seed is another model, since positions are learned.
     """
 
     keep: int = 144

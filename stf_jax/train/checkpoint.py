@@ -1,11 +1,11 @@
-"""Checkpoints of a run: the trained parameters, the optimiser and the step, written by Orbax.
+"""Checkpoints of a run: the trained parameters, the optimizer and the step, written by Orbax.
 
-They are written while training goes on, each host its own shards, and appear under their step only
-when complete. A run restores on another mesh and another number of hosts. Frozen weights are not
-in them. The data pipeline needs no state of its own: what it gives is a function of the step.
+They are written while training continues. Each host writes its own shards. A checkpoint appears
+under its step only when it is complete. A run restores on another mesh and another number of hosts.
+Frozen weights are not in it. The data pipeline needs no state: what it gives depends on the step.
 
-A checksum of every array is written with it. What is damaged on disk is set aside, and the run goes
-on from the checkpoint before.
+A checksum of every array is written with it. A checkpoint that is damaged on disk is set aside,
+and the run continues from the one before.
 """
 
 import contextlib
@@ -178,8 +178,8 @@ class Checkpoints:
             self._set_aside(step)
             instead = f"from step {steps[-2]}" if len(steps) > 1 else "from the beginning"
             report(
-                f"{path} is damaged ({reason}); it is {path.name}{_ASIDE} now, and the run goes on "
-                f"{instead}"
+                f"{path} is damaged ({reason}); it is {path.name}{_ASIDE} now, and the run "
+                f"continues {instead}"
             )
         return None
 

@@ -13,7 +13,7 @@ from stf_jax.models.lora import LoRAConfig
 from stf_jax.parallel.mesh import MeshConfig
 from stf_jax.systems import named_config
 from stf_jax.train.optimizer import OptimizerConfig, Stage
-from stf_jax.train.step import Normalization
+from stf_jax.train.step import LossNormalization
 from stf_jax.util.files import expand
 
 
@@ -35,7 +35,7 @@ class TrainConfig:
 
     Attributes:
         model: what is trained on: a native checkpoint, or the directory of an earlier run.
-        out: directory of this run; a run that is there already goes on.
+        out: directory of this run; a run that is there already continues.
         stage: "pretrain" trains the connector, "finetune" also the language model, "lora"
             adapters of the language model in place of its weights.
         architecture: a named size, such as "llava_stf_7b", that the model must have; what
@@ -50,7 +50,7 @@ class TrainConfig:
             attention and its projections ("attention"), everything ("full").
         dtype: of the forward and backward pass; trained parameters are float32 all the same.
         nonfinite: what a step does whose loss or gradient is not finite: "stop" the run, or "skip"
-            the update and go on.
+            the update and continue.
         log_every: steps between lines where the output is no terminal.
         profile: first step to trace for TensorBoard's profiler, and one after the last.
         seed: of adapters and dropout; `data.seed` decides the order of the examples.
@@ -65,7 +65,7 @@ class TrainConfig:
     epochs: int = 1
     steps: int | None = None
     micro_batches: int = 1
-    normalization: Normalization = "tokens"
+    normalization: LossNormalization = "tokens"
     remat: Remat = "full"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     nonfinite: Literal["stop", "skip"] = "stop"

@@ -47,11 +47,11 @@ Ending = Literal["finished", "interrupted"]
 
 
 class TrainingError(ValueError):
-    """A run that cannot begin or go on; the message names the fix."""
+    """A run that cannot begin or continue; the message names the fix."""
 
 
 def train(config: TrainConfig) -> Ending:
-    """Begins a run, or goes on with the one in `config.out`.
+    """Begins a run, or continues the one in `config.out`.
 
     Everything that can be refused is, before the first step; a first checkpoint is written then,
     too. With several hosts, `distributed.start` comes before.
@@ -157,7 +157,7 @@ class _Run:
                     report.write()
                     self.checkpoints.save(number, state)
                     self.checkpoints.wait()
-                    _say(f"interrupted after step {number}; start it again to go on")
+                    _say(f"interrupted after step {number}; start it again to continue")
                     return "interrupted"
                 made = next(batches)
                 placed = self.program.layout.place(made.batch)
@@ -228,7 +228,7 @@ class _Report:
         if self._config.nonfinite == "stop":
             raise TrainingError(
                 f"{what}; the checkpoints in {self._config.out} are from before. Look at the "
-                "examples with 'stf-jax data show', or go on without such steps: --nonfinite=skip"
+                "examples with 'stf-jax data show', or skip such steps: --nonfinite=skip"
             )
         _say(f"{what}; skipped")
 
@@ -330,7 +330,7 @@ def _write_config(config: TrainConfig, out: epath.Path) -> None:
 def _parameters(
     config: TrainConfig, first: NativeCheckpoint, checkpoints: Checkpoints, program: TrainProgram
 ) -> tuple[TrainState, Parameters]:
-    """The state to go on from, and the parameters that stay; each host reads its own parts."""
+    """The state to continue from, and the parameters that stay; each host reads its own parts."""
 
     def read(like: Parameters) -> Parameters:
         return flatten(first.restore(unflatten(like))) if like else {}

@@ -130,7 +130,7 @@ def make_program(
     step = make_step(
         network,
         optimizer,
-        normalization=config.normalization,
+        loss_normalization=config.normalization,
         remat=config.remat,
         dtype=dtype,
         seed=config.seed,

@@ -31,7 +31,7 @@ def first_screen(
     plan = data.plan()
     checkpoints = epath.Path(config.out) / CHECKPOINTS
     lines = {
-        "run": f"{config.out}, " + (f"going on at step {start} of {steps}" if start else "new"),
+        "run": f"{config.out}, " + (f"continuing at step {start} of {steps}" if start else "new"),
         "model": _model(config, first),
         "trained": _count(program.state.parameters),
         "frozen": _count(program.frozen),
@@ -113,5 +113,5 @@ def _memory(compiled: Any) -> str:
     there = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     return (
         f"{(held + temporary) / _GIB:.2f} GiB a device, of which {held / _GIB:.2f} parameters, "
-        f"optimiser and batch" + (f"; it has {there / _GIB:.2f}" if there else "")
+        f"optimizer and batch" + (f"; it has {there / _GIB:.2f}" if there else "")
     )

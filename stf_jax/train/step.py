@@ -1,7 +1,7 @@
 """One step of training: loss and gradient over the micro-batches of a batch, then AdamW.
 
 Trained parameters are float32 masters and are cast to the compute dtype inside the step; frozen
-ones are stored in it, and have neither gradient nor optimiser state.
+ones are stored in it, and have neither gradient nor optimizer state.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from stf_jax.models.lora import DropoutKey
 from stf_jax.store.checkpoint import flatten, unflatten
 from stf_jax.train.optimizer import Parameters
 
-Normalization = Literal["tokens", "micro_batches"]
+LossNormalization = Literal["tokens", "micro_batches"]
 
 
 @jax.tree_util.register_dataclass
@@ -57,7 +57,7 @@ def make_step(
     model: Llava,
     optimizer: optax.GradientTransformation,
     *,
-    normalization: Normalization = "tokens",
+    loss_normalization: LossNormalization = "tokens",
     remat: Remat = "none",
     dtype: DTypeLike = jnp.float32,
     seed: int = 0,
@@ -72,7 +72,7 @@ def make_step(
     Args:
         model: abstract; gives the structure.
         optimizer: over the trained parameters.
-        normalization: "tokens" is the mean over all supervised tokens of the batch; with
+        loss_normalization: "tokens" is the mean over all supervised tokens of the batch; with
             "micro_batches" every micro-batch counts alike, as in the PyTorch reference. One without
             supervised tokens counts as 0 there.
         remat: what the backward pass computes again rather than stores.
@@ -100,7 +100,7 @@ def make_step(
     def step(state: TrainState, frozen: Parameters, batch: Batch) -> tuple[TrainState, Metrics]:
         # Labels move by one: what stands first in a row is never predicted.
         supervised = (batch.labels[..., 1:] != IGNORED_LABEL).sum(axis=(1, 2))
-        if normalization == "tokens":
+        if loss_normalization == "tokens":
             weights = jnp.broadcast_to(1 / jnp.maximum(supervised.sum(), 1), supervised.shape)
         else:
             weights = 1 / (jnp.maximum(supervised, 1) * supervised.shape[0])
@@ -126,7 +126,7 @@ def make_step(
         updates, moments = optimizer.update(gradient, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        # The schedule goes on all the same: its counts are the only integers.
+        # The schedule continues all the same: its counts are the only integers.
         parameters, moments = jax.tree.map(
             lambda new, old: jnp.where(finite | jnp.issubdtype(new.dtype, jnp.integer), new, old),
             (parameters, moments),

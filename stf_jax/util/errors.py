@@ -1,4 +1,4 @@
-"""Errors that a user can mend; each message is one line that names the fix."""
+"""Errors that a user can fix; each message is one line that names the fix."""
 
 import contextlib
 import os

@@ -16,7 +16,7 @@ from etils import epath
 from stf_jax.util.disk import explain_full_disk
 from stf_jax.util.errors import CheckpointError
 
-_FIX = "mend it or fetch it again"
+_FIX = "fix it or fetch it again"
 
 # JSON can name half a surrogate pair, such as \ud800 alone, which no UTF-8 can hold.
 _HALF = re.compile(r"[\ud800-\udfff]")

@@ -74,6 +74,19 @@ def test_processes_find_each_other() -> None:
     ]
 
 
+def test_dry_run_prints_commands_that_find_each_other(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    touch = ["bash", "-c", f'echo "$XLA_FLAGS $*" >> {tmp_path}/ran', "bash"]
+    assert main(["local", "--processes", "2", "--devices", "3", "--dry-run", "--", *touch]) == 0
+    assert not (tmp_path / "ran").exists()
+    subprocess.run(["bash", "-e"], input=capsys.readouterr().out, text=True, check=True)
+    first, second = (tmp_path / "ran").read_text().splitlines()
+    assert "--xla_force_host_platform_device_count=3 --coordinator=127.0.0.1:" in first
+    assert first.endswith("--processes=2 --process=0")
+    assert second == first.removesuffix("0") + "1"
+
+
 def test_no_such_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["local", "--", "stf-jacks", "train"]) == 1
     said = capsys.readouterr().err

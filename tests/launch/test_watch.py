@@ -50,7 +50,7 @@ def test_preempted_in_the_middle(
     command = [sys.executable, "-c", COUNTER, str(bucket)]
     assert main(["tpu", "watch", "s", *SLICE, "--spot", *QUICK, "--", *command]) == 0
     thread.join(60)
-    # Every step once and in order: the second slice went on where the first one was.
+    # Every step once and in order: the second slice continued where the first one was.
     assert steps(bucket / "w-0") == [str(step) for step in range(8)]
     assert verbs(cloud).count("queued-resources create") == 2
     assert verbs(cloud).count("tpu-vm scp") == 2

@@ -42,7 +42,7 @@ def write(folder: Path, entries: list[dict[str, Any]]) -> None:
 
 
 def spoil(folder: Path) -> None:
-    """Of eight examples one has no picture."""
+    """Of eight examples one has no image."""
     entries = json.loads((folder / "train.json").read_text())
     write(folder, [*entries[:-1], entries[-1] | {"image": "gone.png"}])
 
@@ -101,7 +101,7 @@ def test_build_then_show(files: Path, reference: Path, capsys: Capture) -> None:
     assert [span["text"] for span in shown["spans"] if span["supervised"]] == [
         " The color of the bus is white and red.</s>"
     ]
-    # The middle alone, without the mean colour above and below.
+    # The middle alone, without the mean color above and below.
     assert main(show(files, reference, "2", "--png", str(png), "--image-mode", "crop")) == 0
     assert tuple(np.asarray(Image.open(png))[0, 0]) != (122, 116, 104)
 
@@ -109,7 +109,7 @@ def test_build_then_show(files: Path, reference: Path, capsys: Capture) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--images", "nowhere"), "nowhere: no such folder of pictures; check the path"),
+        (("--images", "nowhere"), "nowhere: no such folder of images; check the path"),
         (("--template", "v9"), "unknown template 'v9'"),
         (("--model", "nowhere"), "nowhere does not exist"),
         (("--sequence-length", "0"), "sequence_length is 0; it must be at least 2"),

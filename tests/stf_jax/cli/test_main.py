@@ -124,7 +124,7 @@ def test_python_m_convert(
     [
         (["--image", "nowhere.png"], "nowhere.png: no such file"),
         (["--prompt", " "], "the prompt is empty"),
-        (["--prompt", "<image><image>\nWhich?"], "2 <image> and there is 1 picture; give one for"),
+        (["--prompt", "<image><image>\nWhich?"], "2 <image> and there is 1 image; give one for"),
         (["--top-p", "0.9"], "do nothing at temperature 0, which is greedy; add --temperature 1"),
         (["--top-k", "3"], "do nothing at temperature 0"),
         (["--temperature", "nan"], "temperature is nan"),
@@ -156,10 +156,10 @@ def test_mistakes(
     assert message in line
 
 
-def test_image_mark_without_a_picture(native: Path, capsys: pytest.CaptureFixture[str]):
+def test_image_mark_without_an_image(native: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["generate", str(native), "--prompt", "<image>\nWhat?"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "1 <image> and there is no picture; give one for each (--image FILE), or" in line
+    assert "1 <image> and there is no image; give one for each (--image FILE), or" in line
 
 
 @pytest.mark.portable
@@ -218,11 +218,11 @@ def test_help_names_the_templates(capsys: pytest.CaptureFixture[str]):
     assert "mistral_instruct" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("model", ["missing", "empty", "file", "pictures"])
+@pytest.mark.parametrize("model", ["missing", "empty", "file", "images"])
 def test_no_model(reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("no model")
-    path = reference / "images" if model == "pictures" else tmp_path / model
+    path = reference / "images" if model == "images" else tmp_path / model
     assert main(ask(path, reference / "images" / "0.png", "What?")) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
@@ -232,7 +232,7 @@ def test_no_model(reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_photograph_is_shown_upright(
     reference: Path, native: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """Turned by EXIF or turned in its pixels: the same picture, the same answer."""
+    """Turned by EXIF or turned in its pixels: the same image, the same answer."""
     upright = Image.open(reference / "images" / "1.png").convert("RGB")
     turned = upright.transpose(Image.Transpose.ROTATE_90)
     exif = Image.Exif()
@@ -242,8 +242,8 @@ def test_a_photograph_is_shown_upright(
     turned.save(tmp_path / "not_turned_back.png")
     answers = []
     for name in ("upright", "turned", "not_turned_back"):
-        picture = tmp_path / f"{name}.png"
-        assert main(ask(native, picture, "How many cats are in the image?")) == 0
+        file = tmp_path / f"{name}.png"
+        assert main(ask(native, file, "How many cats are in the image?")) == 0
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1]
     assert answers[0] != answers[2]

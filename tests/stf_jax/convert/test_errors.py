@@ -114,8 +114,8 @@ def test_damaged_header(
     header = json.loads(whole[8 : 8 + length])
     for name, changed in change.items():
         header[name] |= changed
-    spoilt = json.dumps(header).encode()
-    file.write_bytes(len(spoilt).to_bytes(8, "little") + spoilt + whole[8 + length :])
+    spoiled = json.dumps(header).encode()
+    file.write_bytes(len(spoiled).to_bytes(8, "little") + spoiled + whole[8 + length :])
     with pytest.raises(safetensors.SafetensorError):
         safetensors.safe_open(file, "np")
     with pytest.raises(CheckpointError, match=message):

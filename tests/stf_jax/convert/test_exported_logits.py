@@ -33,8 +33,8 @@ def test_exported_hf_of_the_reference_gives_the_same_logits(
         encode_prompt(ours.tokenizer, text), tokens_per_image=ours.config.tokens_per_image
     )
     files = sorted((reference / "images").iterdir())
-    pictures = [load_image(file) for file in (files[0], files[-1])]
-    pixels = np.stack([ours.image_processor.pixels(picture) for picture in pictures])
+    images = [load_image(file) for file in (files[0], files[-1])]
+    pixels = np.stack([ours.image_processor.pixels(image) for image in images])
 
     batch = pad_prompts(
         [Prompt(ids=ids, pixels=pixels)], rows=1, image_size=ours.config.vision.image_size

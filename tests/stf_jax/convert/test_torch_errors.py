@@ -75,7 +75,7 @@ def test_no_state_dict(content: object, tmp_path: Path) -> None:
         open_source(tmp_path)
 
 
-def test_strided_and_quantised(tmp_path: Path) -> None:
+def test_strided_and_quantized(tmp_path: Path) -> None:
     torch.save({"a": torch.arange(6.0).reshape(2, 3).T}, tmp_path / "a.bin")
     read = TorchFile(epath.Path(tmp_path / "a.bin")).read("a")
     assert read.tolist() == [[0, 3], [1, 4], [2, 5]]

@@ -235,8 +235,10 @@ def test_the_image_token_is_the_tokenizers(
     assert model.config.text_config.pad_token_id == processor.tokenizer.pad_token_id == pad == 601
     assert model.config.text_config.vocab_size == 640
     assert len(processor.tokenizer) == 602
-    picture = Image.open(reference / "images" / "0.png")
-    inputs = processor(images=picture, text="USER: <image>\nWhy? ASSISTANT:", return_tensors="pt")
+    photograph = Image.open(reference / "images" / "0.png")
+    inputs = processor(
+        images=photograph, text="USER: <image>\nWhy? ASSISTANT:", return_tensors="pt"
+    )
     assert (inputs.input_ids == image).sum() == 16
     with torch.no_grad():
         assert model(**inputs).logits.isfinite().all()

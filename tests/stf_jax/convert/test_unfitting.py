@@ -16,7 +16,7 @@ TOWER = "model.vision_tower.vision_tower.vision_model."
 
 
 def test_tensors_that_do_not_fit_are_all_listed(checkpoint: Callable, tmp_path: Path) -> None:
-    spoilt = {
+    spoiled = {
         "model.norm.weight": lambda array: None,
         f"{TOWER}encoder.layers.4.mlp.fc1.weight": lambda array: None,
         "lm_head.weight": lambda array: array[:-1].copy(),
@@ -24,7 +24,7 @@ def test_tensors_that_do_not_fit_are_all_listed(checkpoint: Callable, tmp_path: 
         "model.layers.1.mlp.up_proj.weight": lambda array: array.astype(np.int64),
     }
     source = checkpoint(
-        lambda name, array: spoilt.get(name, lambda same: same)(array),
+        lambda name, array: spoiled.get(name, lambda same: same)(array),
         add={
             "model.layers.0.self_attn.q_proj.bias": np.zeros(64, np.float32),
             "what": np.ones(1, np.float32),

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from stf_jax.data.pipeline import TrainingData, TrainingStep
 
 Make = Callable[..., TrainingData]
-K = 4  # tokens of a picture
+K = 4  # tokens of an image
 
 
 def ids_of(steps: Iterable[TrainingStep]) -> list[str]:

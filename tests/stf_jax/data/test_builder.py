@@ -47,7 +47,7 @@ def run(corpus: Any, tokenizer: Tokenizer, tmp_path: Path) -> Build:
 def content(path: Path) -> list[tuple[str, list[dict[str, str]], list[bytes]]]:
     dataset = Dataset(path)
     examples = [dataset[number] for number in range(len(dataset))]
-    return [(one.id, one.conversation, one.pictures) for one in examples]
+    return [(one.id, one.conversation, one.images) for one in examples]
 
 
 def expected(corpus: Any) -> list[tuple[str, list[dict[str, str]], list[bytes]]]:
@@ -55,8 +55,8 @@ def expected(corpus: Any) -> list[tuple[str, list[dict[str, str]], list[bytes]]]
     for entry in corpus.entries:
         names = entry.get("image", [])
         names = names if isinstance(names, list) else [names]
-        pictures = [(corpus.images / name).read_bytes() for name in names]
-        found.append((entry["id"], entry["conversations"], pictures))
+        images = [(corpus.images / name).read_bytes() for name in names]
+        found.append((entry["id"], entry["conversations"], images))
     return found
 
 
@@ -210,7 +210,7 @@ def test_damage_in_a_shard_is_found_and_named(corpus: Any, run: Build, tmp_path:
     whole = shard.read_bytes()
     kept = expected(corpus)
     # Up to the records' end there is something of an example at each place.
-    end = sum(len(picture) for _, _, pictures in kept for picture in pictures)
+    end = sum(len(image) for _, _, images in kept for image in images)
     named = set()
     for place in range(1000, end, end // 20):
         damage = bytes(byte ^ 0x55 for byte in whole[place : place + 8])
@@ -223,7 +223,7 @@ def test_damage_in_a_shard_is_found_and_named(corpus: Any, run: Build, tmp_path:
                 assert f"example {number} is damaged" in str(one)
                 lost.append(number)
             else:
-                assert (one.id, one.conversation, one.pictures) == kept[number]
+                assert (one.id, one.conversation, one.images) == kept[number]
         # Damage across a border takes both sides.
         assert 1 <= len(lost) <= 2
         named |= set(lost)
@@ -298,13 +298,13 @@ def test_show_decodes_an_example_back(
     replies = [turn["value"] for turn in entry["conversations"] if turn["from"] == "gpt"]
     assert [s.text for s in shown.spans if s.supervised] == [f" {reply}</s>" for reply in replies]
     names = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
-    assert [s.text for s in shown.spans].count("<image>") == shown.pictures == len(names)
+    assert [s.text for s in shown.spans].count("<image>") == shown.images == len(names)
     question = entry["conversations"][2]["value"]
     assert f"[[ {replies[0]}</s>]]USER: {question} ASSISTANT:[[" in shown.render()
     assert shown.number == number
     index = Dataset(dataset).index(tokenizer, "v1")
     assert shown.tokens == index.tokens(4)[number]
-    # The first picture, as the tower sees it.
+    # The first image, as the tower sees it.
     pixels = image_processor.pixels(load_image(corpus.images / names[0]))
     left = np.asarray(Image.open(png))[:, :28]
     np.testing.assert_allclose(

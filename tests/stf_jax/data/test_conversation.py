@@ -120,7 +120,7 @@ def test_several_images_stay_where_they_are() -> None:
     assert pieces[0].text == f"[INST] {question}"
 
 
-def test_without_a_picture_the_marker_is_ordinary_text() -> None:
+def test_without_an_image_the_marker_is_ordinary_text() -> None:
     question = "What does <image> do in SVG? "
     pieces = render_conversation(
         talk(question, "No"), template=get_template("mistral_instruct"), num_images=0

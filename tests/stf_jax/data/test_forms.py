@@ -81,7 +81,7 @@ def test_an_image_under_another_key_is_the_same_example(entry: Any, run: Run) ->
     assert read_form(entry) == read_form({"image": "a.png", "conversations": TURNS})
     report = run(entry)
     assert report.clean
-    assert (report.pictures, report.text_only) == (1, 0)
+    assert (report.images, report.text_only) == (1, 0)
 
 
 def test_images_in_parts_stay_where_they_are() -> None:
@@ -246,7 +246,7 @@ def test_a_name_that_is_none(name: str, reason: str, run: Run) -> None:
     good = {"id": "good", "image": "a.png", "conversations": TURNS}
     report = run(good, {"id": "bad", "image": name, "conversations": TURNS})
     (finding,) = report.problems
-    assert (finding.id, finding.kind, report.fit) == ("bad", "bad picture", 1)
+    assert (finding.id, finding.kind, report.fit) == ("bad", "bad image", 1)
     assert reason in finding.reason
     assert len(finding.reason) < 250
     assert len(report.render()) < 2000

@@ -1,4 +1,4 @@
-"""Pixels against the reference's and CLIPImageProcessor's; every kind of picture; bad pictures."""
+"""Pixels against the reference's and CLIPImageProcessor's; every kind of image; bad images."""
 
 import contextlib
 import io
@@ -69,7 +69,7 @@ def test_cropped_pixels_are_those_of_clip_image_processor(
 
 @settings(max_examples=30, deadline=None)
 @given(width=st.integers(1, 90), height=st.integers(1, 90))
-def test_padding_centres_the_picture_on_the_mean_colour(width: int, height: int) -> None:
+def test_padding_centers_the_image_on_the_mean_color(width: int, height: int) -> None:
     side = max(width, height)
     processor = ImageProcessor(image_size=side, shortest_edge=side, mean=(0, 0, 0), std=(1, 1, 1))
     canvas = np.zeros((side, side, 3), np.uint8)
@@ -77,7 +77,7 @@ def test_padding_centres_the_picture_on_the_mean_colour(width: int, height: int)
     top, left = (side - height) // 2, (side - width) // 2
     canvas[top : top + height, left : left + width] = array(image)
     np.testing.assert_allclose(processor.pixels(image), canvas / 255, rtol=0, atol=1e-6)
-    assert ImageProcessor().pad_colour == (122, 116, 104)
+    assert ImageProcessor().pad_color == (122, 116, 104)
 
 
 def test_the_hf_file_goes_round() -> None:
@@ -119,7 +119,7 @@ def test_a_mistyped_mode_is_refused() -> None:
         ImageProcessor(mode="square")  # type: ignore[arg-type]
 
 
-def test_a_path_its_bytes_and_the_picture_give_the_same(reference: Path) -> None:
+def test_a_path_its_bytes_and_the_image_give_the_same(reference: Path) -> None:
     path = reference / "images/1.png"
     expected = array(Image.open(path).convert("RGB"))
     for source in (path, str(path), path.read_bytes(), Image.open(path)):
@@ -143,7 +143,7 @@ def test_transparency_is_dropped_not_blended() -> None:
     np.testing.assert_array_equal(array(load_image(saved(rgba))), array(rgb))
 
 
-def test_a_palette_with_transparency_keeps_its_colours_without_a_warning() -> None:
+def test_a_palette_with_transparency_keeps_its_colors_without_a_warning() -> None:
     palette = noise(8, 8).convert("P")
     data = saved(palette, transparency=bytes(range(256)))
     assert "transparency" in Image.open(io.BytesIO(data)).info
@@ -154,7 +154,7 @@ def test_a_palette_with_transparency_keeps_its_colours_without_a_warning() -> No
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_16_bit_grey_is_scaled_not_clipped(kind: str) -> None:
+def test_16_bit_gray_is_scaled_not_clipped(kind: str) -> None:
     values = np.array([[0, 257, 300, 32896, 65535]], np.uint16)
     image = load_image(saved(Image.fromarray(values), kind))
     assert array(image)[0, :, 0].tolist() == [0, 1, 1, 128, 255]
@@ -169,7 +169,7 @@ def test_16_bit_grey_is_scaled_not_clipped(kind: str) -> None:
         (np.array([[0.0, 7.9, 255.0]], np.float32), [0, 7, 255]),
     ],
 )
-def test_32_bit_pictures_that_fit(values: np.ndarray, expected: list[int]) -> None:
+def test_32_bit_images_that_fit(values: np.ndarray, expected: list[int]) -> None:
     image = load_image(saved(Image.fromarray(values), "TIFF"))
     assert array(image)[0, :, 0].tolist() == expected
 
@@ -184,14 +184,14 @@ def test_32_bit_pictures_that_fit(values: np.ndarray, expected: list[int]) -> No
         np.array([[0.0, 0.5, 1.0]], np.float32),
     ],
 )
-def test_32_bit_pictures_that_do_not_fit_are_refused(values: np.ndarray) -> None:
-    with pytest.raises(ImageError, match=r"the picture: values from .*; save it as 8-bit"):
+def test_32_bit_images_that_do_not_fit_are_refused(values: np.ndarray) -> None:
+    with pytest.raises(ImageError, match=r"the image: values from .*; save it as 8-bit"):
         load_image(saved(Image.fromarray(values), "TIFF"))
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_of_an_animation_the_first_frame_is_taken(kind: str) -> None:
-    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "blue")]
     options = {} if kind == "GIF" else {"lossless": True} if kind == "WEBP" else {}
     data = saved(frames[0], kind, save_all=True, append_images=frames[1:], **options)
     assert getattr(Image.open(io.BytesIO(data)), "n_frames", 1) == 2
@@ -214,22 +214,22 @@ def test_bad_files_get_one_line_that_names_them(tmp_path: Path) -> None:
     cases: list[tuple[bytes | None, str]] = [
         (None, "no such file"),
         (b"", "empty"),
-        (b"<html>404</html>", "no picture"),
+        (b"<html>404</html>", "no image"),
         (whole[: len(whole) // 2], "damaged"),
-        (whole[:20], "no picture|damaged"),
+        (whole[:20], "no image|damaged"),
         (saved(noise(64, 64), "JPEG")[:-1000], "damaged"),
-        (saved(noise(64, 64), "JPEG")[:300], "no picture|damaged"),
-        (gif_of_no_size, "no picture|damaged|0x0"),
+        (saved(noise(64, 64), "JPEG")[:300], "no image|damaged"),
+        (gif_of_no_size, "no image|damaged|0x0"),
     ]
     for number, (data, message) in enumerate(cases):
-        path = tmp_path / f"picture{number}"
+        path = tmp_path / f"image{number}"
         if data is not None:
             path.write_bytes(data)
         with pytest.raises(ImageError, match=message) as error:
             load_image(path)
         assert str(error.value).startswith(f"{path}: ")
         assert "\n" not in str(error.value)
-    with pytest.raises(ImageError, match="cannot be read, a directory; give a picture in it"):
+    with pytest.raises(ImageError, match="cannot be read, a directory; give an image in it"):
         load_image(tmp_path)
     with pytest.raises(ImageError, match=r"^sample 7: the file is empty"):
         load_image(b"", name="sample 7")
@@ -247,24 +247,24 @@ def test_damage_never_gives_another_error(data: st.DataObject, kind: str) -> Non
             assert load_image(bytes(content)).mode == "RGB"
 
 
-def test_a_large_picture_is_read_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_image_is_read_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert load_image(saved(noise(60, 40))).size == (60, 40)
 
 
-def test_pictures_of_numpy() -> None:
+def test_images_of_numpy() -> None:
     values = array(noise(6, 4))
     np.testing.assert_array_equal(array(load_image(values)), values)
     for wrong in (values / 255, values[:, :, 0], np.zeros((4, 6, 4), np.uint8), values[None]):
-        with pytest.raises(ImageError, match=r"no picture; give uint8 \[height, width, 3\]$"):
+        with pytest.raises(ImageError, match=r"no image; give uint8 \[height, width, 3\]$"):
             load_image(wrong)
-    with pytest.raises(ImageError, match=r"a int is no picture; give a path, bytes"):
+    with pytest.raises(ImageError, match=r"a int is no image; give a path, bytes"):
         load_image(3)  # type: ignore[arg-type]
 
 
-def test_a_picture_of_no_size_is_refused() -> None:
+def test_an_image_of_no_size_is_refused() -> None:
     with pytest.raises(ImageError, match="0x5; leave it out"):
         load_image(Image.new("RGB", (0, 5)))
 
@@ -289,7 +289,7 @@ def test_decompression_bombs_are_refused_before_they_are_unpacked(
 
 
 @pytest.mark.parametrize("mode", ["pad", "crop"])
-def test_long_and_thin_pictures(monkeypatch: pytest.MonkeyPatch, mode: Mode) -> None:
+def test_long_and_thin_images(monkeypatch: pytest.MonkeyPatch, mode: Mode) -> None:
     processor = ImageProcessor(image_size=28, shortest_edge=28, mode=mode)
     assert processor.pixels(noise(1, 1000)).shape == (28, 28, 3)
     assert processor.pixels(noise(1000, 1)).shape == (28, 28, 3)
@@ -327,8 +327,8 @@ def photograph(width: int, height: int, seed: int) -> Image.Image:
     for _ in range(3):
         spectrum = np.fft.rfft2(rng.standard_normal((height, width))) / frequency**1.2
         values.append(np.fft.irfft2(spectrum, s=(height, width)))
-    picture = np.stack([values[0] + 0.3 * values[n] for n in range(3)], axis=-1)
-    scaled = 115 + 45 * (picture - picture.mean()) / picture.std()
+    noise = np.stack([values[0] + 0.3 * values[n] for n in range(3)], axis=-1)
+    scaled = 115 + 45 * (noise - noise.mean()) / noise.std()
     return Image.fromarray(np.clip(scaled, 0, 255).astype(np.uint8))
 
 
@@ -380,7 +380,7 @@ def test_formats_come_from_a_list(
         data = file.getvalue()
     monkeypatch.setattr(subprocess, "Popen", pytest.fail)
     (tmp_path / "photo.jpg").write_bytes(data)
-    with pytest.raises(ImageError, match=r"photo.jpg: no picture in a format that is read \(JPEG"):
+    with pytest.raises(ImageError, match=r"photo.jpg: no image in a format that is read \(JPEG"):
         load_image(tmp_path / "photo.jpg")
 
 

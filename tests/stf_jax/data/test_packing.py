@@ -37,9 +37,9 @@ def test_best_fit_leaves_no_two_rows_that_would_fit_in_one(sizes: list[tuple[int
     order = np.arange(len(sizes))
     rows = pack(order, lengths=lengths, images=images, row_length=64, row_images=3)
     totals = [(lengths[rows[r]].sum(), images[rows[r]].sum()) for r in range(len(rows))]
-    for first, (tokens, pictures) in enumerate(totals):
+    for first, (tokens, count) in enumerate(totals):
         for more, others in totals[first + 1 :]:
-            assert tokens + more > 64 or pictures + others > 3
+            assert tokens + more > 64 or count + others > 3
 
 
 @given(count=st.integers(0, 500), key=st.lists(st.integers(0, 2**64), min_size=1, max_size=3))
@@ -51,7 +51,7 @@ def test_shuffled_depends_on_the_key():
     orders = [tuple(permutation(100, key=key)) for key in ((0, 0), (0, 1), (1, 0))]
     assert len(set(orders)) == 3
     assert orders[0] == tuple(permutation(100, key=(0, 0)))
-    # Neighbours stay neighbours by chance only: about one pair in a hundred either way.
+    # Neighbors stay neighbors by chance only: about one pair in a hundred either way.
     gaps = np.abs(np.diff(np.argsort(orders[0])))
     assert (gaps == 1).sum() < 10
 
@@ -88,11 +88,11 @@ def test_reordered_rows_keep_their_examples():
 def test_rows_are_full_on_a_mixture_like_llava():
     """At least 97 %, where padded batches of the reference's order are far from it."""
     count = 40_000
-    lengths, pictures = mix665k.lengths(count)
+    lengths, images = mix665k.lengths(count)
     order = permutation(count, key=(0,))
-    rows = pack(order, lengths=lengths, images=pictures, row_length=2048, row_images=8)
+    rows = pack(order, lengths=lengths, images=images, row_length=2048, row_images=8)
     assert lengths.sum() / (len(rows) * 2048) >= 0.97
-    grouped = group(order, lengths=lengths, images=pictures, batch_size=128)
+    grouped = group(order, lengths=lengths, images=images, batch_size=128)
     whole = grouped[: count // 128 * 128].reshape(-1, 128)
     padded = lengths[whole].max(axis=1).sum() * 128
     assert lengths[whole].sum() / padded < 0.97

@@ -156,7 +156,7 @@ def test_rows_hold_what_each_example_is_alone(
                 np.testing.assert_array_equal(batch.segments[at], segment)
                 slots = np.asarray(batch.image_slots[at])
                 np.testing.assert_array_equal(slots >= 0, expected.ids == -200)
-                # Each run of K placeholders points to its picture's K tokens, in order.
+                # Each run of K placeholders points to its image's K tokens, in order.
                 np.testing.assert_array_equal(
                     slots[slots >= 0],
                     slot * K + np.arange(len(files) * K),

@@ -70,7 +70,7 @@ def test_long_examples_are_cut_and_what_teaches_nothing_is_left_out(
     assert 0 < plan.truncated == cut
 
 
-def test_examples_with_too_many_pictures_are_left_out(make: Make, corpus: Any) -> None:
+def test_examples_with_too_many_images_are_left_out(make: Make, corpus: Any) -> None:
     data = make(images_per_row=1)
     expected = {e["id"] for e in corpus.entries if not isinstance(e.get("image"), list)}
     assert set(ids_of(data.batches(stop_step=data.steps_per_epoch))) == expected
@@ -100,7 +100,7 @@ def test_strict_labels_leave_out_what_the_reference_masks(
 
 @pytest.fixture
 def rotten(corpus: Any, tokenizer: Tokenizer, tmp_path: Path) -> Path:
-    """A dataset in which the pictures of three examples have been cut short since it was built."""
+    """A dataset in which the images of three examples have been cut short since it was built."""
     out = tmp_path / "rotten"
     build([corpus.json], out, images=corpus.images, tokenizer=tokenizer, workers=1)
     stored = Dataset(out)
@@ -108,15 +108,15 @@ def rotten(corpus: Any, tokenizer: Tokenizer, tmp_path: Path) -> Path:
     for number in range(len(stored)):
         one = stored[number]
         cut = 2 if number in (1, 4, 20) else 1
-        pictures = tuple(data[: len(data) // cut] for data in one.pictures)
-        examples.append((one.id, json.dumps(one.conversation), pictures))
+        images = tuple(data[: len(data) // cut] for data in one.images)
+        examples.append((one.id, json.dumps(one.conversation), images))
     (shard,) = out.glob("*array_record*")
     write_shard(shard, examples)
     return out
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_pictures_that_rot_are_skipped_counted_and_named(
+def test_images_that_rot_are_skipped_counted_and_named(
     make: Make, rotten: Path, workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     bad = {"example-1", "example-4", "example-20"}

@@ -20,7 +20,7 @@ TEXT_QUESTION = {"from": "human", "value": "What is this?"}
 REPLY = {"from": "gpt", "value": "A bus."}
 
 
-def picture(kind: str = "JPEG", size: tuple[int, int] = (60, 40)) -> bytes:
+def image_bytes(kind: str = "JPEG", size: tuple[int, int] = (60, 40)) -> bytes:
     rng = np.random.default_rng(0)
     file = io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), np.uint8)).save(file, kind)
@@ -54,7 +54,7 @@ def test_a_clean_corpus(corpus: Any, tokenizer: Tokenizer) -> None:
     assert report.examples == report.fit == len(corpus.entries)
     assert report.text_only == sum("image" not in entry for entry in corpus.entries)
     named = [entry.get("image", []) for entry in corpus.entries]
-    assert report.pictures == sum(len(one) if isinstance(one, list) else 1 for one in named)
+    assert report.images == sum(len(one) if isinstance(one, list) else 1 for one in named)
     assert sum(bar.count for bar in report.histogram) == report.fit
     assert report.render().endswith("Clean.")
     assert json.loads(json.dumps(report.to_json()))["clean"] is True
@@ -74,7 +74,7 @@ def test_processes_find_the_same(corpus: Any, tokenizer: Tokenizer) -> None:
 
 def test_lengths_are_those_of_training(run: Run, tokenizer: Tokenizer) -> None:
     entries = [{"id": 1, "image": "a.jpg", "conversations": [QUESTION, REPLY]}]
-    one, many = (run(entries, {"a.jpg": picture()}, tokens_per_image=k) for k in (1, 144))
+    one, many = (run(entries, {"a.jpg": image_bytes()}, tokens_per_image=k) for k in (1, 144))
     assert many.tokens - one.tokens == 143
     cut = run(entries, tokens_per_image=144, sequence_length=many.tokens - 1)
     assert (cut.cut, cut.cut_to_nothing) == (1, 0)
@@ -104,7 +104,7 @@ def test_lengths_are_those_of_training(run: Run, tokenizer: Tokenizer) -> None:
         ),
         (
             {"conversations": [QUESTION, REPLY], "image": "none.jpg"},
-            "missing picture",
+            "missing image",
             "none.jpg: no such file, nor with another extension",
         ),
     ],
@@ -113,7 +113,7 @@ def test_an_unfit_entry_is_named(run: Run, entry: Any, kind: str, reason: str) -
     if isinstance(entry, dict):
         entry = {"id": "bad", **entry}
     good = {"id": "good", "image": "a.jpg", "conversations": [QUESTION, REPLY]}
-    report = run([good, entry], {"a.jpg": picture()})
+    report = run([good, entry], {"a.jpg": image_bytes()})
     assert not report.clean
     assert (report.examples, report.fit) == (2, 1)
     (finding,) = report.problems
@@ -129,16 +129,16 @@ def test_an_unfit_entry_is_named(run: Run, entry: Any, kind: str, reason: str) -
     ("data", "reason"),
     [
         (b"", "empty"),
-        (b"not a picture", "no picture in a format"),
-        (picture()[:-400], "damaged"),
-        (picture("PNG")[:-900], "damaged"),
-        (picture(size=(14000, 2)), "too long and thin"),
+        (b"not an image", "no image in a format"),
+        (image_bytes()[:-400], "damaged"),
+        (image_bytes("PNG")[:-900], "damaged"),
+        (image_bytes(size=(14000, 2)), "too long and thin"),
     ],
 )
-def test_a_bad_picture_is_named(run: Run, data: bytes, reason: str) -> None:
+def test_a_bad_image_is_named(run: Run, data: bytes, reason: str) -> None:
     report = run([{"id": 7, "image": "a.jpg", "conversations": [QUESTION, REPLY]}], {"a.jpg": data})
     (finding,) = report.problems
-    assert (finding.id, finding.kind) == ("7", "bad picture")
+    assert (finding.id, finding.kind) == ("7", "bad image")
     assert reason in finding.reason
     assert "a.jpg" in finding.reason
 
@@ -146,7 +146,7 @@ def test_a_bad_picture_is_named(run: Run, data: bytes, reason: str) -> None:
 def test_a_decompression_bomb_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images_module, "MAX_PIXELS", 1000)
     report = run(
-        [{"id": 7, "image": "a.jpg", "conversations": [QUESTION, REPLY]}], {"a.jpg": picture()}
+        [{"id": 7, "image": "a.jpg", "conversations": [QUESTION, REPLY]}], {"a.jpg": image_bytes()}
     )
     (finding,) = report.problems
     assert "too large (60x40 pixels" in finding.reason
@@ -155,12 +155,13 @@ def test_a_decompression_bomb_is_named(run: Run, monkeypatch: pytest.MonkeyPatch
 def test_every_problem_of_an_entry_is_found(run: Run) -> None:
     entry = {"id": 1, "image": ["x.jpg", "y.jpg"], "conversations": [QUESTION]}
     kinds = [finding.kind for finding in run([entry]).problems]
-    assert kinds == ["missing picture", "missing picture", "conversation"]
+    assert kinds == ["missing image", "missing image", "conversation"]
 
 
 def test_another_extension_is_used_and_noted(run: Run) -> None:
     report = run(
-        [{"id": 1, "image": "a.jpg", "conversations": [QUESTION, REPLY]}], {"a.gif": picture("GIF")}
+        [{"id": 1, "image": "a.jpg", "conversations": [QUESTION, REPLY]}],
+        {"a.gif": image_bytes("GIF")},
     )
     assert report.clean
     (note,) = report.notes
@@ -183,7 +184,7 @@ def test_some_empty_replies_are_noted(run: Run) -> None:
 def test_text_only_data_needs_no_folder(run: Run) -> None:
     assert run([{"id": 1, "conversations": [TEXT_QUESTION, REPLY]}], images=None).clean
     report = run([{"id": 1, "image": "a.jpg", "conversations": [QUESTION, REPLY]}], images=None)
-    assert "no folder of pictures was given" in report.problems[0].reason
+    assert "no folder of images was given" in report.problems[0].reason
 
 
 def test_the_template_decides(run: Run) -> None:
@@ -195,7 +196,7 @@ def test_the_template_decides(run: Run) -> None:
 
 
 def test_a_missing_folder_is_an_error(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nowhere: no such folder of pictures"):
+    with pytest.raises(ValueError, match="nowhere: no such folder of images"):
         run([], images=tmp_path / "nowhere")
 
 

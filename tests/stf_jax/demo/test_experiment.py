@@ -15,7 +15,7 @@ from PIL import Image
 from stf_jax.cli.main import main
 from stf_jax.convert.opening import load_processors
 from stf_jax.data.pipeline import TrainingData, TrainingStep
-from stf_jax.demo.corpus import PICTURES, HeldOut, read_held_out
+from stf_jax.demo.corpus import IMAGES, HeldOut, read_held_out
 from stf_jax.demo.evaluation import scores
 from stf_jax.demo.experiment import DemoError, Interrupted, Settings, run
 from stf_jax.demo.language import TEXT
@@ -23,7 +23,7 @@ from stf_jax.demo.rates import compare
 from stf_jax.demo.report import show_table, write_report
 from stf_jax.demo.results import Results
 from stf_jax.demo.tower import VISION
-from stf_jax.demo.variants import all_arms
+from stf_jax.demo.variants import all_variants
 from stf_jax.train import loop
 from stf_jax.train.config import TrainConfig
 
@@ -42,8 +42,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Path]:
     return results, out
 
 
-def losses(results: Results, arm: str) -> list[float]:
-    return [record["loss"] for stage in results.arm(arm).stages for record in stage]
+def losses(results: Results, variant: str) -> list[float]:
+    return [record["loss"] for stage in results.variant(variant).stages for record in stage]
 
 
 class Interrupting(TrainingData):
@@ -70,14 +70,14 @@ def test_interrupted_or_not_one_seed_gives_one_result(
     assert not (out / "stf_mbtf" / "answers.json").exists()
     again = run(SETTINGS, out)
     assert Interrupting.stages == 5
-    for arm in SETTINGS.arms:
-        assert losses(again, arm) == losses(results, arm)
-        assert again.arm(arm).answers == results.arm(arm).answers
+    for variant in SETTINGS.variants:
+        assert losses(again, variant) == losses(results, variant)
+        assert again.variant(variant).answers == results.variant(variant).answers
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_all_arms_see_the_same_rows(demo: tuple[Results, Path], stage: int) -> None:
-    """Uncut, and with 16 vision tokens a picture the same as with 4."""
+def test_all_variants_see_the_same_rows(demo: tuple[Results, Path], stage: int) -> None:
+    """Uncut, and with 16 vision tokens an image the same as with 4."""
     _, out = demo
     config = TrainConfig.load(out / "average" / f"stage{stage}.yaml").data
     processors = load_processors(out / "average" / "start")
@@ -101,10 +101,10 @@ def test_a_rate_is_judged_by_the_loss_of_stage_1(
     demo: tuple[Results, Path], tmp_path: Path
 ) -> None:
     results, _ = demo
-    arm = all_arms(VISION, TEXT)["average"]
-    found = compare(arm, tmp_path, rates=[arm.pretrain_rate], settings=SETTINGS)
-    steps = results.arm("average").stages[0]
-    assert found == {arm.pretrain_rate: np.mean([record["loss"] for record in steps])}
+    variant = all_variants(VISION, TEXT)["average"]
+    found = compare(variant, tmp_path, rates=[variant.pretrain_rate], settings=SETTINGS)
+    steps = results.variant("average").stages[0]
+    assert found == {variant.pretrain_rate: np.mean([record["loss"] for record in steps])}
 
 
 def test_a_folder_holds_one_run(demo: tuple[Results, Path]) -> None:
@@ -119,16 +119,16 @@ def test_report_says_what_the_run_found(demo: tuple[Results, Path]) -> None:
     results, out = demo
     asked, text = read_held_out(out / "scenes"), (out / "report.md").read_text()
     found = json.loads((out / "results.json").read_text())
-    for arm in results.arms:
-        answers = json.loads((out / arm.name / "answers.json").read_text())["answers"]
-        metrics = (out / arm.name / "stage2" / "metrics.jsonl").read_text().splitlines()
+    for variant in results.variants:
+        answers = json.loads((out / variant.name / "answers.json").read_text())["answers"]
+        metrics = (out / variant.name / "stage2" / "metrics.jsonl").read_text().splitlines()
         score = scores(asked, answers)["all"]
-        written = found["arms"][arm.name]
+        written = found["variants"][variant.name]
         assert written["scores"]["all"]["right"] == score.right
         assert written["last_losses"][1] == json.loads(metrics[-1])["loss"]
         low, high = score.interval
         cell = f"{100 * score.accuracy:.1f} ({100 * low:.1f}-{100 * high:.1f})"
-        assert any(arm.title in line and cell in line for line in text.splitlines())
+        assert any(variant.title in line and cell in line for line in text.splitlines())
     assert results.verdict in text
     for name in ("accuracy", "loss", "prefill", "scene"):
         assert f"]({name}.png)" in text
@@ -136,14 +136,14 @@ def test_report_says_what_the_run_found(demo: tuple[Results, Path]) -> None:
             assert min(image.size) > 300
 
 
-def test_the_table_has_a_line_for_each_arm(
+def test_the_table_has_a_line_for_each_variant(
     demo: tuple[Results, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     results, _ = demo
-    claim = results.arm("stf_mbtf")
+    claim = results.variant("stf_mbtf")
     right = {kind: dataclasses.replace(one, right=one.asked) for kind, one in claim.scores.items()}
     longest = dataclasses.replace(claim, scores=right)
-    show_table(dataclasses.replace(results, arms=[longest] * 4))
+    show_table(dataclasses.replace(results, variants=[longest] * 4))
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line.split()[:3] == ["STF", "+", "MBTF"]]) == 4
     # Heading of two lines, a rule, and space above and below.
@@ -169,11 +169,11 @@ def test_pytorch_gives_the_same_answers(demo: tuple[Results, Path]) -> None:
 
     export_checkpoint(out / "stf_mbtf" / "stage2", out.parent / "torch", layout="llava-stf")
     asked = read_held_out(out / "scenes")
-    answers = torch_answers(out.parent / "torch", asked, out / "scenes" / PICTURES)
-    assert answers == list(results.arm("stf_mbtf").answers)
+    answers = torch_answers(out.parent / "torch", asked, out / "scenes" / IMAGES)
+    assert answers == list(results.variant("stf_mbtf").answers)
 
 
-def torch_answers(folder: Path, asked: list[HeldOut], pictures: Path) -> list[str]:
+def torch_answers(folder: Path, asked: list[HeldOut], folder_of_images: Path) -> list[str]:
     """LLaVA-STF in PyTorch: CLIP and LLaMA of transformers, between them fifteen lines."""
     import torch
     from safetensors.torch import load_file
@@ -211,8 +211,8 @@ def torch_answers(folder: Path, asked: list[HeldOut], pictures: Path) -> list[st
             x = activation(torch.nn.functional.linear(x, weight, bias))
         return x
 
-    def vision_tokens(picture: str) -> Any:
-        with Image.open(pictures / picture) as image:
+    def vision_tokens(name: str) -> Any:
+        with Image.open(folder_of_images / name) as image:
             pixels = torch.tensor(np.asarray(image.convert("RGB")) / 255, dtype=torch.float32)
         mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
         deviation = torch.tensor([0.26862954, 0.26130258, 0.27577711])
@@ -232,7 +232,7 @@ def torch_answers(folder: Path, asked: list[HeldOut], pictures: Path) -> list[st
         with torch.no_grad():
             table = llama.get_input_embeddings()
             parts = [table(torch.tensor(part)[None].long()) for part in (before, after[1:])]
-            embedded = torch.cat([parts[0], vision_tokens(one.picture), parts[1]], dim=1)
+            embedded = torch.cat([parts[0], vision_tokens(one.image), parts[1]], dim=1)
             said = llama.generate(
                 inputs_embeds=embedded,
                 attention_mask=torch.ones(embedded.shape[:2], dtype=torch.long),

@@ -9,13 +9,12 @@ import pytest
 import stf_jax
 from stf_jax.convert import import_checkpoint
 from stf_jax.data.tokenizer import load_tokenizer
-from stf_jax.demo import pretraining as head_start
-from stf_jax.demo import scenes
+from stf_jax.demo import pretraining, scenes
 from stf_jax.demo.evaluation import LONGEST_ANSWER
 from stf_jax.demo.language import TEXT, Phase, write_tokenizer
 from stf_jax.demo.scenes import CAPTIONS, MOST, Scene
 from stf_jax.demo.tower import VISION
-from stf_jax.demo.variants import all_arms
+from stf_jax.demo.variants import all_variants
 
 pytest.importorskip("sklearn")
 pytestmark = pytest.mark.slow
@@ -24,7 +23,7 @@ pytestmark = pytest.mark.slow
 def test_the_stored_tokenizer_is_that_of_the_scenes(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     for file in tmp_path.iterdir():
-        assert file.read_bytes() == (head_start.LANGUAGE / file.name).read_bytes()
+        assert file.read_bytes() == (pretraining.LANGUAGE / file.name).read_bytes()
     tokenizer, rng = load_tokenizer(tmp_path), np.random.default_rng(0)
     longest = max(
         # As an answer begins, behind a space, and with the token that ends it.
@@ -38,12 +37,12 @@ def test_the_stored_tokenizer_is_that_of_the_scenes(tmp_path: Path) -> None:
 def test_makes_what_the_converter_imports(tmp_path: Path) -> None:
     texts = [*CAPTIONS, "questions"]
     shape: Any = {"rows": len(texts), "length": 256, "texts": texts, "rate": 1e-3}
-    head_start.make(tmp_path, tower_steps=2, scenes=8, phases=[Phase(steps=2, **shape)])
+    pretraining.make(tmp_path, tower_steps=2, scenes=8, phases=[Phase(steps=2, **shape)])
     written = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
-    kept = {path.relative_to(head_start.DATA) for path in head_start.DATA.rglob("*.*")}
+    kept = {path.relative_to(pretraining.DATA) for path in pretraining.DATA.rglob("*.*")}
     assert written == kept
 
-    system = all_arms(VISION, TEXT)["stf_mbtf"].system
+    system = all_variants(VISION, TEXT)["stf_mbtf"].system
     import_checkpoint(
         tmp_path / "language", tmp_path / "model", vision_tower=tmp_path / "tower", system=system
     )
@@ -52,5 +51,5 @@ def test_makes_what_the_converter_imports(tmp_path: Path) -> None:
 
     # What is there is not made again.
     (tmp_path / "tower" / "model.safetensors").unlink()
-    head_start.make(tmp_path)
+    pretraining.make(tmp_path)
     assert not (tmp_path / "tower" / "model.safetensors").exists()

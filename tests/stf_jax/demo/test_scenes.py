@@ -58,10 +58,10 @@ def test_answers_are_true() -> None:
     assert kinds == [*KINDS] * 100
 
 
-def test_who_has_no_neighbour_is_not_asked_about() -> None:
+def test_who_has_no_neighbor_is_not_asked_about() -> None:
     """Nor a digit that comes twice, which no question could name."""
     digits = np.array([[1, 2, -1, 2], [3, -1, 4, 5], [-1, 6, 7, 8], [9, 0, 0, -1]])
-    scene = Scene(digits=digits, colours=np.where(digits < 0, -1, 0))
+    scene = Scene(digits=digits, colors=np.where(digits < 0, -1, 0))
     assert [digits[*at] for at in scene.cells("left")] == [4, 5, 6, 7, 8]
     assert [digits[*at] for at in scene.cells("above")] == [3, 4, 5, 6, 7, 8, 9]
 
@@ -86,13 +86,13 @@ def test_captions_name_every_cell() -> None:
     scene = Scene.draw(rng())
     held = cells(scene)
     for row, column in np.ndindex(GRID, GRID):
-        digit, colour = scene.digits[row, column], scene.colours[row, column]
+        digit, color = scene.digits[row, column], scene.colors[row, column]
         said = held["ABCD"[row] + "WXYZ"[column]]
-        assert said == (["nothing"] if digit < 0 else [NAMES[colour], scenes.DIGITS[digit]])
+        assert said == (["nothing"] if digit < 0 else [NAMES[color], scenes.DIGITS[digit]])
 
 
 def test_captions_say_what_questions_ask() -> None:
-    """Neighbours and counts, by the answers that `test_answers_are_true` has read back."""
+    """Neighbors and counts, by the answers that `test_answers_are_true` has read back."""
     random = rng()
     for _ in range(20):
         scene = Scene.draw(random)
@@ -103,10 +103,10 @@ def test_captions_say_what_questions_ask() -> None:
             }
             for kind in ("left", "above")
         }
-        said = scene.neighbours(random).split(", ")
+        said = scene.neighbors(random).split(", ")
         assert len(said) == min(7, sum(map(len, known.values())))
-        for kind, digit, neighbour in (one.split(" ", 2) for one in said):
-            assert known[kind][scenes.TEXTS[kind].format(digit)] == neighbour
+        for kind, digit, neighbor in (one.split(" ", 2) for one in said):
+            assert known[kind][scenes.TEXTS[kind].format(digit)] == neighbor
         counted = dict(one.split(" ") for one in scene.counts(random).split(", "))
         asked = scenes.ask(scene, "count", random, count=10)
         assert {scenes.TEXTS["count"].format(one): counted[one] for one in counted} == {
@@ -114,24 +114,24 @@ def test_captions_say_what_questions_ask() -> None:
         }
 
 
-def test_pictures_show_the_colours_of_their_cells() -> None:
+def test_images_show_the_colors_of_their_cells() -> None:
     scene = Scene(
-        digits=np.full((GRID, GRID), 8), colours=np.arange(GRID**2).reshape(GRID, GRID) % len(NAMES)
+        digits=np.full((GRID, GRID), 8), colors=np.arange(GRID**2).reshape(GRID, GRID) % len(NAMES)
     )
-    picture = scenes.render(scene, scenes.Scans.load("test"), rng()).astype(float)
-    cells = picture.reshape(GRID, scenes.CELL, GRID, scenes.CELL, 3).max((1, 3))
-    palette = np.array([*scenes.COLOURS.values()])
+    image = scenes.render(scene, scenes.Scans.load("test"), rng()).astype(float)
+    cells = image.reshape(GRID, scenes.CELL, GRID, scenes.CELL, 3).max((1, 3))
+    palette = np.array([*scenes.COLORS.values()])
     nearest = ((cells[:, :, None] - palette) ** 2).sum(-1).argmin(-1)
-    np.testing.assert_array_equal(nearest, scene.colours)
+    np.testing.assert_array_equal(nearest, scene.colors)
 
 
-def test_pictures_show_the_digits_of_their_cells() -> None:
+def test_images_show_the_digits_of_their_cells() -> None:
     """With scans that are blank but for those of one digit."""
     scene = Scene.draw(rng())
     for digit in range(10):
         ink = [np.full((1, 8, 8), float(one == digit), np.float32) for one in range(10)]
-        picture = scenes.render(scene, scenes.Scans(ink=ink), rng())
-        cells = picture.reshape(GRID, scenes.CELL, GRID, scenes.CELL, 3).max((1, 3, 4))
+        image = scenes.render(scene, scenes.Scans(ink=ink), rng())
+        cells = image.reshape(GRID, scenes.CELL, GRID, scenes.CELL, 3).max((1, 3, 4))
         np.testing.assert_array_equal(cells > 150, scene.digits == digit)
 
 

@@ -69,7 +69,7 @@ def png(seed: int) -> bytes:
     return file.getvalue()
 
 
-def picture(path: Path, seed: int = 0) -> None:
+def write_image(path: Path, seed: int = 0) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(png(seed))
 
@@ -90,7 +90,7 @@ def _vqav2(root: Path) -> None:
     test = [short(n, f"{n % 2}.jpg", "?") for n in (10, 20, 30, 40, 50)]
     write_jsonl(folder / "llava_vqav2_mscoco_test-dev2015.jsonl", dev)
     write_jsonl(folder / "llava_vqav2_mscoco_test2015.jsonl", test)
-    picture(folder / "test2015" / "0.jpg")
+    write_image(folder / "test2015" / "0.jpg")
 
 
 def _gqa(root: Path) -> None:
@@ -100,7 +100,7 @@ def _gqa(root: Path) -> None:
     write_jsonl(folder / "llava_gqa_testdev_balanced.jsonl", lines)
     truth = {one: {"answer": "yes", "imageId": "n1"} for one in ids} | {"203": {"answer": "no"}}
     write_json(folder / "data" / "testdev_balanced_questions.json", truth)
-    picture(folder / "data" / "images" / "n1.jpg")
+    write_image(folder / "data" / "images" / "n1.jpg")
 
 
 def _vizwiz(root: Path) -> None:
@@ -108,7 +108,7 @@ def _vizwiz(root: Path) -> None:
     names = ("VizWiz_test_1.jpg", "VizWiz_test_0.jpg")
     write_jsonl(folder / "llava_test.jsonl", [short(name, name, "What?") for name in names])
     for name in names:
-        picture(folder / "test" / name)
+        write_image(folder / "test" / name)
 
 
 def _scienceqa(root: Path) -> None:
@@ -129,12 +129,12 @@ def _scienceqa(root: Path) -> None:
     }
     write_json(folder / "problems.json", problems)
     write_json(folder / "pid_splits.json", {"train": ["9"], "test": ["4", "7"]})
-    picture(folder / "images" / "test" / "4" / "image.png")
+    write_image(folder / "images" / "test" / "4" / "image.png")
 
 
 def _textvqa(root: Path) -> None:
     folder = root / "textvqa"
-    # Two questions about one picture: the id names only the picture.
+    # Two questions about one image: the id names only the image.
     asked = (("a", "What brand?", "nike"), ("a", "Which year?", "1999"), ("b", "What word?", "no"))
     lines = [
         {
@@ -151,7 +151,7 @@ def _textvqa(root: Path) -> None:
     ]
     write_json(folder / "TextVQA_0.5.1_val.json", {"data": truth})
     for image in "ab":
-        picture(folder / "train_images" / f"{image}.jpg")
+        write_image(folder / "train_images" / f"{image}.jpg")
 
 
 def _pope(root: Path) -> None:
@@ -165,17 +165,17 @@ def _pope(root: Path) -> None:
             number += 1
         write_jsonl(folder / "coco" / f"coco_pope_{category}.json", truth)
     write_jsonl(folder / "llava_pope_test.jsonl", lines)
-    picture(folder / "val2014" / "v.jpg")
+    write_image(folder / "val2014" / "v.jpg")
 
 
 def _mme(root: Path) -> None:
     folder, lines = root / "MME" / "MME_Benchmark_release_version", []
-    # Flat, and with pictures and texts apart, as the release has both.
+    # Flat, and with images and texts apart, as the release has both.
     layouts = {"existence": ("", ""), "artwork": ("images", "questions_answers_YN")}
     for task, (images, texts) in layouts.items():
         for name in ("1", "2"):
             image = "/".join(filter(None, (task, images, f"{name}.png")))
-            picture(folder / image)
+            write_image(folder / image)
             # One annotation has two spaces, as some of the release have.
             pair = [("Is it a cat?", " ", "Yes"), ("Is it a dog?", "  ", "No")]
             file = folder / task / texts / f"{name}.txt"

@@ -175,7 +175,7 @@ def test_mme(data: Path) -> None:
         str(one.images[0].relative_to(data)) for one in questions("mme", data) if one.number >= 4
     ]
     assert artwork[0] == "MME/MME_Benchmark_release_version/artwork/images/1.png"
-    # "Yes" to everything: one of the two right for each picture.
+    # "Yes" to everything: one of the two right for each image.
     result = run("mme", data, {"artwork/2.png": "It is yes"})
     half = {"accuracy": 0.5, "accuracy_plus": 0.0, "score": 50.0}
     assert result.score.figures["tasks"] == {
@@ -275,7 +275,7 @@ def test_mmbench_without_truth(data: Path, column: bool) -> None:
     assert result.submission is not None
 
 
-def test_mmbench_with_a_misspelt_truth(data: Path) -> None:
+def test_mmbench_with_a_misspelled_truth(data: Path) -> None:
     """It is not taken for the test split, whose scores only the server knows."""
     path = data / "mmbench" / "mmbench_dev_20230712.tsv"
     path.write_text(path.read_text().replace("\tanswer\t", "\tAnswer\t", 1))
@@ -324,7 +324,7 @@ def test_mmbench_damaged(data: Path) -> None:
     path = data / "mmbench" / "mmbench_dev_20230712.tsv"
     rows = mmbench_rows()
     write_tsv(path, [rows[0] | {"image": "no base64!"}])
-    with pytest.raises(ValueError, match="picture of index 5 is no base64"):
+    with pytest.raises(ValueError, match="image of index 5 is no base64"):
         questions("mmbench", data)
     write_tsv(path, [rows[0] | {"index": "five"}])
     with pytest.raises(ValueError, match=r"row 1 .*no number \('five'\)"):

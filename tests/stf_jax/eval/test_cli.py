@@ -112,7 +112,7 @@ def test_more_slots_than_there_is_memory_for(
     slots: int,
     message: str,
 ) -> None:
-    """One line, and the run goes on with fewer."""
+    """One line, and the run continues with fewer."""
     arguments = ["eval", "pope", str(reference / "llava-stf"), "--data", str(data)]
     arguments += ["--out", str(tmp_path / "out"), "--slots"]
     assert main([*arguments, str(slots)]) == 1
@@ -155,7 +155,7 @@ def test_the_reference_s_answers(
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_pictures_are_taken_as_they_are_stored(
+def test_images_are_taken_as_they_are_stored(
     model: stf_jax.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """The reference ignores EXIF, which `Model.generate` alone would follow."""
@@ -219,17 +219,17 @@ def test_questions_longer_than_the_context(model: stf_jax.Model) -> None:
         next(replies)
 
 
-def test_a_damaged_picture_is_named(model: stf_jax.Model) -> None:
+def test_a_damaged_image_is_named(model: stf_jax.Model) -> None:
     bad = Question(number=0, question_id=7, text="", prompt="<image>\n?", images=(b"none",))
-    with pytest.raises(ImageError, match="the picture of 7: no picture"):
+    with pytest.raises(ImageError, match="the image of 7: no image"):
         next(answerer(model).answer([bad], Decoding()))
 
 
-def test_a_picture_too_thin_is_named(model: stf_jax.Model, tmp_path: Path) -> None:
+def test_an_image_too_thin_is_named(model: stf_jax.Model, tmp_path: Path) -> None:
     path = tmp_path / "thin.png"
     Image.new("RGB", (1, 60_000)).save(path)
     bad = Question(number=0, question_id=7, text="", prompt="<image>\n?", images=(path,))
-    with pytest.raises(ImageError, match=r"thin\.png: a picture of 1x60000 is too long and thin"):
+    with pytest.raises(ImageError, match=r"thin\.png: an image of 1x60000 is too long and thin"):
         next(answerer(model).answer([bad], Decoding()))
 
 
@@ -303,7 +303,7 @@ def test_every_benchmark_is_checked_before_the_model_is_read(data: Path, tmp_pat
     write_jsonl(data / "vizwiz" / "llava_test.jsonl", [{"image": "x"}])
     # A folder, and no model.
     arguments = ("all", tmp_path, "--data", data, "--out", tmp_path / "out")
-    with pytest.raises(ValueError, match="1 pictures are not there") as caught:
+    with pytest.raises(ValueError, match="1 images are not there") as caught:
         run(*arguments)
     assert "line 1 has no question_id, text" in str(caught.value)
     assert not (tmp_path / "out").exists()

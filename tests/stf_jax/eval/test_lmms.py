@@ -49,24 +49,24 @@ def test_entry_point(adapter: Any) -> None:
 
 
 def test_answers_are_those_of_generate(adapter: Any, reference: Path) -> None:
-    pictures = [Image.open(reference / "images" / f"{n}.png") for n in (0, 1)]
-    documents = [{"image": pictures[n % 2]} for n in range(3)] + [{"image": None}]
+    images = [Image.open(reference / "images" / f"{n}.png") for n in (0, 1)]
+    documents = [{"image": images[n % 2]} for n in range(3)] + [{"image": None}]
     model = adapter.StfJax(path=str(reference / "llava-stf"), batch_size="4")
     model.task_dict = {"task": {"test": documents}}
 
-    def pictures_of(document: dict[str, Any]) -> list[Image.Image]:
+    def visuals_of(document: dict[str, Any]) -> list[Image.Image]:
         return [document["image"]] if document["image"] else []
 
     texts = ["What is this?", "<image>\nHow many?", "Why <image> <image>?", "And now?"]
     asked = [{"max_new_tokens": 5, "until": []}, {"max_new_tokens": 3, "do_sample": False}] * 2
     requests = [
-        types.SimpleNamespace(args=(text, options, pictures_of, n, "task", "test"))
+        types.SimpleNamespace(args=(text, options, visuals_of, n, "task", "test"))
         for n, (text, options) in enumerate(zip(texts, asked, strict=True))
     ]
     found = model.generate_until(requests)
     plain = ["What is this?", "How many?", "Why  ?", "And now?"]
     for n, text in enumerate(plain):
-        request = stf_jax.Request(prompt=text, images=pictures_of(documents[n]))
+        request = stf_jax.Request(prompt=text, images=visuals_of(documents[n]))
         limit = asked[n]["max_new_tokens"]
         (answer,) = model._model.generate([request], max_new_tokens=limit)
         assert found[n] == answer.text

@@ -277,7 +277,7 @@ class Together:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_several_hosts(data: Path, tmp_path: Path, shared: bool) -> None:
-    """Each picture's questions on one host; stopped, they go on, with fewer hosts if need be."""
+    """Each image's questions on one host; stopped, they continue, with fewer hosts if need be."""
     prepared = prepare(get_benchmark("mme"), data=data)
     whole = ask(prepared, Echo(), out=tmp_path / "whole")
 

@@ -15,10 +15,10 @@ GQA = get_benchmark("gqa")
 POPE = get_benchmark("pope")
 
 
-def test_missing_pictures_are_listed_before_the_first_question(data: Path) -> None:
+def test_missing_images_are_listed_before_the_first_question(data: Path) -> None:
     (data / "vizwiz" / "test" / "VizWiz_test_1.jpg").unlink()
     (data / "vizwiz" / "test" / "VizWiz_test_0.jpg").unlink()
-    with pytest.raises(ValueError, match=r"2 pictures are not there .*_1.jpg, .*_0.jpg.*--path"):
+    with pytest.raises(ValueError, match=r"2 images are not there .*_1.jpg, .*_0.jpg.*--path"):
         prepare(get_benchmark("vizwiz"), data=data)
 
 
@@ -49,7 +49,7 @@ def test_a_file_that_lies_elsewhere(data: Path, tmp_path: Path) -> None:
         (b"\xff\xfe", "not UTF-8"),
         (
             r'{"question_id": 1, "image": "n1.jpg", "text": "A \ud83d\ude00 or a \ud83d?"}',
-            "half a surrogate pair, which is no valid unicode, stands in line 1, text; mend it",
+            "half a surrogate pair, which is no valid unicode, stands in line 1, text; fix it",
         ),
     ],
 )
@@ -85,7 +85,7 @@ def test_unofficial_question_files(data: Path, content: Any, message: str) -> No
             "scienceqa",
             "scienceqa/llava_test_CQM-A.json",
             [{"id": 1, "conversations": [{"value": "Why?"}, {"value": "A \ud800"}]}],
-            "stands in entry 1, conversations, entry 2, value; mend it",
+            "stands in entry 1, conversations, entry 2, value; fix it",
         ),
         (
             "scienceqa",
@@ -196,5 +196,5 @@ def test_a_prompt_that_is_no_text(data: Path, tmp_path: Path) -> None:
 def test_textvqa_needs_the_prompt(data: Path, tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     write_jsonl(path, [{"question_id": "a", "text": "yes"}])
-    with pytest.raises(ValueError, match="about picture a has no 'prompt'"):
+    with pytest.raises(ValueError, match="about image a has no 'prompt'"):
         score_file(get_benchmark("textvqa"), path, data=data)

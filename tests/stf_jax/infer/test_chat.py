@@ -57,7 +57,7 @@ def test_a_conversation(model: stf_jax.Model, reference: Path) -> None:
         wanted, length = expected(model, chat, asked, images[:1])
         assert "".join(chat.ask(question)).strip() == wanted
         assert chat.history[turn] == (asked, wanted)
-        # All of the last prompt is there; of its answer, what is tokenised again as it was.
+        # All of the last prompt is there; of its answer, what is tokenized again as it was.
         assert chat._session.computed <= length - before
         before = length
     chat.show(images[1])
@@ -88,8 +88,8 @@ def test_mistakes_change_nothing(model: stf_jax.Model) -> None:
     chat = Chat(model, max_new_tokens=NEW)
     with pytest.raises(ValueError, match="the question is empty"):
         next(chat.ask(" "))
-    with pytest.raises(ImageError, match="no picture"):
-        chat.show(b"no picture")
+    with pytest.raises(ImageError, match="no image"):
+        chat.show(b"no image")
     with pytest.raises(ValueError, match=r"the conversation is \d+ tokens long"):
         next(chat.ask("word " * 5000))
     assert chat.history == []

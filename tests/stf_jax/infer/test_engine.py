@@ -106,7 +106,7 @@ PROMPTS = st.tuples(LENGTHS, st.integers(0, 2), st.integers(0, 99)).map(
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @settings(derandomize=True, deadline=None, database=None, max_examples=3, phases=(Phase.generate,))
 @given(prompts=st.lists(PROMPTS, min_size=4, max_size=4))
-def test_neighbours_change_nothing(
+def test_neighbors_change_nothing(
     engine: Engine, sampling: Sampling, prompts: list[Prompt]
 ) -> None:
     together = answers(engine, prompts, sampling=sampling)
@@ -220,7 +220,7 @@ def test_length_limit(endless: Engine, new: int) -> None:
 
 @pytest.mark.parametrize("room", [1, 2, 7])
 def test_context_limit(endless: Engine, room: int) -> None:
-    """The last position is used, and one token is predicted from it; no neighbour is cut."""
+    """The last position is used, and one token is predicted from it; no neighbor is cut."""
     text = dataclasses.replace(CONFIG.text, eos_ids=(), max_positions=90)
     limited = make_engine(dataclasses.replace(CONFIG, text=text))
     prompts = [prompt(90 - room), prompt(20)]

@@ -84,7 +84,7 @@ def test_reference(
             Prompt(
                 ids=expand_images(ids, tokens_per_image=model.config.tokens_per_image),
                 pixels=pixels[None],
-                pictures=case["image"],
+                image_key=case["image"],
             )
         )
     longest = max(len(case["output_ids"]) for case in cases) - 1
@@ -126,7 +126,7 @@ def without_cache(network: Llava, prompts: list[Prompt], lengths: list[int]) -> 
     rows, ids = [[] for _ in prompts], [prompt.ids for prompt in prompts]
     for _ in range(max(lengths)):
         now = [dataclasses.replace(p, ids=one) for p, one in zip(prompts, ids, strict=True)]
-        # A row of the greatest length and pictures keeps the shapes.
+        # A row of the greatest length and images keeps the shapes.
         size = CONFIG.vision.image_size
         full = Prompt(ids=np.ones(96, np.int32), pixels=np.zeros((2, size, size, 3), np.float32))
         batch = pad_prompts([*now, full], rows=20, image_size=size)
@@ -142,13 +142,13 @@ def without_cache(network: Llava, prompts: list[Prompt], lengths: list[int]) -> 
 
 @st.composite
 def requests(draw: st.DrawFn) -> tuple[list[Prompt], list[int]]:
-    """Twenty less one, about a few pictures or none, with their stop points."""
+    """Twenty less one, about a few images or none, with their stop points."""
     prompts = []
     for _ in range(19):
-        images, picture = draw(st.integers(0, 2)), draw(st.integers(0, 2))
-        rng = np.random.default_rng([images, picture])
+        images, image = draw(st.integers(0, 2)), draw(st.integers(0, 2))
+        rng = np.random.default_rng([images, image])
         size = CONFIG.vision.image_size
-        before = rng.integers(40, 600, 3 + 9 * picture)
+        before = rng.integers(40, 600, 3 + 9 * image)
         vision = np.full(images * CONFIG.tokens_per_image, IMAGE_TOKEN_ID)
         seed = draw(st.integers(0, 999))
         after = np.random.default_rng(seed).integers(40, 600, draw(st.integers(1, 40)))
@@ -156,7 +156,7 @@ def requests(draw: st.DrawFn) -> tuple[list[Prompt], list[int]]:
             Prompt(
                 ids=np.concatenate([before, vision, after]).astype(np.int32),
                 pixels=rng.standard_normal((images, size, size, 3), dtype=np.float32),
-                pictures=(images, picture) if draw(st.booleans()) else None,
+                image_key=(images, image) if draw(st.booleans()) else None,
             )
         )
     return prompts, draw(st.lists(st.integers(1, NEW), min_size=19, max_size=19))

@@ -98,16 +98,16 @@ def test_float16_on_cpu(source: Path) -> None:
 
 
 @pytest.mark.parametrize(("ratio", "mode"), [("pad", "pad"), ("square", "crop"), (None, "crop")])
-def test_pictures_are_padded_or_cropped_as_the_config_says(
+def test_images_are_padded_or_cropped_as_the_config_says(
     source: Path, ratio: str | None, mode: str
 ) -> None:
     """A bar beside the middle square stays when padded, and goes when cropped."""
     edit(source / "config.json", image_aspect_ratio=ratio)
     processor = load_processors(source).image_processor
-    picture = np.zeros((50, 150, 3), np.uint8)
-    plain = processor.pixels(Image.fromarray(picture))
-    picture[:, :20] = 255
-    seen = not np.array_equal(processor.pixels(Image.fromarray(picture)), plain)
+    image = np.zeros((50, 150, 3), np.uint8)
+    plain = processor.pixels(Image.fromarray(image))
+    image[:, :20] = 255
+    seen = not np.array_equal(processor.pixels(Image.fromarray(image)), plain)
     assert seen == (mode == "pad")
 
 

@@ -17,11 +17,11 @@ def answer(model: Model, request: Request, **settings: object) -> str:
     return given.text
 
 
-def test_one_picture_needs_no_list(model: Model, reference: Path) -> None:
+def test_one_image_needs_no_list(model: Model, reference: Path) -> None:
     path = reference / "images" / "0.png"
-    picture = Image.open(path).convert("RGB")
+    image = Image.open(path).convert("RGB")
     expected = answer(model, Request(prompt="What?", images=[path]))
-    for one in (path, str(path), path.read_bytes(), picture, np.asarray(picture)):
+    for one in (path, str(path), path.read_bytes(), image, np.asarray(image)):
         assert answer(model, Request(prompt="What?", images=one)) == expected
         assert answer(model, Request(prompt="What?", images=[one])) == expected
     with pytest.raises(ImageError, match=r"photo.jpg: no such file"):

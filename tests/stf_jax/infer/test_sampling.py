@@ -41,7 +41,7 @@ def test_frequencies(seeds: np.ndarray, steps: np.ndarray, temperature: float) -
     tokens = draw(LOGITS, seeds=seeds, steps=steps, temperature=temperature)
     chances = np.asarray(jax.nn.softmax(LOGITS.astype(np.float64) / temperature), np.float64)
     found = np.bincount(tokens, minlength=len(LOGITS))
-    # The rare one is counted with its neighbour: chi-square wants no tiny expectations.
+    # The rare one is counted with its neighbor: chi-square wants no tiny expectations.
     found, chances = (np.concatenate([x[:5], [x[5] + x[6]], x[7:]]) for x in (found, chances))
     expected = chances / chances.sum() * DRAWS
     assert scipy.stats.chisquare(found, expected).pvalue > 0.01

@@ -7,7 +7,7 @@ import pytest
 
 from stf_jax.models import cache as module
 from stf_jax.models.attention import Marks, attention
-from stf_jax.models.cache import CacheDType, KVCache, Quantised, Stored, cache_attention
+from stf_jax.models.cache import CacheDType, KVCache, Quantized, Stored, cache_attention
 from stf_jax.parallel.sharding import P, make_mesh
 
 
@@ -17,7 +17,7 @@ def random(*shape: int, seed: int = 0) -> jax.Array:
 
 def vectors(stored: Stored) -> np.ndarray:
     """What is stored, [B K S D]."""
-    if isinstance(stored, Quantised):
+    if isinstance(stored, Quantized):
         return np.asarray(stored.integers * stored.scales)
     return np.asarray(stored, np.float32)
 
@@ -119,7 +119,7 @@ def test_attention(
         random(2, 9, 2, 16, seed=1),
         random(2, 9, 2, 16, seed=2),
     )
-    # Each row goes on from a place of its own, with room behind it that nothing may see.
+    # Each row continues from a place of its own, with room behind it that nothing may see.
     positions = jnp.array([[5, 6, 7], [2, 3, 4]])[:, :queries]
     late = jnp.take_along_axis(query, positions[:, :, None, None], axis=1)
     wanted = attention(query, key, value, marks=marks_to(2, 9))

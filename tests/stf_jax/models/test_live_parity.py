@@ -54,7 +54,7 @@ def new_folder(tmp_path_factory: pytest.TempPathFactory) -> NewFolder:
     return lambda: tmp_path_factory.mktemp("model")
 
 
-def randomise(model: torch.nn.Module, seed: int) -> None:
+def randomize(model: torch.nn.Module, seed: int) -> None:
     """Weights with which every part matters: attention is not flat, and no norm is the identity."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -163,7 +163,7 @@ def save_parts(
     """A LLaMA in `folder`, with the tower in `folder/vision_tower`."""
     tower, language = transformers.CLIPVisionModel(vision), transformers.LlamaForCausalLM(text)
     for index, (model, place) in enumerate(((tower, folder / "vision_tower"), (language, folder))):
-        randomise(model, seed + index)
+        randomize(model, seed + index)
         model.eval().save_pretrained(place)
     return tower, language
 
@@ -185,7 +185,7 @@ def save_llava(
         attn_implementation="eager",
     )
     model = transformers.LlavaForConditionalGeneration(config).eval()
-    randomise(model, seed)
+    randomize(model, seed)
     model.save_pretrained(folder)
     return model
 
@@ -319,7 +319,7 @@ def mlp(inputs: int, width: int, outputs: int, seed: int) -> torch.nn.Sequential
     layers = torch.nn.Sequential(
         torch.nn.Linear(inputs, width), torch.nn.GELU(), torch.nn.Linear(width, outputs)
     )
-    randomise(layers, seed)
+    randomize(layers, seed)
     return layers
 
 

@@ -1,4 +1,4 @@
-"""Which neighbours are tried, and which are kept; the compiler is stood in for."""
+"""Which neighbors are tried, and which are kept; the compiler is stood in for."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Sums over the call graph of an optimised module, on text such as the TPU compiler writes."""
+"""Sums over the call graph of an optimized module, on text such as the TPU compiler writes."""
 
 import math
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from stf_jax.plan.hlo import UnreadableProgram
-from stf_jax.plan.work import analyse, largest_gather
+from stf_jax.plan.work import analyze, largest_gather
 
 CYCLES = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
 
@@ -62,7 +62,7 @@ ENTRY %main (p: f32[16,32]) -> f32[16,32] {{
 
 
 def test_a_loop_counts_as_often_as_it_turns() -> None:
-    work = analyse(MODULE, devices=4)
+    work = analyze(MODULE, devices=4)
     assert work.cycles == {
         ("decoder/dot_general", "f32[16,32]"): 500,
         ("p['w']/mul", "f32[16,32]"): 7,
@@ -81,11 +81,11 @@ ENTRY %main (p: (s8[3], (bf16[1], s32[]), f32[16,4], f32[4,32])) -> f32[16,32] {
 
 def test_an_operand_that_is_a_part_of_a_tuple() -> None:
     """As libtpu 0.0.52 writes it; before, the part had a line of its own."""
-    assert analyse(PARTS, devices=1).flops == 2 * 16 * 4 * 32
+    assert analyze(PARTS, devices=1).flops == 2 * 16 * 4 * 32
 
 
 def test_collectives_once_a_turn_and_by_their_group() -> None:
-    work = analyse(MODULE, devices=4)
+    work = analyze(MODULE, devices=4)
     found = {one.kind: (one, times) for one, times in work.collectives.items()}
     assert found.keys() == {"all-gather", "all-reduce"}
     gather, times = found["all-gather"]
@@ -122,7 +122,7 @@ ENTRY %main (p: bf16[8,128]) -> bf16[64,128] {{
 
 def test_a_collective_that_the_sparsecore_runs_beside_other_work() -> None:
     """It begins when it has its operand, and what runs until it ends hides that much of it."""
-    work = analyse(OFFLOADED, devices=8)
+    work = analyze(OFFLOADED, devices=8)
     ((gather, times),) = work.collectives.items()
     assert (gather.kind, gather.bytes, gather.group, times) == ("all-gather", 64 * 128 * 2, 8, 1)
     assert gather.beside == 300
@@ -132,7 +132,7 @@ def test_a_collective_that_the_sparsecore_runs_beside_other_work() -> None:
 
 def test_a_loop_without_end_is_not_guessed() -> None:
     with pytest.raises(UnreadableProgram, match=r"while\.1"):
-        analyse(MODULE.replace("constant(5)", "parameter(5)"), devices=4)
+        analyze(MODULE.replace("constant(5)", "parameter(5)"), devices=4)
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -149,7 +149,7 @@ def test_matmuls_of_a_compiled_program(layers: int) -> None:
     text = jax.jit(jax.grad(lambda x, w: function(x, w).sum())).lower(x, w).compile().as_text()
     one = 2 * 3 * 8 * 16 * 16
     # The gradient of the input alone: forward and one matmul back.
-    assert analyse(text, devices=1).flops == pytest.approx(2 * layers * one)
+    assert analyze(text, devices=1).flops == pytest.approx(2 * layers * one)
 
 
 BETWEEN_SLICES = """HloModule jit_step, is_scheduled=true
@@ -178,7 +178,7 @@ ENTRY %main (p: f32[16,8]) -> f32[16,8] {
 
 def test_what_goes_between_slices_is_told_from_the_rest() -> None:
     """As the compiler writes it for two slices of v5e:2x2."""
-    work = analyse(BETWEEN_SLICES, devices=4, slices=2, one_turn=True)
+    work = analyze(BETWEEN_SLICES, devices=4, slices=2, one_turn=True)
     found = {(one.dcn, one.kind): one for one in work.collectives}
     assert found.keys() == {(True, "all-reduce"), (True, "all-gather"), (False, "all-reduce")}
     total = found[True, "all-reduce"]
@@ -186,16 +186,16 @@ def test_what_goes_between_slices_is_told_from_the_rest() -> None:
     # Of what is gathered a half comes from the other slice.
     assert found[True, "all-gather"].traffic == 256 * 2 / 2
     with pytest.raises(UnreadableProgram, match=r"recv\.1 goes between slices"):
-        analyse(BETWEEN_SLICES.replace("ALL_REDUCE", "PIGEON"), devices=4, slices=2, one_turn=True)
+        analyze(BETWEEN_SLICES.replace("ALL_REDUCE", "PIGEON"), devices=4, slices=2, one_turn=True)
 
 
 def test_one_turn_of_the_only_loop() -> None:
-    work = analyse(MODULE, devices=4, one_turn=True)
+    work = analyze(MODULE, devices=4, one_turn=True)
     assert work.cycles == {("decoder/dot_general", "f32[16,32]"): 100}
     with pytest.raises(UnreadableProgram, match="has 0"):
-        analyse("ENTRY %main (p: f32[]) -> f32[] {\n}\n", devices=1, one_turn=True)
+        analyze("ENTRY %main (p: f32[]) -> f32[] {\n}\n", devices=1, one_turn=True)
 
 
 def test_a_collective_whose_start_is_elsewhere_is_not_guessed() -> None:
     with pytest.raises(UnreadableProgram, match=r"where call-update was started"):
-        analyse(OFFLOADED.replace("async-update(%call-start, ", "async-update(%p, "), devices=8)
+        analyze(OFFLOADED.replace("async-update(%call-start, ", "async-update(%p, "), devices=8)

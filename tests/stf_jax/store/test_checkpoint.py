@@ -47,7 +47,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def spoilt(written: Path, tmp_path: Path) -> Path:
+def spoiled(written: Path, tmp_path: Path) -> Path:
     """A copy to spoil."""
     return Path(shutil.copytree(written, tmp_path / "model"))
 
@@ -159,30 +159,30 @@ def test_extras_travel_on(written: Path, tmp_path: Path) -> None:
     assert (tmp_path / "next" / "pytorch" / "origin.json").read_text() == "{}"
 
 
-def test_damage_is_found_before_anything_is_read(spoilt: Path) -> None:
-    (chunk,) = (spoilt / "params").rglob("text.head.kernel/0.0")
+def test_damage_is_found_before_anything_is_read(spoiled: Path) -> None:
+    (chunk,) = (spoiled / "params").rglob("text.head.kernel/0.0")
     chunk.write_bytes(chunk.read_bytes()[:100])
-    (gone,) = (spoilt / "params").rglob("vision.bias/0")
+    (gone,) = (spoiled / "params").rglob("vision.bias/0")
     gone.unlink()
     with pytest.raises(CheckpointError, match="is damaged; copy or import it again") as caught:
-        open_native(spoilt)
+        open_native(spoiled)
     assert "text.head.kernel/0.0: 100 bytes of 4096" in str(caught.value)
     assert "vision.bias/0: no bytes of 16" in str(caught.value)
 
 
-def test_damage_beside_the_parameters_is_found(spoilt: Path) -> None:
-    (spoilt / "hf" / "tokenizer.model").write_bytes(b"tok")
-    (spoilt / "pytorch" / "origin.json").unlink()
+def test_damage_beside_the_parameters_is_found(spoiled: Path) -> None:
+    (spoiled / "hf" / "tokenizer.model").write_bytes(b"tok")
+    (spoiled / "pytorch" / "origin.json").unlink()
     with pytest.raises(CheckpointError, match="is damaged; copy or import it again") as caught:
-        open_native(spoilt)
+        open_native(spoiled)
     assert "hf/tokenizer.model: 3 bytes of 6" in str(caught.value)
     assert "pytorch/origin.json: no bytes of 2" in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["version", "model", "files"])
 @pytest.mark.parametrize("change", ["missing", "null", "other"])
-def test_damaged_config(spoilt: Path, key: str, change: str) -> None:
-    config = spoilt / "config.json"
+def test_damaged_config(spoiled: Path, key: str, change: str) -> None:
+    config = spoiled / "config.json"
     content = json.loads(config.read_text())
     value = content.pop(key)
     if change != "missing":
@@ -192,39 +192,39 @@ def test_damaged_config(spoilt: Path, key: str, change: str) -> None:
     assert value
     config.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=r"config.json is damaged; copy or import it again$"):
-        open_native(spoilt)
+        open_native(spoiled)
 
 
 # Orbax drops what it was reading with the event loop; that is collected here, not in another test.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("content", [b"\0", b"{}"])
 @pytest.mark.parametrize("name", ["_METADATA", ".zarray"])
-def test_damaged_description_of_the_parameters(spoilt: Path, name: str, content: bytes) -> None:
-    for file in (spoilt / "params").rglob(name):
+def test_damaged_description_of_the_parameters(spoiled: Path, name: str, content: bytes) -> None:
+    for file in (spoiled / "params").rglob(name):
         file.write_bytes(content.ljust(file.stat().st_size))
     with pytest.raises(CheckpointError, match=r"params is damaged; copy or import it again$"):
-        _ = open_native(spoilt).shapes
+        _ = open_native(spoiled).shapes
     gc.collect()
 
 
-def test_other_versions(spoilt: Path) -> None:
-    config = spoilt / "config.json"
+def test_other_versions(spoiled: Path) -> None:
+    config = spoiled / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"version": 99}))
     with pytest.raises(CheckpointError, match="format version 99, this stf_jax reads 2; install"):
-        open_native(spoilt)
+        open_native(spoiled)
 
 
-def test_not_native(spoilt: Path, tmp_path: Path, reference: Path) -> None:
-    assert checkpoint.is_native(spoilt)
+def test_not_native(spoiled: Path, tmp_path: Path, reference: Path) -> None:
+    assert checkpoint.is_native(spoiled)
     assert not checkpoint.is_native(reference / "llava-stf")
     assert not checkpoint.is_native(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="nowhere does not exist"):
         open_native(tmp_path / "nowhere")
     for content in ("", "[]", "{}"):
-        (spoilt / "config.json").write_text(content)
-        assert not checkpoint.is_native(spoilt)
+        (spoiled / "config.json").write_text(content)
+        assert not checkpoint.is_native(spoiled)
     with pytest.raises(CheckpointError, match=r"is not a native checkpoint; `stf-jax convert"):
-        open_native(spoilt)
+        open_native(spoiled)
 
 
 def test_an_existing_directory_is_left_alone(written: Path) -> None:

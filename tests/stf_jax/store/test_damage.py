@@ -195,7 +195,7 @@ def test_one_byte_of_a_run(run: Path, tmp_path: Path) -> None:
                 fell_back += 1
                 (line,) = said
                 assert "checkpoints/2 is damaged" in line.replace(f"{trial}/", "checkpoints/")
-                assert line.endswith("it is 2.damaged now, and the run goes on from step 1")
+                assert line.endswith("it is 2.damaged now, and the run continues from step 1")
                 # The step is written again under its own name.
                 checkpoints.save(2, make_state(2))
                 checkpoints.wait()

@@ -35,7 +35,7 @@ def test_as_many_tokens_as_it_says(system_model: Llava) -> None:
     assert np.isfinite(tokens).all()
 
 
-def test_neighbours_change_nothing(system_model: Llava) -> None:
+def test_neighbors_change_nothing(system_model: Llava) -> None:
     """A row's logits are its own: another row's image does not reach them."""
     batch = batch_of(system_model.config)
     other = dataclasses.replace(batch, pixels=batch.pixels.at[1].multiply(-3.0))
@@ -79,7 +79,7 @@ def test_empty_slots_are_not_seen(system_model: Llava) -> None:
     cache = cache.pad_to(batch.ids.shape[1] + 4)
     assert isinstance(cache.marks, Marks)
     hidden = cache.marks.segment == 0
-    spoilt = dataclasses.replace(
+    spoiled = dataclasses.replace(
         cache,
         keys=tuple(jnp.where(hidden[:, None, :, None], 7.0, key) for key in cache.keys),
         values=tuple(jnp.where(hidden[:, None, :, None], 7.0, value) for value in cache.values),
@@ -89,7 +89,7 @@ def test_empty_slots_are_not_seen(system_model: Llava) -> None:
         extend(
             system_model, batch.ids[:, :1], start=start, lengths=jnp.ones(2, jnp.int32), cache=one
         )[0]
-        for one in (cache, spoilt)
+        for one in (cache, spoiled)
     ]
     np.testing.assert_array_equal(*steps)
 

@@ -15,7 +15,7 @@ from tests.corpus import write_corpus
 
 @pytest.fixture(scope="session")
 def dataset(native: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty-eight examples with none, one or two pictures."""
+    """Forty-eight examples with none, one or two images."""
     folder = tmp_path_factory.mktemp("corpus")
     corpus = write_corpus(folder, 48)
     processors = load_processors(native)

@@ -1,4 +1,4 @@
-"""A run that stops and goes on is the run that never stopped, on whatever mesh it goes on."""
+"""A run that stops and continues is the run that never stopped, on whatever mesh it continues."""
 
 from collections.abc import Callable
 from pathlib import Path

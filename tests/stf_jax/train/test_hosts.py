@@ -61,7 +61,7 @@ def test_all_processes_of_a_run_are_told_to_end(
         said = process.communicate(timeout=120)[1]
         assert process.returncode == 75, said
     done = steps(run)
-    assert f"interrupted after step {done}; start it again to go on" in said
+    assert f"interrupted after step {done}; start it again to continue" in said
     assert "Traceback" not in said
     assert (Path(run.out) / "checkpoints" / str(done)).is_dir()
     until(lambda: not _alive(process.pid), seconds=20)
@@ -76,7 +76,7 @@ def _alive(group: int) -> bool:
 
 
 def test_two_processes_are_one_run(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    """Preempted in one of them, both leave; alone it goes on; and the losses are those of one."""
+    """Preempted in one of them, both leave; alone it continues; and the losses are those of one."""
     keys = {"steps": 16, "data": {"batch_size": 8}}
     expected = config(**keys, mesh={"fsdp": 8})
     assert train(expected) == "finished"

@@ -115,7 +115,7 @@ def test_preempted_and_resumed_on_another_mesh(
     spy.before.clear()
     again = config(out=first.out, mesh={"data": 4, "tensor": 2})
     np.testing.assert_allclose(losses(again), expected, rtol=1e-5)
-    assert "going on at step 2 of 5" in capsys.readouterr().err
+    assert "continuing at step 2 of 5" in capsys.readouterr().err
     resumed = list(spy.seen)
     spy.seen.clear()
     train(config())

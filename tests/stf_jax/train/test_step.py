@@ -122,7 +122,7 @@ def test_mean_of_micro_batches(reference_batch, source, weights):
     ]
     micro = jax.tree.map(lambda leaf: leaf[:, None], batch)
     (loss,), (norm,), _ = run(
-        source, weights, micro, "pretrain", steps=1, normalization="micro_batches"
+        source, weights, micro, "pretrain", steps=1, loss_normalization="micro_batches"
     )
     np.testing.assert_allclose(loss, sum(alone) / 3, rtol=1e-5)
     assert np.isfinite(norm)

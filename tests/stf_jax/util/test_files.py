@@ -50,7 +50,7 @@ def test_what_is_wrong_stands_in_one_line(name: str, tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no.json: cannot be read \(No such file .*; mend it"):
+    with pytest.raises(ValueError, match=r"no.json: cannot be read \(No such file .*; fix it"):
         read_json(tmp_path / "no.json")
     with pytest.raises(ValueError, match=r"cannot be read \(Is a directory\)"):
         read_json(tmp_path)
@@ -70,11 +70,11 @@ def test_lines_have_their_numbers(tmp_path: Path) -> None:
     assert read_jsonl(path) == {1: {"a": "x\u2028y"}, 3: [2]}
     path.write_bytes(b'{"a": 1}\n\n{"a":\n')
     with pytest.raises(
-        ValueError, match=r"a.jsonl: line 3 is not valid JSON \(.*; mend it or fetch"
+        ValueError, match=r"a.jsonl: line 3 is not valid JSON \(.*; fix it or fetch"
     ):
         read_jsonl(path)
     path.write_bytes(b'1\n{"a": ["\\udc00"]}\n')
-    with pytest.raises(ValueError, match=r"stands in line 2, a, entry 1; mend it or fetch it"):
+    with pytest.raises(ValueError, match=r"stands in line 2, a, entry 1; fix it or fetch it"):
         read_jsonl(path)
 
 
