@@ -74,7 +74,7 @@ def resident(pid: int) -> int:
     return 1024 * sum(int(fields[key].split()[0]) for key in ("RssAnon", "RssShmem"))
 
 
-def watched_import(source: pathlib.Path, out: pathlib.Path) -> tuple[float, int]:
+def measure_import(source: pathlib.Path, out: pathlib.Path) -> tuple[float, int]:
     """Seconds and peak resident bytes of an import in a process of its own."""
     process = multiprocessing.get_context("spawn").Process(
         target=import_checkpoint, args=(source, out)
@@ -115,7 +115,7 @@ def main() -> None:
         print(f"cp              {seconds:6.1f} s  {size / seconds / 1e9:5.2f} GB/s")
         shutil.rmtree(work / "copy")
         os.sync()
-        seconds, peak = watched_import(work / "source", work / "native")
+        seconds, peak = measure_import(work / "source", work / "native")
         print(f"import          {seconds:6.1f} s  {size / seconds / 1e9:5.2f} GB/s")
         print(f"peak resident   {peak / 2**30:6.2f} GiB, limit {LIMIT / 2**30:.0f} GiB")
     if peak >= LIMIT:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from forward import IMAGE_ID, build, imported, make_torch
+from forward import IMAGE_ID, build, convert_model, make_torch
 
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.infer.engine import Engine
@@ -112,7 +112,7 @@ def main() -> None:
     """Builds, asks, compares, prints."""
     args = parse()
     torch_model = make_torch(args)
-    config, weights = imported(torch_model)
+    config, weights = convert_model(torch_model)
     ends = np.random.default_rng(1).choice(np.arange(3, 31000), 10000, replace=False)
     text = dataclasses.replace(config.text, eos_ids=tuple(map(int, ends)))
     config = dataclasses.replace(config, text=text)
@@ -137,8 +137,8 @@ def main() -> None:
         f"{len(prompts)} questions of {min(len(p.ids) for p in prompts)} to "
         f"{max(len(p.ids) for p in prompts)} tokens, answers of {statistics.mean(lengths):.1f}"
     )
-    for name, found in answers.items():
-        same = sum(one == other for one, other in zip(found, expected, strict=True))
+    for name, generated in answers.items():
+        same = sum(id_ == other for id_, other in zip(generated, expected, strict=True))
         print(f"{name:<28}{same:4} of {len(prompts)} answers as PyTorch's", flush=True)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(args.repeats):

@@ -95,7 +95,7 @@ def make_torch(args: argparse.Namespace) -> Any:
     return model
 
 
-def imported(model: Any) -> tuple[LlavaConfig, Weights]:
+def convert_model(model: Any) -> tuple[LlavaConfig, Weights]:
     """The same model here."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -284,7 +284,7 @@ def main() -> None:
     """Builds, checks that both give the same, times, prints."""
     args = parse()
     torch_model = make_torch(args)
-    config, weights = imported(torch_model)
+    config, weights = convert_model(torch_model)
     if torch.cuda.is_available():
         torch_model = torch_model.cuda()
     layers = args.vision_layers
@@ -300,8 +300,8 @@ def main() -> None:
     ours = {k: Ours(model, prompts[k], new=args.new) for k, model in models.items()}
     theirs = {k: Theirs(torch_model, prompts[k], new=args.new) for k in prompts}
 
-    found, expected = ours[576].prefill()[0], theirs[576].prefill()[0].float().cpu().numpy()
-    print(f"largest difference of logits: {np.abs(np.asarray(found) - expected).max():.1e}")
+    logits, expected = ours[576].prefill()[0], theirs[576].prefill()[0].float().cpu().numpy()
+    print(f"largest difference of logits: {np.abs(np.asarray(logits) - expected).max():.1e}")
 
     engines = {k: Engine(nnx.merge(*nnx.split(model))) for k, model in models.items()}
     tasks = {"torch prefill 576": Task(theirs[576].prefill)}

@@ -188,8 +188,8 @@ def difference(paths: list[pathlib.Path]) -> float:
     exact, fast = ImageProcessor(), ImageProcessor(fast=True)
     differences = []
     for path in paths:
-        one, other = (p.square(p.load(path)).astype(np.int16) for p in (exact, fast))
-        differences.append(np.abs(one - other).mean())
+        exact_pixels, fast_pixels = (p.square(p.load(path)).astype(np.int16) for p in (exact, fast))
+        differences.append(np.abs(exact_pixels - fast_pixels).mean())
     return float(np.mean(differences))
 
 
@@ -205,15 +205,15 @@ def compare_images(count: int, workers: int, rounds: int) -> None:
             "stf_jax": lambda: ours(folder, workers, fast=False),
             "stf_jax, fast_images": lambda: ours(folder, workers, fast=True),
         }
-        found: dict[str, list[tuple[float, float]]] = {key: [] for key in sides}
+        rates_by_side: dict[str, list[tuple[float, float]]] = {key: [] for key in sides}
         for _ in range(rounds):
             for key, side in sides.items():
-                found[key].append(rates(side, count))
+                rates_by_side[key].append(rates(side, count))
         print(f"JPEGs of COCO's sizes to 336 px, padded; {workers} worker processes, {rounds} "
               f"rounds of {count}; {os.cpu_count()} cores")  # fmt: skip
         print(f"{'':32} images/s per core   ratio   (least)   images/s by the clock")
-        first = np.array(next(iter(found.values())))
-        for key, values in found.items():
+        first = np.array(next(iter(rates_by_side.values())))
+        for key, values in rates_by_side.items():
             processor, clock = np.median(values, axis=0)
             ratios = np.array(values)[:, 0] / first[:, 0]
             print(f"{key:32} {processor:19.1f} {np.median(ratios):7.2f} {ratios.min():9.2f} "

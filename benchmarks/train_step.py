@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
-from forward import IMAGE_ID, Task, build, imported, interleave, make_torch
+from forward import IMAGE_ID, Task, build, convert_model, interleave, make_torch
 
 from stf_jax.data.batch import Batch
 from stf_jax.data.tokenizer import IGNORED_LABEL
@@ -98,7 +98,7 @@ class Theirs:
         self._model = model.train()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("vision_tower" not in name)
-        self._trained = [one for one in model.parameters() if one.requires_grad]
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(
             self._trained, lr=OPTIMIZER.learning_rate, weight_decay=0.0, fused=True
         )
@@ -126,17 +126,17 @@ def main() -> None:
     """Builds, times, compares the losses, prints."""
     args = parse()
     torch_model = make_torch(args)
-    config, weights = imported(torch_model)
+    config, weights = convert_model(torch_model)
     if torch.cuda.is_available():
         torch_model = torch_model.cuda()
     taps = tuple(range(args.vision_layers - 1, 0, -1))
     width = args.vision_width
     stf = STF(taps=taps, mbtf=MBTFConfig(mlp_width=4 * width), projector_width=16 * width)
     configs = {576: config, 144: dataclasses.replace(config, system=stf)}
-    batches = {k: make_batch(one, args) for k, one in configs.items()}
+    batches = {k: make_batch(sizes, args) for k, sizes in configs.items()}
     ours = {
-        k: Ours(build(one, weights, args.dtype), batches[k], dtype=args.dtype)
-        for k, one in configs.items()
+        k: Ours(build(sizes, weights, args.dtype), batches[k], dtype=args.dtype)
+        for k, sizes in configs.items()
     }
     theirs = Theirs(torch_model, batches[576])
     tasks = {

@@ -294,8 +294,8 @@ def _add_local(places: Verbs) -> None:
 
 def _local(options: argparse.Namespace) -> int:
     def listen(handler: Callable[[int, FrameType | None], Any]) -> None:
-        for one in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(one, handler)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, handler)
 
     def say(process: int, stream: str, line: str) -> None:
         getattr(sys, stream).write(f"[{process}] {line}")

@@ -91,14 +91,14 @@ class Runner:
             name: start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             for name, command in commands.items()
         }
-        kept: dict[str, list[str]] = {name: [] for name in commands}
+        stderr: dict[str, list[str]] = {name: [] for name in commands}
         threads = []
         for name, process in processes.items():
             prefix = f"[{name}] " if name else ""
             assert process.stdout is not None
             assert process.stderr is not None
 
-            def say_error(line: str, prefix: str = prefix, said: list[str] = kept[name]) -> None:
+            def say_error(line: str, prefix: str = prefix, said: list[str] = stderr[name]) -> None:
                 said.append(line)
                 sys.stderr.write(prefix + line)
 
@@ -111,7 +111,7 @@ class Runner:
             thread.join()
         statuses = {name: process.wait() for name, process in processes.items()}
         return {
-            name: CommandFailed(commands[name], status, "".join(kept[name]))
+            name: CommandFailed(commands[name], status, "".join(stderr[name]))
             for name, status in statuses.items()
             if status
         }

@@ -90,10 +90,10 @@ class LocalRun:
         Raises:
             TimeoutError: they take longer; they are killed.
         """
-        deadline, failed, told = time.monotonic() + seconds, 0, False
+        deadline, failed, signaled = time.monotonic() + seconds, 0, False
         while None in self.statuses:
-            if self._interrupted and not told:
-                told = True
+            if self._interrupted and not signaled:
+                signaled = True
                 self._signal(signal.SIGTERM)
             if not failed and (failed := _failure(self.statuses)):
                 self._signal(signal.SIGTERM)

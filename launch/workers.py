@@ -96,11 +96,11 @@ class Workers(abc.ABC):
         """
         archive = _HERE / "build" / remote.ARCHIVE
         # All files that git does not ignore, committed or not. Another setup may be sending it now.
-        packed, made = (shlex.quote(str(archive)) + more for more in ("", ".$$"))
+        packed, unfinished = (shlex.quote(str(archive)) + more for more in ("", ".$$"))
         pack = (
             f"cd {shlex.quote(str(_HERE))} && mkdir -p build && "
             "git ls-files -z --cached --others --exclude-standard -- . ':!tests' ':!docs' "
-            f"| tar --null -T - -czf {made} && mv {made} {packed}"
+            f"| tar --null -T - -czf {unfinished} && mv {unfinished} {packed}"
         )
         self.runner.run(["bash", "-o", "pipefail", "-c", pack])
         self._together(self.send(archive))

@@ -37,7 +37,7 @@ _TABLES = {
 }
 
 
-def planned(text: str) -> dict[str, str]:
+def read_plans(text: str) -> dict[str, str]:
     """The headlines in a config, by slice."""
     lines = [line.removeprefix(_PLAN) for line in text.splitlines() if line.startswith(_PLAN)]
     return {line.partition(": ")[0]: line for line in lines}
@@ -53,7 +53,7 @@ def with_plans(text: str, plans: dict[str, str]) -> str:
     """A config with just these headlines, in the order of its slices."""
     rest = [line for line in text.splitlines() if not line.startswith(_PLAN)]
     at = next(i for i, line in enumerate(rest) if line.startswith(_SLICES)) + 1
-    lines = [f"{_PLAN}{plans[one]}" for one in slices(text) if one in plans]
+    lines = [f"{_PLAN}{plans[slice_]}" for slice_ in slices(text) if slice_ in plans]
     return "\n".join([*rest[:at], *lines, *rest[at:]]) + "\n"
 
 
@@ -63,11 +63,11 @@ def table(name: str) -> str:
     rows = [f"| {columns} |", f"|{'---|' * (columns.count('|') + 1)}"]
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         inference = path.stem.endswith("-inference")
-        for slice_, line in planned(path.read_text()).items():
+        for slice_, line in read_plans(path.read_text()).items():
             if inference != (name == "inference plans"):
                 continue
-            found = form.match(line)
-            cells = found.groups() if found else (slice_, line.partition(": ")[2])
+            match = form.match(line)
+            cells = match.groups() if match else (slice_, line.partition(": ")[2])
             rows.append(f"| {' | '.join([path.stem, *cells])} |")
     return "\n".join(rows) + "\n"
 
@@ -101,16 +101,16 @@ def main() -> None:
     if options.forget:
         for path, topology in todo:
             text = path.read_text()
-            plans = planned(text)
+            plans = read_plans(text)
             plans.pop(topology, None)
             write_text(path, with_plans(text, plans))
     for path, topology in todo:
-        if topology in planned(path.read_text()):
+        if topology in read_plans(path.read_text()):
             continue
         line = headline(plan(str(path), topology=topology))
         sys.stderr.write(f"{path.name}: {line}\n")
         text = path.read_text()
-        write_text(path, with_plans(text, planned(text) | {topology: line}))
+        write_text(path, with_plans(text, read_plans(text) | {topology: line}))
         write_tables()
     write_tables()
 

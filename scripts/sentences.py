@@ -62,10 +62,10 @@ def main() -> int:
     pages += sorted((ROOT / "docs").glob("*.md"))
     total = 0
     for page in options.pages or pages:
-        found = long_sentences(page.read_text(), longest=options.longest)
-        total += len(found)
-        sys.stderr.write(f"{page.name}: {len(found)}\n")
-        for words, sentence in found:
+        sentences = long_sentences(page.read_text(), longest=options.longest)
+        total += len(sentences)
+        sys.stderr.write(f"{page.name}: {len(sentences)}\n")
+        for words, sentence in sentences:
             sys.stdout.write(f"{page.name}: {words}: {sentence}\n")
     sys.stderr.write(f"{total} sentences of more than {options.longest} words\n")
     return int(total > 0)

@@ -130,7 +130,7 @@ def test_a_headline_replaces_the_older_one_of_its_slice() -> None:
     module, text = script(), f"{HEAD}\nmodel: x\n"
     for line in ("v4:2x2x2: b", "v5e:4x4: a", "v4:2x2x2: c"):
         more = {line.partition(": ")[0]: line}
-        text = module.with_plans(text, module.planned(text) | more)
+        text = module.with_plans(text, module.read_plans(text) | more)
     assert text == f"{HEAD}# plan: v5e:4x4: a\n# plan: v4:2x2x2: c\n\nmodel: x\n"
 
 
@@ -205,7 +205,7 @@ def test_stage_2_of_7b_as_it_is_shipped(monkeypatch: pytest.MonkeyPatch) -> None
     text = named_config("llava_stf_7b").text
     layers = text.layers * (4 * text.width**2 + 3 * text.width * text.mlp_width)
     assert made.arguments > 12 * (layers + 2 * text.padded_vocab_size * text.width) / 16
-    said = re.search(r"peak (\S+) GiB", script().planned(path.read_text())["v5e:4x4"])
+    said = re.search(r"peak (\S+) GiB", script().read_plans(path.read_text())["v5e:4x4"])
     assert said is not None
     # Another release of the compiler may differ a little.
     assert made.peak / 2**30 == pytest.approx(float(said[1]), rel=0.05)

@@ -29,7 +29,7 @@ TIERS = (
 TIER = {package: number for number, packages in enumerate(TIERS) for package in packages}
 
 
-def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
+def imports_of(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Line and module of each import of ours: inside functions and for types alone, too."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -48,7 +48,7 @@ def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
 def all_imports() -> Iterator[tuple[Path, int, str]]:
     """File, line and module of each import in a package; the root may import anything."""
     for file in sorted(ROOT.glob("*/**/*.py")):
-        for line, name in imported(ast.parse(file.read_text(encoding="utf-8"))):
+        for line, name in imports_of(ast.parse(file.read_text(encoding="utf-8"))):
             yield file.relative_to(ROOT), line, name
 
 
@@ -127,4 +127,4 @@ def test_the_root_holds_nothing_else() -> None:
     ],
 )
 def test_the_rule_itself(package: str, line: str, fits: bool) -> None:
-    assert all(is_allowed(package, name) for _, name in imported(ast.parse(line))) == fits
+    assert all(is_allowed(package, name) for _, name in imports_of(ast.parse(line))) == fits

@@ -67,7 +67,7 @@ def _chat(options: argparse.Namespace) -> None:
     sys.stderr.write("Ask, or /help.\n")
     while (line := _read()) is not None:
         try:
-            if any("\ud800" <= one <= "\udfff" for one in line):
+            if any("\ud800" <= character <= "\udfff" for character in line):
                 raise ValueError("this line is not UTF-8; write it again, or convert what is piped")
             if line.startswith("/"):
                 if not _command(chat, line):

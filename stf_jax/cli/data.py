@@ -133,7 +133,7 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _model(options: argparse.Namespace) -> dict[str, Any]:
-    from stf_jax.convert.opening import load_processors
+    from stf_jax.convert.stored_model import load_processors
 
     processors = load_processors(options.model, vision_tower=options.vision_tower)
     image_processor = processors.image_processor

@@ -50,11 +50,11 @@ def _demo(options: argparse.Namespace) -> int:
         results = run(Settings.by_name(options.size, seed=options.seed), out)
     except Interrupted:
         return INTERRUPTED
-    asked = read_held_out(out / "scenes")
-    write_report(results, asked, out)
+    questions = read_held_out(out / "scenes")
+    write_report(results, questions, out)
     show_table(results)
     sys.stdout.write(f"\n{results.verdict}\nThe report is {out / 'report.md'}.\n")
-    image, question = example_question(asked, out)
+    image, question = example_question(questions, out)
     asking = command("generate", out / "best", "--image", image, "--prompt", question)
     sys.stdout.write(f"Ask {results.best.title} about this image or one of yours:\n  {asking}\n")
     return 0

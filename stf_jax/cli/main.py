@@ -51,14 +51,14 @@ def _explain(error: Exception) -> str | None:
     """What a user is told; None for a bug, which is to be seen whole."""
     from stf_jax.util.disk import FullDiskError, full_disk_error, is_full
 
-    if is_full(error) and not isinstance(error, FullDiskError) and not _raised_here(error):
+    if is_full(error) and not isinstance(error, FullDiskError) and not _is_own_error(error):
         return str(full_disk_error(getattr(error, "filename", None) or os.getcwd()))
-    if isinstance(error, OSError | ValueError) and _raised_here(error):
+    if isinstance(error, OSError | ValueError) and _is_own_error(error):
         return str(error)
     return None
 
 
-def _raised_here(error: BaseException) -> bool:
+def _is_own_error(error: BaseException) -> bool:
     """Whether the message is ours, or the system's; a library's ValueError is a bug to be seen."""
     frame, _ = list(traceback.walk_tb(error.__traceback__))[-1]
     # An error from a worker process has our class and no frame of ours.

@@ -43,23 +43,23 @@ def add_plan(verbs: Verbs) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from stf_jax.plan.client import plan
+    from stf_jax.plan.client import plan as make_plan
     from stf_jax.plan.report import render, render_changes
 
     def ask(changes: tuple[str, ...] = ()) -> "Plan | InferencePlan":
         overrides = [*options.overrides, *changes]
-        return plan(options.config, topology=options.topology, overrides=overrides)
+        return make_plan(options.config, topology=options.topology, overrides=overrides)
 
     if options.sweep:
         return _sweep(options, ask)
-    made = ask()
+    plan = ask()
     if options.json:
-        sys.stdout.write(f"{json.dumps(made.to_json())}\n")
+        sys.stdout.write(f"{json.dumps(plan.to_json())}\n")
     else:
-        sys.stdout.write(f"{render(made)}\n")
-        if not made.fits:
-            sys.stdout.write(f"{render_changes(made, _changes(options, made, ask))}\n")
-    return 0 if made.fits else DOES_NOT_FIT
+        sys.stdout.write(f"{render(plan)}\n")
+        if not plan.fits:
+            sys.stdout.write(f"{render_changes(plan, _changes(options, plan, ask))}\n")
+    return 0 if plan.fits else DOES_NOT_FIT
 
 
 def _sweep(options: argparse.Namespace, ask: "Ask") -> int:
@@ -73,12 +73,14 @@ def _sweep(options: argparse.Namespace, ask: "Ask") -> int:
         raise ValueError("--sweep is for training; vary --slots=N and --mesh.tensor=N by hand")
     config = TrainConfig.load(options.config, options.overrides)
     tried = []
-    for one in sweep(config, chips=Topology.parse(options.topology).chips, ask=ask):
-        sys.stderr.write(f"{progress(one)}\n")
-        tried.append(one)
+    for attempt in sweep(config, chips=Topology.parse(options.topology).chips, ask=ask):
+        sys.stderr.write(f"{progress(attempt)}\n")
+        tried.append(attempt)
     chosen = best(tried)
     text = (
-        "\n".join(json.dumps({"overrides": changes} | one.to_json()) for changes, one in chosen)
+        "\n".join(
+            json.dumps({"overrides": changes} | attempt.to_json()) for changes, attempt in chosen
+        )
         if options.json
         else render_sweep(chosen)
     )
@@ -87,14 +89,14 @@ def _sweep(options: argparse.Namespace, ask: "Ask") -> int:
 
 
 def _changes(
-    options: argparse.Namespace, made: "Plan | InferencePlan", ask: "Ask"
+    options: argparse.Namespace, plan: "Plan | InferencePlan", ask: "Ask"
 ) -> list[tuple[str, ...]]:
     """What would make it fit."""
     from stf_jax.plan.request import Plan
     from stf_jax.plan.sweep import inference_changes, training_changes
     from stf_jax.train.config import TrainConfig
 
-    if not isinstance(made, Plan):
-        return inference_changes(made, ask=ask)
+    if not isinstance(plan, Plan):
+        return inference_changes(plan, ask=ask)
     config = TrainConfig.load(options.config, options.overrides)
-    return training_changes(config, chips=made.chips, ask=ask)
+    return training_changes(config, chips=plan.chips, ask=ask)

@@ -41,7 +41,7 @@ def load_config(cls: type[Config], path: epath.PathLike, overrides: Sequence[str
     parser.add_class_arguments(cls)
     parser.add_argument("--config", action="config")
     known = _keys(cls)
-    given = [*_tree_keys(tree), *(_override_key(one) for one in overrides)]
+    given = [*_tree_keys(tree), *(_override_key(override) for override in overrides)]
     unknown = [key for key in given if key not in known]
     flat = [key for key in _sections(cls) if not isinstance(tree.get(key, {}), Mapping | None)]
     if flat:
@@ -85,8 +85,8 @@ class _Loader(yaml.SafeLoader):
         twice = [key for key in keys if keys.count(key) > 1]
         if twice:
             raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is there twice")
-        found: dict[Any, Any] = super().construct_mapping(node, deep)
-        return found
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 def _sections(cls: Any) -> dict[str, Any]:
@@ -124,6 +124,6 @@ def _override_key(override: str) -> str:
 def _describe_unknown(key: str, known: set[str], path: epath.PathLike) -> str:
     # A last part that is right in another section is what was meant, more than a similar word.
     last = key.rpartition(".")[2]
-    near = [one for one in sorted(known) if one.rpartition(".")[2] == last]
+    near = [name for name in sorted(known) if name.rpartition(".")[2] == last]
     near = near or difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)
     return f"{path}: there is no key {key!r}; the nearest is {near[0]!r}"

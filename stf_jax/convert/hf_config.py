@@ -104,7 +104,7 @@ def text_from_hf(hf: Mapping[str, Any]) -> TextConfig:
         max_positions=_size(hf, "max_position_embeddings", {"max_position_embeddings": 2048}),
         tie_embeddings=_get(hf, "tie_word_embeddings", False, (bool,), "true or false"),
         bos_id=_token(hf, "bos_token_id"),
-        eos_ids=tuple(_token({"eos_token_id": one}, "eos_token_id") for one in eos)
+        eos_ids=tuple(_token({"eos_token_id": id_}, "eos_token_id") for id_ in eos)
         if isinstance(eos, list) and eos
         else (_token(hf, "eos_token_id"),),
         pad_id=_token(hf, "pad_token_id"),
@@ -169,10 +169,10 @@ def _rope_scaling_to_hf(scaling: RopeScaling) -> dict[str, Any]:
 
 def _check_value(hf: Mapping[str, Any], key: str, *allowed: object) -> None:
     """Refuses a value that would be computed wrongly; an absent key means the first one."""
-    found = hf.get(key, allowed[0])
-    if found not in allowed:
+    value = hf.get(key, allowed[0])
+    if value not in allowed:
         names = " or ".join(map(repr, allowed))
-        raise ValueError(f"{key} is {found!r} in this config.json; supported: {names}")
+        raise ValueError(f"{key} is {value!r} in this config.json; supported: {names}")
 
 
 def section(hf: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -181,10 +181,10 @@ def section(hf: Mapping[str, Any], key: str) -> dict[str, Any]:
     Raises:
         ValueError: it is something else.
     """
-    found = hf.get(key)
-    if found is not None and not isinstance(found, Mapping):
-        raise ValueError(f"{key} is {found!r} in this config.json; give an object, {{...}}")
-    return dict(found or {})
+    value = hf.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"{key} is {value!r} in this config.json; give an object, {{...}}")
+    return dict(value or {})
 
 
 def _size(hf: Mapping[str, Any], key: str, defaults: Mapping[str, int]) -> int:
@@ -207,13 +207,13 @@ def _get(
     hf: Mapping[str, Any], key: str, default: Any, kinds: tuple[type, ...], wanted: str
 ) -> Any:
     """The value of a key, refused if it is of another kind, or absent and without default."""
-    found = hf.get(key, default)
+    value = hf.get(key, default)
     if key not in hf and default is None:
         raise ValueError(f"{key} is missing in this config.json; give {wanted}")
     # In Python, True is an int.
-    if not isinstance(found, kinds) or (isinstance(found, bool) and bool not in kinds):
-        raise ValueError(f"{key} is {found!r} in this config.json; give {wanted}")
-    return found
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise ValueError(f"{key} is {value!r} in this config.json; give {wanted}")
+    return value
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -83,10 +83,10 @@ def system_keys(config: LlavaConfig) -> dict[str, Any]:
     keys: dict[str, Any] = {"mm_vision_select_layer": selected}
     shapes = {name: e.shape for e in connector_entries(config) for name in e.tensors}
     try:
-        told = infer_system(shapes, keys, vision)
+        inferred = infer_system(shapes, keys, vision)
     except CheckpointError:
-        told = None
-    if told != system:
+        inferred = None
+    if inferred != system:
         keys[KEY] = system.to_dict()
     return keys
 

@@ -42,9 +42,9 @@ class Report:
         dtypes = ", ".join(f"{dtype} {count:,}" for dtype, count in self.parameters.items())
         lines = [f"{self.path}: {_KINDS.get(self.kind, self.kind)}"]
         if self.tensors:
-            kept = f" + {self.carried:,} kept for export" if self.carried else ""
+            extra = f" + {self.carried:,} kept for export" if self.carried else ""
             lines.append(
-                f"  parameters        {total:,} in {self.tensors:,} tensors ({dtypes}){kept}"
+                f"  parameters        {total:,} in {self.tensors:,} tensors ({dtypes}){extra}"
             )
         if self.config is not None:
             vision, text = self.config.vision, self.config.text
@@ -109,7 +109,7 @@ def inspect_checkpoint(
         )
     kind: Layout | None = None
     sizes: Counter[str] = Counter()
-    tensors, config, problem, found = 0, None, None, _Found()
+    tensors, config, problem, processors = 0, None, None, _Found()
     try:
         infos = open_tensors(path).infos
         kind, tensors = recognize(infos), len(infos)
@@ -117,7 +117,7 @@ def inspect_checkpoint(
             sizes[info.dtype.name] += math.prod(info.shape)
         opened = open_source(path, vision_tower=vision_tower, base=base)
         config = opened.config
-        found = _processors(epath.Path(base or path), opened.files, config)
+        processors = _processors(epath.Path(base or path), opened.files, config)
     except CheckpointError as error:
         problem = str(error)
     return Report(
@@ -126,14 +126,14 @@ def inspect_checkpoint(
         config=config,
         tensors=tensors,
         parameters=sizes,
-        problem=problem or found.problem,
-        processors=found.what,
+        problem=problem or processors.problem,
+        processors=processors.what,
     )
 
 
 def _native(path: epath.Path, *, verify: bool) -> Report:
     sizes: Counter[str] = Counter()
-    tensors, kept, config, problem, found, verified = 0, 0, None, None, _Found(), False
+    tensors, extra, config, problem, processors, verified = 0, 0, None, None, _Found(), False
     try:
         native = open_model(path)
         config, tensors = native.config, len(native.shapes)
@@ -141,8 +141,8 @@ def _native(path: epath.Path, *, verify: bool) -> Report:
             sizes[leaf.dtype.name] += math.prod(leaf.shape)
         carried = SafetensorsFile(native.extras / "pytorch" / "carried.safetensors")
         if carried.path.exists():
-            kept = sum(math.prod(info.shape) for info in carried.infos.values())
-        found = _processors(native.extras / "hf", extra_files(native.extras), config)
+            extra = sum(math.prod(info.shape) for info in carried.infos.values())
+        processors = _processors(native.extras / "hf", extra_files(native.extras), config)
         if verify:
             native.verify()
             verified = True
@@ -155,10 +155,10 @@ def _native(path: epath.Path, *, verify: bool) -> Report:
         config=config,
         tensors=tensors,
         parameters=sizes,
-        problem=problem or found.problem,
-        carried=kept,
+        problem=problem or processors.problem,
+        carried=extra,
         verified=verified,
-        processors=found.what,
+        processors=processors.what,
     )
 
 

@@ -67,7 +67,7 @@ def processor_files(
         vision: The tower.
         tokens: Ids of the special tokens to add.
     """
-    made: dict[str, Json] = {
+    contents: dict[str, Json] = {
         "processor_config.json": {
             "processor_class": "LlavaProcessor",
             "image_token": IMAGE_TOKEN,
@@ -77,7 +77,7 @@ def processor_files(
         },
     }
     size = vision.image_size
-    made["preprocessor_config.json"] = {
+    contents["preprocessor_config.json"] = {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
@@ -107,7 +107,7 @@ def processor_files(
     if "tokenizer_config.json" in files:
         hf = _read(files, "tokenizer_config.json")
         decoder = {**hf.get("added_tokens_decoder", {}), **added}
-        made["tokenizer_config.json"] = {
+        contents["tokenizer_config.json"] = {
             **hf,
             "added_tokens_decoder": decoder,
             "pad_token": PAD_TOKEN,
@@ -116,14 +116,14 @@ def processor_files(
         }
     if "special_tokens_map.json" in files:
         hf = _read(files, "special_tokens_map.json")
-        made["special_tokens_map.json"] = {**hf, "pad_token": PAD_TOKEN}
+        contents["special_tokens_map.json"] = {**hf, "pad_token": PAD_TOKEN}
     if "tokenizer.json" in files:
         hf = _read(files, "tokenizer.json")
         extra = [{"id": int(number), **token} for number, token in added.items()]
-        made["tokenizer.json"] = {**hf, "added_tokens": [*hf.get("added_tokens", []), *extra]}
+        contents["tokenizer.json"] = {**hf, "added_tokens": [*hf.get("added_tokens", []), *extra]}
     if "tokenizer.model" in files and tokens:
-        made["added_tokens.json"] = {**_read(files, "added_tokens.json"), **tokens}
-    encoded = {name: encode_json(content) for name, content in made.items()}
+        contents["added_tokens.json"] = {**_read(files, "added_tokens.json"), **tokens}
+    encoded = {name: encode_json(content) for name, content in contents.items()}
     return encoded | {"chat_template.jinja": _CHAT_TEMPLATE.encode()}
 
 

@@ -115,7 +115,7 @@ class _WritePart:
         content = {
             "size": size,
             "images": _identify(self.inspector, part),
-            "inspections": [_to_json(one) for one in inspections],
+            "inspections": [_to_json(inspection) for inspection in inspections],
         }
         write_json(_record(self.folder, part.number), content)
         return part.number, len(part.examples)
@@ -213,7 +213,7 @@ def build(
 
 
 def _finish(
-    folder: Path, out: Path, parts: int, kept: int, tally: Tally, source: dict[str, Any]
+    folder: Path, out: Path, parts: int, kept_parts: int, tally: Tally, source: dict[str, Any]
 ) -> BuildReport:
     """Numbers the shards, writes what TFDS reads, and gives the folder its name."""
     index = source["index"]
@@ -225,7 +225,7 @@ def _finish(
     for number in range(parts):
         content = _read_json(_record(folder, number))
         identities.append(content["images"])
-        inspections = [_from_json(one) for one in content["inspections"]]
+        inspections = [_from_json(entry) for entry in content["inspections"]]
         for inspection in inspections:
             tally.add(inspection)
         fit = [inspection for inspection in inspections if not inspection.problems]
@@ -257,7 +257,7 @@ def _finish(
         written=len(ids),
         skipped=report.examples - report.fit,
         shards=len(filled),
-        kept_shards=kept,
+        kept_shards=kept_parts,
         bytes=sum(sizes),
         index=index,
         check=report,
@@ -296,8 +296,10 @@ def _add_index(out: Path, *, tokenizer: Tokenizer, template: str, workers: int) 
             for start in range(0, len(dataset), _INDEX_CHUNK)
         ]
         work = _MeasureStored(dataset=dataset, tokenizer=tokenizer, template=template)
-        found = [one for part in map_in_processes(work, chunks, workers=workers) for one in part]
-        Index.of([name for name, _ in found], [measures for _, measures in found]).save(path)
+        measured = [
+            pair for part in map_in_processes(work, chunks, workers=workers) for pair in part
+        ]
+        Index.of([name for name, _ in measured], [measures for _, measures in measured]).save(path)
     index = dataset.index(tokenizer, template)
     return BuildReport(
         path=str(out),
@@ -314,8 +316,8 @@ def _add_index(out: Path, *, tokenizer: Tokenizer, template: str, workers: int) 
 
 def _identify(inspector: Inspector, part: _Part) -> str:
     """A digest of which images the examples of a part find."""
-    found = json.dumps(inspector.identify(part.examples))
-    return hashlib.sha256(found.encode()).hexdigest()
+    identity = json.dumps(inspector.identify(part.examples))
+    return hashlib.sha256(identity.encode()).hexdigest()
 
 
 def _is_kept(folder: Path, part: _Part, inspector: Inspector) -> bool:
@@ -335,8 +337,8 @@ def _refuse_other_images(
     known, size = source.get("images"), source.get("shard")
     if not isinstance(known, list) or not isinstance(size, int):
         return
-    found = [_identify(inspector, part) for part in _split(read_examples(files), size)]
-    if found != known:
+    identities = [_identify(inspector, part) for part in _split(read_examples(files), size)]
+    if identities != known:
         raise DatasetError(
             f"{out}: built before, from images that have come, gone or changed since; delete it "
             "to build it again, or leave out --images to add an index only"
@@ -351,7 +353,7 @@ def _split(examples: list[RawExample], size: int) -> list[_Part]:
 
 
 def _compare(
-    wanted: dict[str, Any], there: dict[str, Any], folder: Path, *, keys: tuple[str, ...]
+    wanted: dict[str, Any], stored: dict[str, Any], folder: Path, *, keys: tuple[str, ...]
 ) -> None:
     words = {
         "files": "the training files",
@@ -359,7 +361,7 @@ def _compare(
         "index": "the tokenizer or the template",
         "processor": "the image processor",
     }
-    differing = [words[key] for key in keys if wanted[key] != there.get(key)]
+    differing = [words[key] for key in keys if wanted[key] != stored.get(key)]
     if differing:
         raise DatasetError(
             f"{folder}: begun with other values of {', '.join(differing)}; "
@@ -368,8 +370,8 @@ def _compare(
 
 
 def _to_json(inspection: Inspection) -> dict[str, Any]:
-    kept = dataclasses.replace(inspection, image_bytes=(), conversation="")
-    return dataclasses.asdict(kept)
+    without_bytes = dataclasses.replace(inspection, image_bytes=(), conversation="")
+    return dataclasses.asdict(without_bytes)
 
 
 def _from_json(content: dict[str, Any]) -> Inspection:

@@ -331,10 +331,10 @@ def place_images(turns: Sequence[Turn], template: Template, *, num_images: int) 
         return tuple(turns)
     if num_images == 1:
         turns = [_image_first(turn) for turn in turns]
-    found = sum(turn.text.count(IMAGE_MARKER) for turn in turns)
-    if found != num_images:
+    markers = sum(turn.text.count(IMAGE_MARKER) for turn in turns)
+    if markers != num_images:
         raise ValueError(
-            f"{found} {IMAGE_MARKER} in the conversation but {num_images} images; "
+            f"{markers} {IMAGE_MARKER} in the conversation but {num_images} images; "
             "make the two agree"
         )
     if template.image_marker == IMAGE_MARKER:
@@ -414,9 +414,9 @@ def render_prompt(
       ValueError: an empty question.
     """
     text = template.opening
-    for asked, replied in history:
-        _check_question(asked)
-        text += asked + template.before_reply + template.reply_start + replied
+    for earlier, reply in history:
+        _check_question(earlier)
+        text += earlier + template.before_reply + template.reply_start + reply
         text += template.reply_end + template.before_question
     _check_question(question)
     text += question + template.before_reply

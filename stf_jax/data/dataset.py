@@ -115,10 +115,10 @@ class Dataset:
     @property
     def fingerprint(self) -> str:
         """The same for every copy of the dataset, another when it is built from other examples."""
-        told = hashlib.sha256((self.path / "dataset_info.json").read_bytes())
+        digest = hashlib.sha256((self.path / "dataset_info.json").read_bytes())
         for path in sorted(self.path.glob("*array_record*")):
-            told.update(f"{path.name} {path.stat().st_size}".encode())
-        return told.hexdigest()
+            digest.update(f"{path.name} {path.stat().st_size}".encode())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._source)
@@ -160,7 +160,7 @@ class Dataset:
         """
         path = self.index_path(tokenizer, template)
         if not path.is_file():
-            others = sorted(found.name.split("-")[1] for found in self.path.glob("index-*.npz"))
+            others = sorted(file.name.split("-")[1] for file in self.path.glob("index-*.npz"))
             raise DatasetError(
                 f"{self.path}: no index for template {template!r} with this tokenizer (there is "
                 f"one for {', '.join(others) or 'none'}); 'stf-jax data build' with them adds it"

@@ -74,30 +74,30 @@ def _read_turns(content: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     key = next((key for key in TURN_KEYS if key in content), None)
     turns = None if key is None else content[key]
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        found = "" if key else f", and there are {shorten(', '.join(map(str, content)))}"
+        others = "" if key else f", and there are {shorten(', '.join(map(str, content)))}"
         raise FormError(
-            f"{key or 'conversations'!r} must be a list of objects{found}; write LLaVA's form, "
+            f"{key or 'conversations'!r} must be a list of objects{others}; write LLaVA's form, "
             '{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}'
         )
     return turns
 
 
 def _read_images(content: Mapping[str, Any]) -> list[str]:
-    found: dict[str, list[str]] = {}
+    names: dict[str, list[str]] = {}
     for key in IMAGE_KEYS:
         value = content.get(key)
         items = [] if value is None else value if isinstance(value, list) else [value]
         if items:
-            found[key] = [_read_name(item, key) for item in items]
-    lists = list(found.values())
-    if any(one != lists[0] for one in lists):
-        raise FormError(f"{' and '.join(found)} name other images; leave out one of them")
+            names[key] = [_read_name(item, key) for item in items]
+    lists = list(names.values())
+    if any(list_ != lists[0] for list_ in lists):
+        raise FormError(f"{' and '.join(names)} name other images; leave out one of them")
     return lists[0] if lists else []
 
 
 def _read_name(item: Any, key: str) -> str:
     if isinstance(item, Mapping):
-        path = next((item[one] for one in _PART_KEYS if item.get(one)), None)
+        path = next((item[part] for part in _PART_KEYS if item.get(part)), None)
         if path is None and item.get("bytes"):
             raise FormError(
                 f"{key!r} holds an image's bytes; write them to a file, and its path here"

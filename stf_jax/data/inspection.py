@@ -190,23 +190,23 @@ class Inspector:
             raise _Unfit("bad image", fault)
         if self.images is None:
             raise _Unfit("missing image", f"{name}: no folder of images was given")
-        found = find_image(self.images, name)
-        if found is None:
+        file = find_image(self.images, name)
+        if file is None:
             raise _Unfit(
                 "missing image",
                 f"{Path(self.images, name)}: no such file, nor with another extension; fetch it",
             )
         note = (
             None
-            if found.name == Path(name).name
-            else (f"{name} is there as {found.name}, which is used")
+            if file.name == Path(name).name
+            else (f"{name} is there as {file.name}, which is used")
         )
         try:
-            data = found.read_bytes()
+            data = file.read_bytes()
         except OSError as error:
-            raise _Unfit("bad image", f"{found}: cannot be read ({error.strerror})") from error
+            raise _Unfit("bad image", f"{file}: cannot be read ({error.strerror})") from error
         try:
-            check_image(data, name=str(found), image_processor=self.image_processor)
+            check_image(data, name=str(file), image_processor=self.image_processor)
         except ImageError as error:
             raise _Unfit("bad image", str(error)) from error
         return data, note
@@ -216,7 +216,7 @@ class Inspector:
 
         A later call that finds the same has the same images.
         """
-        found = []
+        identities = []
         for raw in examples:
             try:
                 _, names = read_form(raw.content)
@@ -228,15 +228,15 @@ class Inspector:
                     path = find_image(self.images, name)
                 stat = None if path is None else os.stat(path)
                 known = "" if stat is None else f"{stat.st_size} {stat.st_mtime_ns}"
-                found.append(f"{name} {known}")
-        return found
+                identities.append(f"{name} {known}")
+        return identities
 
 
 def find_image(folder: str, name: str) -> Path | None:
     """The file that is meant: of that name, or of the same with another extension."""
     path = Path(folder, name)
     others = (path.with_suffix(end) for end in EXTENSIONS if end != path.suffix)
-    return next((one for one in (path, *others) if one.is_file()), None)
+    return next((candidate for candidate in (path, *others) if candidate.is_file()), None)
 
 
 def _name_fault(name: str) -> str | None:

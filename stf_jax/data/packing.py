@@ -161,6 +161,6 @@ def group(
         rest.append(order[places[end:]])
     batches = np.concatenate(whole)[np.argsort(np.concatenate(first), kind="stable")]
     by_length = np.argsort(-lengths[batches], axis=1, kind="stable")
-    left = np.concatenate(rest)
-    left = left[np.argsort(-lengths[left], kind="stable")]
-    return np.concatenate([np.take_along_axis(batches, by_length, axis=1).ravel(), left])
+    remainder = np.concatenate(rest)
+    remainder = remainder[np.argsort(-lengths[remainder], kind="stable")]
+    return np.concatenate([np.take_along_axis(batches, by_length, axis=1).ravel(), remainder])

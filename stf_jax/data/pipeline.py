@@ -161,11 +161,11 @@ class TrainingData:
     @property
     def fingerprint(self) -> str:
         """Of the datasets, wherever they lie, and of which of their examples are used."""
-        told = hashlib.sha256("".join(self._prints).encode())
+        digest = hashlib.sha256("".join(self._prints).encode())
         planner = self.planner
         for array in (planner.lengths, planner.images, *planner.pools, planner.draws):
-            told.update(np.ascontiguousarray(array).tobytes())
-        return told.hexdigest()
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -248,18 +248,18 @@ class TrainingData:
             del iterator
             gc.collect()
 
-    def _collate(self, made: list[tuple[Row, np.ndarray]], step: int) -> TrainingStep:
-        rows = [row for row, _ in made]
+    def _collate(self, rows_and_squares: list[tuple[Row, np.ndarray]], step: int) -> TrainingStep:
+        rows = [row for row, _ in rows_and_squares]
         side = self._maker.image_processor.image_size
         shape = (len(rows), self.config.images_per_row, side, side, 3)
         pixels: Any = np.zeros(shape, np.uint8)
-        for number, (_, squares) in enumerate(made):
+        for number, (_, squares) in enumerate(rows_and_squares):
             pixels[number, : len(squares)] = squares
         text: dict[str, Any] = {
             name: np.stack([getattr(row, name) for row in rows])
             for name in ("ids", "labels", "positions", "segments", "image_slots")
         }
-        lost = tuple(one for row in rows for one in row.contents.lost)
+        lost = tuple(example for row in rows for example in row.contents.lost)
         self._count_missing(lost)
         return TrainingStep(
             step=step,
@@ -269,10 +269,12 @@ class TrainingData:
         )
 
     def _count_missing(self, lost: tuple[Lost, ...]) -> None:
-        for one in lost:
-            if one.id not in self.lost:
-                self.lost[one.id] = one.reason
-                _log.warning("left out, since it cannot be read: %s (%s)", one.id, one.reason)
+        for example in lost:
+            if example.id not in self.lost:
+                self.lost[example.id] = example.reason
+                _log.warning(
+                    "left out, since it cannot be read: %s (%s)", example.id, example.reason
+                )
         if len(self.lost) > self.config.max_lost:
             raise DatasetError(
                 f"{len(self.lost)} examples cannot be read any more, and max_lost is "
@@ -312,8 +314,8 @@ def _replace_missing(iterator: Iterator[Any]) -> Iterator[Any]:
 def _start_worker(worker: int, workers: int) -> None:
     # A scheduler that stops a run signals all its processes; the run itself ends its workers, after
     # its last checkpoint.
-    for one in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(one, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     end_with_parent()
     # Memory of images is used again, not given back and fetched anew for each.
     Image.core.set_blocks_max(_IMAGE_BLOCKS)  # type: ignore[attr-defined]

@@ -94,12 +94,12 @@ class RowMaker:
             try:
                 stored = self.datasets[dataset][number]
                 name = f"{self.names[dataset]}{stored.id}"
-                one = self._encode(stored.conversation, len(stored.images))
-                seen = [self._square(data) for data in stored.images[: one.num_images]]
+                conversation = self._encode(stored.conversation, len(stored.images))
+                seen = [self._square(data) for data in stored.images[: conversation.num_images]]
             except (DatasetError, ImageError) as error:
                 lost.append(Lost(id=name, reason=str(error)))
                 continue
-            encoded.append(one)
+            encoded.append(conversation)
             squares += seen
             names.append(name)
         row = self._assemble(encoded, RowContents(example_ids=tuple(names), lost=tuple(lost)))
@@ -128,15 +128,15 @@ class RowMaker:
         labels = np.full(length, IGNORED_LABEL, np.int32)
         image_slots = np.full(length, -1, np.int32)
         start = slots = 0
-        for segment, one in enumerate(encoded, start=1):
-            end = start + len(one.ids)
-            ids[start:end] = one.ids
-            labels[start:end] = one.labels
+        for segment, conversation in enumerate(encoded, start=1):
+            end = start + len(conversation.ids)
+            ids[start:end] = conversation.ids
+            labels[start:end] = conversation.labels
             # Alone, an example has nothing in front that its first token could be predicted from.
             labels[start] = IGNORED_LABEL
             positions[start:end] = np.arange(end - start)
             segments[start:end] = segment
-            places = start + np.flatnonzero(one.ids == IMAGE_TOKEN_ID)
+            places = start + np.flatnonzero(conversation.ids == IMAGE_TOKEN_ID)
             image_slots[places] = slots + np.arange(len(places))
             start, slots = end, slots + len(places)
         return Row(

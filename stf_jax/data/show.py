@@ -117,12 +117,12 @@ def show(
     ids, labels = expanded.ids, expanded.labels
     starts = ids == IMAGE_TOKEN_ID
     # Of each image's run of placeholders one is shown.
-    kept = ~starts
-    kept[np.flatnonzero(starts)[::tokens_per_image]] = True
+    shown = ~starts
+    shown[np.flatnonzero(starts)[::tokens_per_image]] = True
     return ShownExample(
         id=stored.id,
         number=number,
-        spans=_spans(tokenizer, ids[kept], labels[kept] != IGNORED_LABEL),
+        spans=_spans(tokenizer, ids[shown], labels[shown] != IGNORED_LABEL),
         tokens=len(ids),
         supervised=expanded.num_supervised,
         images=expanded.num_images,

@@ -154,18 +154,20 @@ def _find_list(value: Any, path: Path) -> tuple[list[Any], str | None]:
     if any(key in value for key in TURN_KEYS):
         return [value], f"{path} is one example, not a list of them"
     lists = {
-        key: one
-        for key, one in value.items()
-        if isinstance(one, list) and one and all(isinstance(entry, dict) for entry in one)
+        key: entries
+        for key, entries in value.items()
+        if isinstance(entries, list)
+        and entries
+        and all(isinstance(entry, dict) for entry in entries)
     }
     if len(lists) != 1:
-        there = f"lists under {', '.join(map(repr, lists))}" if lists else "none is in it"
+        what = f"lists under {', '.join(map(repr, lists))}" if lists else "none is in it"
         raise ValueError(
             f"{path}: one JSON object where a list of examples, or one example a line, is expected "
-            f"({there}); write the list alone"
+            f"({what}); write the list alone"
         )
-    ((key, found),) = lists.items()
-    return found, f"{path} is one object; the list under {key!r} was read"
+    ((key, entries),) = lists.items()
+    return entries, f"{path} is one object; the list under {key!r} was read"
 
 
 def _parse(line: str) -> tuple[Any, str | None]:

@@ -82,8 +82,8 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, special tokens and image placeholders left out."""
-        kept = [int(i) for i in ids if i >= 0]
-        return self.backend.decode(kept, skip_special_tokens=True)
+        text_ids = [int(i) for i in ids if i >= 0]
+        return self.backend.decode(text_ids, skip_special_tokens=True)
 
     @property
     def _mark_id(self) -> int | None:

@@ -37,12 +37,12 @@ def write_corpus(out: Path, *, train: int, held_out: int, seed: int) -> None:
         for number in range(train):
             name, scene = f"train-{number:05}.jpg", Scene.draw(rng)
             _save(scene, scans, rng, folder / IMAGES / name)
-            asked = scenes.questions(scene, rng, of_each=MOST)
+            questions = scenes.questions(scene, rng, of_each=MOST)
             captions += [
                 _sample(f"{name}-{kind}", name, [(REQUEST, caption(scene, rng))])
                 for kind, caption in scenes.CAPTIONS.items()
             ]
-            conversations.append(_sample(name, name, scenes.shuffle(asked, rng)))
+            conversations.append(_sample(name, name, scenes.shuffle(questions, rng)))
         rng, scans = np.random.default_rng([seed, 1]), Scans.load("test")
         unseen: list[dict[str, Any]] = []
         for number in range(held_out):
@@ -64,8 +64,8 @@ def write_corpus(out: Path, *, train: int, held_out: int, seed: int) -> None:
 def read_held_out(folder: Path) -> list[HeldOut]:
     """The questions that `write_corpus` held out, scene after scene."""
     return [
-        HeldOut(**one | {"question": Question(**one["question"])})
-        for one in read_json(folder / HELD_OUT, list)
+        HeldOut(**entry | {"question": Question(**entry["question"])})
+        for entry in read_json(folder / HELD_OUT, list)
     ]
 
 

@@ -64,7 +64,7 @@ class Cost:
 
 def answer_all(
     model: Path,
-    asked: Sequence[HeldOut],
+    questions: Sequence[HeldOut],
     corpus: Path,
     out: Path,
     progress: Callable[[int, int], None],
@@ -73,15 +73,16 @@ def answer_all(
     if not out.is_file():
         loaded = load(model, dtype="float32")
         answers: list[str] = []
-        for start in range(0, len(asked), BATCH):
+        for start in range(0, len(questions), BATCH):
             answers += [
                 answer.text
                 for answer in loaded.generate(
-                    requests(asked[start : start + BATCH], corpus), max_new_tokens=LONGEST_ANSWER
+                    requests(questions[start : start + BATCH], corpus),
+                    max_new_tokens=LONGEST_ANSWER,
                 )
             ]
-            progress(len(answers), len(asked))
-        content = {"answers": answers, "cost": dataclasses.asdict(_cost(loaded, asked, corpus))}
+            progress(len(answers), len(questions))
+        content = {"answers": answers, "cost": dataclasses.asdict(_cost(loaded, questions, corpus))}
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, content, indent=1)
     return list(read_json(out)["answers"])
@@ -92,24 +93,25 @@ def read_cost(out: Path) -> Cost:
     return Cost(**read_json(out)["cost"])
 
 
-def requests(asked: Sequence[HeldOut], corpus: Path) -> list[Request]:
+def requests(questions: Sequence[HeldOut], corpus: Path) -> list[Request]:
     """As a user would ask."""
     return [
-        Request(prompt=one.question.text, images=[corpus / IMAGES / one.image]) for one in asked
+        Request(prompt=item.question.text, images=[corpus / IMAGES / item.image])
+        for item in questions
     ]
 
 
-def scores(asked: Sequence[HeldOut], answers: Sequence[str]) -> dict[str, Score]:
+def scores(questions: Sequence[HeldOut], answers: Sequence[str]) -> dict[str, Score]:
     """By kind of question, and "all"; every kind is asked equally often, so that is their mean."""
     right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
-    for one, answer in zip(asked, answers, strict=True):
-        right[one.question.kind].append(answer == one.question.answer)
+    for item, answer in zip(questions, answers, strict=True):
+        right[item.question.kind].append(answer == item.question.answer)
     right["all"] = [hit for hits in right.values() for hit in hits]
     return {kind: Score(right=sum(hits), asked=len(hits)) for kind, hits in right.items()}
 
 
-def _cost(model: Model, asked: Sequence[HeldOut], corpus: Path) -> Cost:
-    batch = requests(asked[:BATCH], corpus)
+def _cost(model: Model, questions: Sequence[HeldOut], corpus: Path) -> Cost:
+    batch = requests(questions[:BATCH], corpus)
     seconds = []
     for _ in range(6):
         start = time.perf_counter()

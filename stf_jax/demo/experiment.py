@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from stf_jax.convert import export_checkpoint, import_checkpoint
-from stf_jax.convert.opening import load_processors
+from stf_jax.convert.stored_model import load_processors
 from stf_jax.data.builder import build
 from stf_jax.data.validator import check
 from stf_jax.demo.corpus import CAPTIONS, CONVERSATIONS, IMAGES, read_held_out, write_corpus
@@ -102,25 +102,25 @@ def run(settings: Settings, out: Path) -> Results:
         for stage in (1, 2):
             train_stage(stage, variants[name], settings, out)
     corpus = out / SCENES
-    asked = read_held_out(corpus)
+    questions = read_held_out(corpus)
     results = []
     for name in settings.variants:
         answers_file = out / name / "answers.json"
         with count_progress(f"Asking {variants[name].title}") as progress:
-            answers = answer_all(out / name / "stage2", asked, corpus, answers_file, progress)
+            answers = answer_all(out / name / "stage2", questions, corpus, answers_file, progress)
         results.append(
             VariantResult(
                 name=name,
                 title=variants[name].title,
-                scores=scores(asked, answers),
+                scores=scores(questions, answers),
                 cost=read_cost(answers_file),
                 stages=tuple(read_metrics(out / name / stage) for stage in ("stage1", "stage2")),
                 answers=tuple(answers),
             )
         )
-    found = Results(settings=dataclasses.asdict(settings), variants=tuple(results))
-    _export(found.best.name, out)
-    return found
+    outcome = Results(settings=dataclasses.asdict(settings), variants=tuple(results))
+    _export(outcome.best.name, out)
+    return outcome
 
 
 def train_stage(stage: int, variant: DemoVariant, settings: Settings, out: Path) -> Path:

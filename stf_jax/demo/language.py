@@ -195,7 +195,7 @@ class Oracle(nnx.Module):
         )
         return (losses * known).sum() / known.sum()
 
-    def answered(self, batch: Batch, seen: Seen, *, window: int) -> Array:
+    def accuracy(self, batch: Batch, seen: Seen, *, window: int) -> Array:
         """The share of rows in which each next token of every answer is the most likely."""
         targets = batch.labels[:, 1:]
         predicted = self(batch, seen, window=window)[:, :-1].argmax(-1)
@@ -219,8 +219,10 @@ def read_rows(
     for row, scene in enumerate(drawn):
         text = phase.texts[row % len(phase.texts)]
         if text == "questions":
-            asked = scenes.questions(scene, rng, of_each=of_each)
-            turns = scenes.shuffle([one for one in asked if one.kind in kinds], rng)
+            questions = scenes.questions(scene, rng, of_each=of_each)
+            turns = scenes.shuffle(
+                [question for question in questions if question.kind in kinds], rng
+            )
         else:
             turns = [("", CAPTIONS[text](scene, rng))]
         template = get_template("v1" if text == "questions" else "plain")
@@ -301,13 +303,13 @@ def _make_probe(
     """
     rng = np.random.default_rng([seed, 1])
     single = Phase(steps=0, rows=100, length=80, texts=["questions"], rate=0)
-    asked = {
+    rows_by_kind = {
         (kind, window): read_rows(tokenizer, single, rng, window=window, kinds=[kind], of_each=1)
         for kind in KINDS
         for window in (1, 2)
     }
-    answered = jax.jit(
-        lambda parameters, batch, seen, window: nnx.merge(graph, parameters).answered(
+    accuracy = jax.jit(
+        lambda parameters, batch, seen, window: nnx.merge(graph, parameters).accuracy(
             batch, seen, window=window
         ),
         static_argnames="window",
@@ -315,8 +317,8 @@ def _make_probe(
 
     def render(parameters: nnx.State) -> str:
         shares = {
-            (kind, window): 100 * float(answered(parameters, *rows, window))
-            for (kind, window), rows in asked.items()
+            (kind, window): 100 * float(accuracy(parameters, *rows, window))
+            for (kind, window), rows in rows_by_kind.items()
         }
         return ", ".join(f"{kind} {shares[kind, 1]:.0f} {shares[kind, 2]:.0f}" for kind in KINDS)
 

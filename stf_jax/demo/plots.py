@@ -17,13 +17,13 @@ from stf_jax.demo.scenes import COLUMNS, GRID, KINDS, ROWS, SIDE
 COLORS = {"llava": "#999999", "average": "#E69F00", "stf": "#56B4E9", "stf_mbtf": "#0072B2"}
 
 
-def draw_all(results: Results, asked: Sequence[HeldOut], out: Path) -> None:
+def draw_all(results: Results, held_out: Sequence[HeldOut], out: Path) -> None:
     """Writes accuracy.png, loss.png, prefill.png and scene.png into `out`."""
     for name, figure in (
         ("accuracy", _accuracy(results)),
         ("loss", _loss(results)),
         ("prefill", _prefill(results)),
-        ("scene", _scene(results, asked, out)),
+        ("scene", _scene(results, held_out, out)),
     ):
         figure.savefig(out / f"{name}.png", dpi=120)
 
@@ -31,8 +31,8 @@ def draw_all(results: Results, asked: Sequence[HeldOut], out: Path) -> None:
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False)[0]
-    for one in axes:
-        one.spines[["top", "right"]].set_visible(False)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
@@ -41,9 +41,9 @@ def _accuracy(results: Results) -> Figure:
     kinds = [*KINDS, "all"]
     width = 0.8 / len(results.variants)
     for number, variant in enumerate(results.variants):
-        found = [variant.scores[kind] for kind in kinds]
-        heights = np.array([100 * score.accuracy for score in found])
-        ends = 100 * np.array([score.interval for score in found]).T
+        scores = [variant.scores[kind] for kind in kinds]
+        heights = np.array([100 * score.accuracy for score in scores])
+        ends = 100 * np.array([score.interval for score in scores]).T
         places = np.arange(len(kinds)) + (number - (len(results.variants) - 1) / 2) * width
         # Wilson's interval may lie on one side of 0 % or 100 %.
         axes.bar(
@@ -69,17 +69,17 @@ def _accuracy(results: Results) -> Figure:
 def _loss(results: Results) -> Figure:
     figure, axes = _figure(9, 4, columns=2)
     titles = ("Stage 1: captions, language model frozen", "Stage 2: conversations")
-    for stage, (one, title) in enumerate(zip(axes, titles, strict=True)):
+    for stage, (axis, title) in enumerate(zip(axes, titles, strict=True)):
         for variant in results.variants:
             losses = [record["loss"] for record in variant.stages[stage]]
-            one.plot(
+            axis.plot(
                 range(1, len(losses) + 1),
                 losses,
                 color=COLORS[variant.name],
                 label=variant.title if stage == 0 else None,
                 linewidth=1.2,
             )
-        one.set(title=title, xlabel="step", ylabel="loss (nats a token)", ylim=(0, None))
+        axis.set(title=title, xlabel="step", ylabel="loss (nats a token)", ylim=(0, None))
     figure.legend(loc="outside lower center", ncols=len(results.variants), frameon=False)
     return figure
 
@@ -94,22 +94,22 @@ def _prefill(results: Results) -> Figure:
         ("Time to the first token", "milliseconds a question",
          [1000 * variant.cost.seconds for variant in results.variants]),
     )  # fmt: skip
-    for one, (title, label, lengths) in zip(axes, bars, strict=True):
-        drawn = one.barh(titles, lengths, color=colors)
-        one.bar_label(drawn, fmt="%.2f", padding=3)
-        one.set(title=title, xlabel=label, xlim=(0, 1.2 * max(lengths)))
-        one.invert_yaxis()
+    for axis, (title, label, lengths) in zip(axes, bars, strict=True):
+        drawn = axis.barh(titles, lengths, color=colors)
+        axis.bar_label(drawn, fmt="%.2f", padding=3)
+        axis.set(title=title, xlabel=label, xlim=(0, 1.2 * max(lengths)))
+        axis.invert_yaxis()
     axes[0].set_ylabel("variant (tokens an image)")
     return figure
 
 
-def _scene(results: Results, asked: Sequence[HeldOut], out: Path) -> Figure:
+def _scene(results: Results, held_out: Sequence[HeldOut], out: Path) -> Figure:
     """The scene that the variants disagree about most; their answers to a question a kind."""
     by_image: dict[str, list[int]] = {}
-    for number, one in enumerate(asked):
-        asked_already = by_image.setdefault(one.image, [])
-        if len(asked_already) < len(KINDS):
-            asked_already.append(number)
+    for number, item in enumerate(held_out):
+        numbers = by_image.setdefault(item.image, [])
+        if len(numbers) < len(KINDS):
+            numbers.append(number)
 
     def disagreement(numbers: list[int]) -> int:
         return sum(
@@ -123,7 +123,7 @@ def _scene(results: Results, asked: Sequence[HeldOut], out: Path) -> Figure:
     _draw_image(left, out / "scenes" / IMAGES / name)
     right.axis("off")
     right.set_title("Questions about it, and answers (wrong ones in red)")
-    questions = [asked[number].question for number in numbers]
+    questions = [held_out[number].question for number in numbers]
     said = [[variant.answers[number] for variant in results.variants] for number in numbers]
     table = right.table(
         [

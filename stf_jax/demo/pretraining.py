@@ -86,13 +86,13 @@ def _make_language(folder: Path, *, phases: Sequence[Phase], seed: int) -> None:
 
 def _tensors(entries: Sequence[Entry], leaves: Mapping[str, Any]) -> dict[str, Any]:
     """PyTorch's tensors of the native parameters."""
-    found = {}
+    tensors = {}
     for entry in entries:
         array = np.asarray(leaves[entry.native])
         layers = [array] if entry.layers is None else list(array)
         for name, layer in zip(entry.tensors, layers, strict=True):
-            found[name] = np.ascontiguousarray(entry.transform.torch(layer))
-    return found
+            tensors[name] = np.ascontiguousarray(entry.transform.torch(layer))
+    return tensors
 
 
 def _write(folder: Path, config: Mapping[str, Any], tensors: dict[str, Any]) -> None:

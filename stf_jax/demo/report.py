@@ -76,16 +76,16 @@ In stage 2 it is {finetune:g} for all.
 """
 
 
-def write_report(results: Results, asked: Sequence[HeldOut], out: Path) -> None:
+def write_report(results: Results, questions: Sequence[HeldOut], out: Path) -> None:
     """Writes results.json, report.md and its figures."""
     results.save(out / "results.json")
-    draw_all(results, asked, out)
+    draw_all(results, questions, out)
     settings, variants = results.settings, all_variants(VISION, TEXT)
     text = _TEXT.format(
         verdict=results.verdict,
         table=_markdown(*_cells(results)),
-        examples=_examples(asked),
-        guessed=100 * _chance(asked),
+        examples=_examples(questions),
+        guessed=100 * _chance(questions),
         narrow=TEXT.width,
         wide=variants["stf_mbtf"].system.projector_width,
         choice=", ".join(f"{rate:g}" for rate in RATES),
@@ -161,22 +161,22 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _chance(asked: Sequence[HeldOut]) -> float:
+def _chance(questions: Sequence[HeldOut]) -> float:
     """The share of questions whose answer is the most common of their kind."""
     by_kind: dict[str, Counter[str]] = {}
-    for one in asked:
-        by_kind.setdefault(one.question.kind, Counter())[one.question.answer] += 1
-    return sum(max(answers.values()) for answers in by_kind.values()) / len(asked)
+    for held_out in questions:
+        by_kind.setdefault(held_out.question.kind, Counter())[held_out.question.answer] += 1
+    return sum(max(answers.values()) for answers in by_kind.values()) / len(questions)
 
 
-def _examples(asked: Sequence[HeldOut]) -> str:
+def _examples(questions: Sequence[HeldOut]) -> str:
     """A row for each kind of question: those about the first image."""
     return "\n".join(
-        f"| {one.question.kind} | {one.question.text} {one.question.answer} |"
-        for one in asked[: len(KINDS)]
+        f"| {held_out.question.kind} | {held_out.question.text} {held_out.question.answer} |"
+        for held_out in questions[: len(KINDS)]
     )
 
 
-def example_question(asked: Sequence[HeldOut], out: Path) -> tuple[Path, str]:
+def example_question(questions: Sequence[HeldOut], out: Path) -> tuple[Path, str]:
     """A held-out image, and a question about it."""
-    return out / "scenes" / IMAGES / asked[0].image, asked[0].question.text
+    return out / "scenes" / IMAGES / questions[0].image, questions[0].question.text

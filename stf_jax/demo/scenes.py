@@ -177,9 +177,12 @@ def questions(scene: Scene, rng: np.random.Generator, *, of_each: int) -> list[Q
     return [question for turn in zip(*by_kind, strict=True) for question in turn]
 
 
-def shuffle(asked: Sequence[Question], rng: np.random.Generator) -> list[tuple[str, str]]:
+def shuffle(questions: Sequence[Question], rng: np.random.Generator) -> list[tuple[str, str]]:
     """Questions and answers of a conversation: any kind may come first, as when one is asked."""
-    return [(asked[number].text, asked[number].answer) for number in rng.permutation(len(asked))]
+    return [
+        (questions[number].text, questions[number].answer)
+        for number in rng.permutation(len(questions))
+    ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -106,7 +106,9 @@ def train_tower(
 
     @jax.jit
     def step(parameters: nnx.State, moments: Any, batch: Captioned) -> tuple[nnx.State, Any, Array]:
-        lost, slope = jax.value_and_grad(lambda one: nnx.merge(graph, one).loss(batch))(parameters)
+        lost, slope = jax.value_and_grad(lambda state: nnx.merge(graph, state).loss(batch))(
+            parameters
+        )
         updates, moments = optimizer.update(slope, moments, parameters)
         return optax.apply_updates(parameters, updates), moments, lost
 

@@ -40,7 +40,9 @@ def read_answers(path: Path) -> list[AnswerRecord]:
     lines = read_jsonl(path, ("question_id", "text"))
     if odd := [str(line["question_id"]) for line in lines if not isinstance(line["text"], str)]:
         raise ValueError(f"{path}: the 'text' of {name_some(odd)} is no string; answer them again")
-    odd = [str(one["question_id"]) for one in lines if not isinstance(one.get("prompt", ""), str)]
+    odd = [
+        str(line["question_id"]) for line in lines if not isinstance(line.get("prompt", ""), str)
+    ]
     if odd:
         raise ValueError(
             f"{path}: the 'prompt' of {name_some(odd)} is no string; put the question there, or "
@@ -92,8 +94,11 @@ def count_answers(path: Path, questions: Sequence[Question]) -> int:
         return 0
     answers = read_answers(path)
     for number, answer in enumerate(answers):
-        asked = questions[number] if number < len(questions) else None
-        if asked is None or (answer.question_id, answer.prompt) != (asked.question_id, asked.text):
+        question = questions[number] if number < len(questions) else None
+        if question is None or (answer.question_id, answer.prompt) != (
+            question.question_id,
+            question.text,
+        ):
             raise ValueError(
                 f"{path}: line {number + 1} (question {answer.question_id}) does not answer "
                 f"question {number + 1} of this benchmark; give another --out"
@@ -134,20 +139,20 @@ def pair(
       ValueError: answers to none of the questions, or too many to the same.
     """
     keys = [key(answer) for answer in answers]
-    asked, found = Counter(expected), Counter(keys)
-    strange = [str(one) for one in found if one not in asked]
+    wanted, given = Counter(expected), Counter(keys)
+    strange = [str(name) for name in given if name not in wanted]
     if strange:
         raise ValueError(
             f"{len(strange)} of {len(keys)} answers are to no question of this benchmark "
             f"({name_some(strange)}); check that the answer file is this benchmark's"
         )
-    excess = [str(one) for one in found if found[one] > asked[one]]
+    excess = [str(name) for name in given if given[name] > wanted[name]]
     if excess:
         raise ValueError(
             f"{len(excess)} questions are answered more often than asked ({name_some(excess)}); "
             "leave one line for each in the answer file"
         )
-    missing = [] if answered_only else (asked - found).elements()
+    missing = [] if answered_only else (wanted - given).elements()
     return Paired(answers=tuple(zip(keys, answers, strict=True)), missing=tuple(missing))
 
 

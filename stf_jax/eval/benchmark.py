@@ -83,11 +83,11 @@ class Benchmark:
 def score_on_server(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -> Score:
     """No figures, since nobody but the server knows the truth; only what has no answer."""
     path = paths["questions"]
-    asked = [str(line["question_id"]) for line in read_jsonl(path, ("question_id",))]
+    ids = [str(line["question_id"]) for line in read_jsonl(path, ("question_id",))]
     # The server takes an answer for each id.
-    if twice := [one for one, count in Counter(asked).items() if count > 1]:
+    if twice := [id_ for id_, count in Counter(ids).items() if count > 1]:
         raise ValueError(f"{path}: has {name_some(twice)} more than once; fetch it again")
-    paired = pair(asked, answers, key=by_id, answered_only=answered_only)
+    paired = pair(ids, answers, key=by_id, answered_only=answered_only)
     return Score(
         figures={},
         headline=None,

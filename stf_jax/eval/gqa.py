@@ -20,7 +20,10 @@ def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -
     check_fields(path, list(truth.items()), ("answer",))
     check_kinds(path, list(truth.items()), {"answer": str})
     paired = pair(list(truth), answers, key=by_id, answered_only=answered_only)
-    right = sum(_prediction(answer) == truth[one]["answer"] for one, answer in paired.answers)
+    right = sum(
+        _prediction(answer) == truth[question_id]["answer"]
+        for question_id, answer in paired.answers
+    )
     questions = len(paired.answers) + len(paired.missing)
     accuracy = 100 * right / questions
     return Score(
@@ -36,7 +39,10 @@ def _submit(paths: Paths, answers: Sequence[AnswerRecord], folder: Path) -> Path
     out = folder / "testdev_balanced_predictions.json"
     write_json(
         out,
-        [{"questionId": one.question_id, "prediction": _prediction(one)} for one in answers],
+        [
+            {"questionId": answer.question_id, "prediction": _prediction(answer)}
+            for answer in answers
+        ],
     )
     return out
 

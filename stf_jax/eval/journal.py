@@ -125,11 +125,11 @@ class AnswerLog:
 
     def _parts(self) -> list[Path]:
         """Those in this host's care, also of a run that had more hosts."""
-        found = [(_PART.fullmatch(file.name), file) for file in self._path.parent.iterdir()]
+        matches = [(_PART.fullmatch(file.name), file) for file in self._path.parent.iterdir()]
         hosts = self._hosts
         return [
             file
-            for match, file in found
+            for match, file in matches
             if match is not None and int(match[1]) % hosts.count == hosts.number
         ]
 
@@ -161,7 +161,8 @@ def share(questions: Sequence[Question], hosts: Hosts) -> list[Question]:
     """This host's questions; those about the same images stay together."""
     groups: dict[tuple[Path | bytes, ...] | int, int] = {}
     return [
-        one
-        for one in questions
-        if groups.setdefault(one.images or one.number, len(groups)) % hosts.count == hosts.number
+        question
+        for question in questions
+        if groups.setdefault(question.images or question.number, len(groups)) % hosts.count
+        == hosts.number
     ]

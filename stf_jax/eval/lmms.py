@@ -62,11 +62,11 @@ class StfJax(lmms):
             for start in range(0, len(numbers), _CHUNK):
                 chunk = numbers[start : start + _CHUNK]
                 options = _options(requests[chunk[0]].args[1])
-                asked = [self._request(requests[number]) for number in chunk]
-                found = self._model.generate(
-                    asked, template=self._template, slots=self._slots, **options
+                prompts = [self._request(requests[number]) for number in chunk]
+                generated = self._model.generate(
+                    prompts, template=self._template, slots=self._slots, **options
                 )
-                answers |= dict(zip(chunk, (answer.text for answer in found), strict=True))
+                answers |= dict(zip(chunk, (answer.text for answer in generated), strict=True))
         return [answers[number] for number in range(len(requests))]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
@@ -86,18 +86,18 @@ class StfJax(lmms):
         return Request(prompt=context, images=images)
 
 
-def _options(asked: Mapping[str, Any]) -> dict[str, Any]:
+def _options(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Generation arguments of `transformers` as ours."""
-    sampled = asked.get("do_sample", True) and (asked.get("temperature") or 0) > 0
+    sampled = arguments.get("do_sample", True) and (arguments.get("temperature") or 0) > 0
     sampling = GREEDY
     if sampled:
         sampling = Sampling(
-            temperature=asked["temperature"],
-            top_p=asked.get("top_p") or 1.0,
-            top_k=asked.get("top_k") or 0,
+            temperature=arguments["temperature"],
+            top_p=arguments.get("top_p") or 1.0,
+            top_k=arguments.get("top_k") or 0,
         )
     return {
         "sampling": sampling,
-        "max_new_tokens": asked.get("max_new_tokens", 1024),
-        "stop": asked.get("until", ()),
+        "max_new_tokens": arguments.get("max_new_tokens", 1024),
+        "stop": arguments.get("until", ()),
     }

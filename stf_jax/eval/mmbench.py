@@ -100,17 +100,19 @@ def _question(path: Path, number: int, row: dict[str, Any], ending: str) -> Ques
     )
 
 
-def named_letter(text: str) -> str | None:
+def parse_letter(text: str) -> str | None:
     """The option that an answer names: "B", "B.", "(B)", "B. a dog"; None if none."""
-    found = _LETTER.match(text.strip())
-    return found[1] if found else None
+    match = _LETTER.match(text.strip())
+    return match[1] if match else None
 
 
 def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -> Score:
     rows = _rows(paths["questions"])
     _check_columns(paths["questions"], rows[0])
     truth = {str(row["index"]): row.get("answer") for row in rows}
-    odd = [f"{one} ({answer})" for one, answer in truth.items() if answer not in tuple(_LETTERS)]
+    odd = [
+        f"{index} ({answer})" for index, answer in truth.items() if answer not in tuple(_LETTERS)
+    ]
     # The test split keeps its answers on the server, all of them.
     if odd and any(truth.values()):
         raise ValueError(
@@ -119,15 +121,17 @@ def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -
         )
     paired = pair(list(truth), answers, key=by_id, answered_only=answered_only)
     questions = len(paired.answers) + len(paired.missing)
-    unread = sum(named_letter(answer.text) is None for _, answer in paired.answers)
+    unread = sum(parse_letter(answer.text) is None for _, answer in paired.answers)
     figures: dict[str, Any] = {"answers_without_letter": unread}
     headline = None
     if all(truth.values()):
         right = dict.fromkeys(paired.missing, False)
-        right |= {one: named_letter(answer.text) == truth[one] for one, answer in paired.answers}
+        right |= {
+            index: parse_letter(answer.text) == truth[index] for index, answer in paired.answers
+        }
         rotations: dict[int, list[bool]] = defaultdict(list)
-        for one, correct in right.items():
-            rotations[int(one) % _ROTATION].append(correct)
+        for index, correct in right.items():
+            rotations[int(index) % _ROTATION].append(correct)
         headline = 100 * sum(map(all, rotations.values())) / len(rotations)
         figures |= {
             "accuracy": 100 * sum(right.values()) / len(right),
@@ -145,7 +149,7 @@ def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -
 
 def _check_columns(path: Path, columns: Collection[str]) -> None:
     """Raises ValueError if answers may be there under a wrong name; the test split has none."""
-    strange = [one for one in columns if one not in (*_NEEDED, *_OPTIONAL)]
+    strange = [column for column in columns if column not in (*_NEEDED, *_OPTIONAL)]
     if strange and "answer" not in columns:
         raise ValueError(
             f"{path}: the header has no answer and an unknown {', '.join(map(repr, strange))}; "

@@ -104,7 +104,7 @@ def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -
         single = [answer for image in images for answer in image]
         accuracy = sum(single) / len(single)
         # Both questions; in a try-out the second may not have been asked.
-        accuracy_plus = sum(len(one) > 1 and all(one) for one in images) / len(images)
+        accuracy_plus = sum(len(hits) > 1 and all(hits) for hits in images) / len(images)
         tasks[task] = {
             "accuracy": accuracy,
             "accuracy_plus": accuracy_plus,

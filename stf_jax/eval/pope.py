@@ -56,23 +56,23 @@ def _labels(paths: Paths) -> dict[str, tuple[str, bool]]:
     The question file numbers through all categories and the annotations each on their own, so that
     the two belong together by their order.
     """
-    asked: dict[str, list[dict[str, Any]]] = {category: [] for category in CATEGORIES}
+    by_category: dict[str, list[dict[str, Any]]] = {category: [] for category in CATEGORIES}
     for line in read_jsonl(paths["questions"], ("question_id", "image", "text", "category")):
-        if line["category"] not in asked:
+        if line["category"] not in by_category:
             raise ValueError(
                 f"{paths['questions']}: question {line['question_id']} is of category "
                 f"{line['category']!r}; POPE has {', '.join(CATEGORIES)}"
             )
-        asked[line["category"]].append(line)
+        by_category[line["category"]].append(line)
     labels = {}
-    for category, questions in asked.items():
+    for category, questions in by_category.items():
         path = paths["annotations"] / f"coco_pope_{category}.json"
         truth = read_jsonl(path, ("image", "text", "label"))
-        named = [(f"line {number}", one) for number, one in enumerate(truth, start=1)]
+        named = [(f"line {number}", truth_line) for number, truth_line in enumerate(truth, start=1)]
         check_kinds(path, named, {"text": str, "label": str})
         _check_same(path, questions, truth)
-        for question, one in zip(questions, truth, strict=True):
-            labels[str(question["question_id"])] = category, one["label"] != "no"
+        for question, truth_line in zip(questions, truth, strict=True):
+            labels[str(question["question_id"])] = category, truth_line["label"] != "no"
     return labels
 
 
@@ -82,8 +82,10 @@ def _check_same(
     fix = "take the annotations of POPE's commit e3e39262, which LLaVA's question file belongs to"
     if len(questions) != len(truth):
         raise ValueError(f"{path}: {len(truth)} annotations for {len(questions)} questions; {fix}")
-    for number, (question, one) in enumerate(zip(questions, truth, strict=True), start=1):
-        if question["image"] != one["image"] or not question["text"].startswith(one["text"]):
+    for number, (question, truth_line) in enumerate(zip(questions, truth, strict=True), start=1):
+        if question["image"] != truth_line["image"] or not question["text"].startswith(
+            truth_line["text"]
+        ):
             raise ValueError(
                 f"{path}: annotation {number} is not about question {question['question_id']}; "
                 f"{fix}"
@@ -94,15 +96,15 @@ def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -
     labels = _labels(paths)
     paired = pair(list(labels), answers, key=by_id, answered_only=answered_only)
     counts = {category: _Counts() for category in CATEGORIES}
-    for one, answer in paired.answers:
-        category, label = labels[one]
+    for key, answer in paired.answers:
+        category, label = labels[key]
         counts[category].add(label, says_yes(answer.text))
-    for one in paired.missing:
-        category, label = labels[one]
+    for key in paired.missing:
+        category, label = labels[key]
         counts[category].add(label, not label)
     # A try-out may not come to every category.
     figures = {name: count.figures() for name, count in counts.items() if count != _Counts()}
-    mean = sum(one["f1_score"] for one in figures.values()) / len(figures)
+    mean = sum(figure["f1_score"] for figure in figures.values()) / len(figures)
     return Score(
         figures={**figures, "mean_f1_score": mean},
         headline=100 * mean,

@@ -56,9 +56,10 @@ def settle(folder: Path, protocol: Mapping[str, Any]) -> None:
     """
     path = folder / NAME
     if not path.exists():
-        if found := [one for one in sorted(folder.glob("answers*.jsonl")) if one.stat().st_size]:
+        files = [file for file in sorted(folder.glob("answers*.jsonl")) if file.stat().st_size]
+        if files:
             raise ValueError(
-                f"{found[0]}: there is no {NAME} that says who answered, and how; score it as it "
+                f"{files[0]}: there is no {NAME} that says who answered, and how; score it as it "
                 "is with --answers, or give another --out"
             )
         write_json(path, protocol, indent=2)
@@ -82,13 +83,13 @@ def _differences(stored: Any, now: Any, name: str = "") -> list[str]:
         pairs = ((key, stored.get(key), now.get(key)) for key in keys)
         return [
             line
-            for key, one, other in pairs
-            for line in _differences(one, other, f"{name}.{key}" if name else key)
+            for key, first, second in pairs
+            for line in _differences(first, second, f"{name}.{key}" if name else key)
         ]
     return [] if stored == now else [f"{name} {stored!r}, now {now!r}"]
 
 
-def stored_beside(answers: Path) -> dict[str, Any] | None:
+def read_protocol(answers: Path) -> dict[str, Any] | None:
     """The protocol of an answer file; None if it came without, as the reference's do."""
     path = answers.with_name(NAME)
     return read_json(path) if path.exists() else None

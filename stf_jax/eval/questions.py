@@ -102,9 +102,9 @@ def read_llava_questions(paths: Mapping[str, Path]) -> list[Question]:
 def check_markers(path: Path, questions: Sequence[Question]) -> None:
     """Raises ValueError naming the questions of `path` that ask for images they have not."""
     names = [
-        str(one.question_id)
-        for one in questions
-        if one.prompt.count(IMAGE_MARKER) != len(one.images)
+        str(question.question_id)
+        for question in questions
+        if question.prompt.count(IMAGE_MARKER) != len(question.images)
     ]
     if names:
         raise ValueError(
@@ -115,5 +115,7 @@ def check_markers(path: Path, questions: Sequence[Question]) -> None:
 
 def missing_images(questions: Sequence[Question]) -> list[Path]:
     """Image files that are not there, each once, in the order asked."""
-    paths = {path: None for one in questions for path in one.images if isinstance(path, Path)}
+    paths = {
+        path: None for question in questions for path in question.images if isinstance(path, Path)
+    }
     return [path for path in paths if not path.is_file()]

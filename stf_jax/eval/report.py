@@ -18,10 +18,10 @@ def render(results: Sequence[Result]) -> str:
     for result in results:
         benchmark = BENCHMARKS[result.benchmark]
         unknown = "on the server" if benchmark.submit else "-"
-        here = unknown if result.score.headline is None else f"{result.score.headline:.1f}"
+        ours = unknown if result.score.headline is None else f"{result.score.headline:.1f}"
         published = (system.published.get(benchmark.name) for system in systems)
         figures = ("-" if figure is None else f"{figure:.1f}" for figure in published)
-        rows.append((benchmark.title, here, *figures))
+        rows.append((benchmark.title, ours, *figures))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows

@@ -116,7 +116,8 @@ def _check_truth(
 ) -> None:
     """Scores empty answers, so that files that do not fit are found before hours of asking."""
     empty = [
-        AnswerRecord(question_id=one.question_id, prompt=one.text, text="") for one in questions
+        AnswerRecord(question_id=question.question_id, prompt=question.text, text="")
+        for question in questions
     ]
     try:
         benchmark.score(paths, empty, True)
@@ -186,19 +187,19 @@ def ask_together(
         described = protocol.describe(benchmark, prepared.paths, first, answerer)
         protocol.settle(out, described)
         mark = protocol.mark(described)
-    asked = share(prepared.questions[: prepared.limit], hosts)
+    own = share(prepared.questions[: prepared.limit], hosts)
     questions, model_id = prepared.questions, answerer.model_id
     with AnswerLog(path, questions, model_id=model_id, hosts=hosts, mark=mark) as log:
-        rest = [one for one in asked if not log.is_answered(one)]
-        done = len(asked) - len(rest)
+        rest = [question for question in own if not log.is_answered(question)]
+        done = len(own) - len(rest)
         if progress:
-            progress(done, len(asked))
+            progress(done, len(own))
         if rest:
             for reply in answerer.answer(rest, benchmark.decoding):
                 log.add(reply)
                 done += 1
                 if progress:
-                    progress(done, len(asked))
+                    progress(done, len(own))
         log.finish()
     if hosts.number:
         return None
@@ -255,7 +256,7 @@ def _finish(
         limit=limit,
         answers=path,
         submission=submission,
-        protocol=protocol.stored_beside(path),
+        protocol=protocol.read_protocol(path),
         files=protocol.hashes({"answers": path, **scored}),
     )
     if out is not None:

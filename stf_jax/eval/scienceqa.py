@@ -28,7 +28,7 @@ def _read(paths: Paths) -> list[Question]:
     named = _name(entries)
     check_fields(path, named, ("id", "conversations"))
     check_kinds(path, named, {"conversations": list})
-    check_kinds(path, [one for one in named if "image" in one[1]], {"image": str})
+    check_kinds(path, [entry for entry in named if "image" in entry[1]], {"image": str})
     first_turns = [(place, next(iter(entry["conversations"]), None)) for place, entry in named]
     check_fields(path, first_turns, ("value",))
     check_kinds(path, first_turns, {"value": str})
@@ -40,8 +40,8 @@ def _name(entries: Sequence[Any]) -> list[tuple[str, Any]]:
 
 
 def _question(number: int, entry: dict[str, Any], images: Path) -> Question:
-    asked = entry["conversations"][0]["value"].replace(IMAGE_MARKER, "").strip()
-    text = f"{asked}\n{OPTION_LETTER}"
+    turn = entry["conversations"][0]["value"].replace(IMAGE_MARKER, "").strip()
+    text = f"{turn}\n{OPTION_LETTER}"
     if "image" not in entry:
         return Question(number=number, question_id=entry["id"], text=text, prompt=text, images=())
     # The reference stores the marker too, and knows by it which answers are about an image.
@@ -62,8 +62,8 @@ def _choice(text: str, choices: int) -> int | None:
     elif text[:1] in tuple(_LETTERS) and text[1:3] == ". ":
         letter = text[0]
     else:
-        found = _SENTENCE.findall(text)
-        letter = found[0] if len(found) == 1 else ""
+        letters = _SENTENCE.findall(text)
+        letter = letters[0] if len(letters) == 1 else ""
     index = _LETTERS.find(letter) if letter else -1
     return index if 0 <= index < choices else None
 
@@ -73,18 +73,18 @@ def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -
     problems = read_json(paths["problems"])
     if not isinstance(split.get("test"), list):
         raise ValueError(f"{paths['splits']}: has no split 'test'; fetch the official file again")
-    if lost := [one for one in split["test"] if one not in problems]:
+    if lost := [id_ for id_ in split["test"] if id_ not in problems]:
         raise ValueError(
             f"{paths['problems']}: lacks {name_some(lost)} of the test split; take both files from "
             "the same release"
         )
-    named = [(one, problems[one]) for one in split["test"]]
+    named = [(id_, problems[id_]) for id_ in split["test"]]
     check_fields(paths["problems"], named, ("choices", "answer"))
     check_kinds(paths["problems"], named, {"choices": list, "answer": int})
     paired = pair(split["test"], answers, key=by_id, answered_only=answered_only)
     right, right_images, images = 0, 0, 0
-    for one, answer in paired.answers:
-        problem = problems[one]
+    for id_, answer in paired.answers:
+        problem = problems[id_]
         correct = _choice(answer.text, len(problem["choices"])) == problem["answer"]
         about_image = IMAGE_MARKER in answer.prompt
         right += correct

@@ -25,17 +25,17 @@ def _key(answer: AnswerRecord) -> tuple[str, str]:
             f"the answer about image {answer.question_id} has no 'prompt' of two or three lines; "
             "TextVQA's answer files need it, since it holds the question"
         )
-    asked = lines[1] if len(lines) == 3 and lines[0].startswith(_OCR) else lines[0]
-    return str(answer.question_id), asked.lower()
+    question = lines[1] if len(lines) == 3 and lines[0].startswith(_OCR) else lines[0]
+    return str(answer.question_id), question.lower()
 
 
 def _agreement(text: str, people: Sequence[str]) -> float:
     """The mean, over each person left out, of min(1, others who agree / 3)."""
     said = normalize_answer(text)
-    agrees = [normalize_answer(one) == said for one in people]
+    agrees = [normalize_answer(item) == said for item in people]
     total = sum(agrees)
     # An answer that nobody gave is 0 either way.
-    return _sum(min(1, (total - one) / _ENOUGH) for one in agrees) / _PEOPLE
+    return _sum(min(1, (total - item) / _ENOUGH) for item in agrees) / _PEOPLE
 
 
 def _sum(values: Iterable[float]) -> float:
@@ -73,7 +73,7 @@ def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -
         figures={"accuracy": accuracy},
         headline=100 * accuracy,
         questions=questions,
-        missing=tuple(f"{image}: {asked}" for image, asked in paired.missing),
+        missing=tuple(f"{image}: {question}" for image, question in paired.missing),
     )
 
 

@@ -15,10 +15,10 @@ def _every(paths: Paths, answers: Sequence[AnswerRecord]) -> list[int | str]:
     """The ids of all test questions, among which are those answered."""
     every = [line["question_id"] for line in read_jsonl(paths["test_questions"], ("question_id",))]
     known = set(map(str, every))
-    if left := [one for one in map(by_id, answers) if one not in known]:
+    if unknown := [id_ for id_ in map(by_id, answers) if id_ not in known]:
         raise ValueError(
-            f"{paths['test_questions']}: lacks {len(left)} questions that are answered "
-            f"({name_some(left)}); it must be the whole of test2015"
+            f"{paths['test_questions']}: lacks {len(unknown)} questions that are answered "
+            f"({name_some(unknown)}); it must be the whole of test2015"
         )
     return every
 
@@ -36,7 +36,7 @@ def _submit(paths: Paths, answers: Sequence[AnswerRecord], folder: Path) -> Path
     out = folder / "vqav2_upload.json"
     write_json(
         out,
-        [{"question_id": one, "answer": texts.get(str(one), "")} for one in _every(paths, answers)],
+        [{"question_id": id_, "answer": texts.get(str(id_), "")} for id_ in _every(paths, answers)],
     )
     return out
 

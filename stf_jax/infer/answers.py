@@ -7,7 +7,7 @@ from typing import Literal
 from stf_jax.data.detokenizer import StreamDecoder
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID, Tokenizer
 from stf_jax.infer.prompts import Prompt
-from stf_jax.infer.stopping import StopStrings
+from stf_jax.infer.stop_strings import StopStrings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class AnswerBuilder:
 
     def push(self, ids: Iterable[int]) -> str:
         """New text; ids behind the end are ignored."""
-        return self._emit("".join(self._push_one(int(one)) for one in ids if not self.finished))
+        return self._emit("".join(self._push_one(int(id_)) for id_ in ids if not self.finished))
 
     def finish(self) -> str:
         """Text that was kept back for what might have followed."""

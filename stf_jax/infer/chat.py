@@ -84,11 +84,11 @@ class Chat:
           ValueError: an empty question, or a conversation that has become too long; it is then as
             it was before.
         """
-        asked = f"{IMAGE_MARKER}\n" * len(self._pending) + question.replace(IMAGE_MARKER, "")
+        turn = f"{IMAGE_MARKER}\n" * len(self._pending) + question.replace(IMAGE_MARKER, "")
         if not question.strip():
             raise ValueError("the question is empty; ask something")
         shown = self.images + self._pending
-        prompt = self._prompt(asked, shown)
+        prompt = self._prompt(turn, shown)
         answer = self._model.make_builder(self._template.stop_strings)
         stream = self._session.stream(prompt, limits=self._limits, every=_EVERY)
         try:
@@ -100,7 +100,7 @@ class Chat:
         finally:
             stream.close()
             if answer.token_ids:
-                self.history.append((asked, answer.text.strip()))
+                self.history.append((turn, answer.text.strip()))
                 self.images, self._pending = shown, []
 
     def to_json(self) -> dict[str, Any]:

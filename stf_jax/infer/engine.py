@@ -189,7 +189,7 @@ class _Feed:
         """Continues with the next prefixes if no question waits about the last ones."""
         if self.waiting or not self._chunks:
             return
-        chunk, loaded = self._chunks.popleft(), [one.result() for one in self._coming]
+        chunk, loaded = self._chunks.popleft(), [future.result() for future in self._coming]
         self._coming = self._read()
         size = self._program.config.image_size
         batch = pad_prompts(loaded, rows=self._rows, image_size=size)

@@ -8,7 +8,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from stf_jax.convert.opening import open_any
+from stf_jax.convert.stored_model import open_any
 from stf_jax.infer.model import Model
 from stf_jax.models.cache import CacheDType
 from stf_jax.models.llava import Llava

@@ -86,27 +86,33 @@ def lower(
     def rows(tree: PyTree) -> PyTree:
         sharding = NamedSharding(mesh, P(BATCH_AXES))
         return jax.tree.map(
-            lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=sharding), tree
+            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), tree
         )
 
-    parameters, here = program._parameters, rows(batch)
+    parameters, batch_rows = program._parameters, rows(batch)
     greedy, numbers = limits.greedy, limits.arrays
     with jax.set_mesh(mesh):
         empty = program._start.eval_shape(parameters, slots=slots, context=context, new=new)
         state = _place(empty, mesh)
-        found = program._prefixes.eval_shape(parameters, here)
-        prefixes = _place(found, mesh)
-        one = np.int32(1)
+        prefix_shapes = program._prefixes.eval_shape(parameters, batch_rows)
+        prefixes = _place(prefix_shapes, mesh)
+        scalar = np.int32(1)
         return LoweredEngine(
-            prefill=program._prefixes.lower(parameters, here),
+            prefill=program._prefixes.lower(parameters, batch_rows),
             inserts=[
                 program._insert.lower(
-                    parameters, state, prefixes, rows(asked), numbers, greedy=greedy
+                    parameters, state, prefixes, rows(suffixes), numbers, greedy=greedy
                 )
-                for asked in questions
+                for suffixes in questions
             ],
             decode=program._decode.lower(
-                parameters, state, rows(np.zeros(slots, bool)), one, one, numbers, greedy=greedy
+                parameters,
+                state,
+                rows(np.zeros(slots, bool)),
+                scalar,
+                scalar,
+                numbers,
+                greedy=greedy,
             ),
             parameters=parameters,
             slots=state,

@@ -178,12 +178,12 @@ class Model:
         if marks == 0:
             question = f"{IMAGE_MARKER}\n" * len(images) + question
         elif marks != len(images):
-            there = {0: "is no image", 1: "is 1 image"}.get(
+            count = {0: "is no image", 1: "is 1 image"}.get(
                 len(images), f"are {len(images)} images"
             )
             fix = "give one for each" if images else "give one for each (--image FILE)"
             raise ValueError(
-                f"the prompt has {marks} {IMAGE_MARKER} and there {there}; "
+                f"the prompt has {marks} {IMAGE_MARKER} and there {count}; "
                 f"{fix}, or leave {IMAGE_MARKER} out"
             )
         if not request.prompt.replace(IMAGE_MARKER, "").strip():

@@ -115,8 +115,8 @@ class Program:
         digest = hashlib.sha256()
         with self._on_mesh():
             for path, leaf in jax.tree_util.tree_leaves_with_path(self._parameters):
-                told = f"{jax.tree_util.keystr(path)} {leaf.shape} {int(_bit_sum(leaf))}\n"
-                digest.update(told.encode())
+                line = f"{jax.tree_util.keystr(path)} {leaf.shape} {int(_bit_sum(leaf))}\n"
+                digest.update(line.encode())
         return digest.hexdigest()[:16]
 
     @property
@@ -287,7 +287,7 @@ class Program:
         model = self._model(parameters)
         slots = dataclasses.replace(slots, finished=slots.finished | stopped)
 
-        def wanted(carry: tuple[Array, Slots]) -> Bool[Array, ""]:
+        def is_unfinished(carry: tuple[Array, Slots]) -> Bool[Array, ""]:
             step, slots = carry
             return (step < every) & (slots.finished.sum() < enough)
 
@@ -301,10 +301,10 @@ class Program:
             )
             chosen = self._choose(logits, slots.counts, limits, greedy=greedy)
             going = ~slots.finished
-            here = (jnp.arange(slots.tokens.shape[1]) == slots.counts[:, None]) & going[:, None]
+            is_next = (jnp.arange(slots.tokens.shape[1]) == slots.counts[:, None]) & going[:, None]
             counts, positions = slots.counts + going, slots.positions + going
             return step + 1, Slots(
-                tokens=jnp.where(here, chosen[:, None], slots.tokens),
+                tokens=jnp.where(is_next, chosen[:, None], slots.tokens),
                 counts=counts,
                 last=jnp.where(going, chosen, slots.last),
                 positions=positions,
@@ -312,7 +312,7 @@ class Program:
                 cache=cache,
             )
 
-        return jax.lax.while_loop(wanted, step, (jnp.int32(0), slots))[1]
+        return jax.lax.while_loop(is_unfinished, step, (jnp.int32(0), slots))[1]
 
     def _model(self, parameters: nnx.State) -> Llava:
         return nnx.merge(self._graph, parameters)

@@ -74,11 +74,11 @@ def sample(
     """One token a row, the `step`-th of its answer; seed and step alone decide the noise."""
     # At a temperature next to nothing all but the best become minus infinity, and none infinity.
     below = logits - logits.max(axis=-1, keepdims=True)
-    kept = likely(below / jnp.maximum(temperature, _COLDEST), top_k=top_k, top_p=top_p)
+    candidates = likely(below / jnp.maximum(temperature, _COLDEST), top_k=top_k, top_p=top_p)
     seeded = jax.random.key(seed)
 
     def gumbel(step: Int[Array, ""]) -> Float[Array, "V"]:
         return jax.random.gumbel(jax.random.fold_in(seeded, step), logits.shape[-1:])
 
     # An answer depends neither on its row nor on its neighbors.
-    return jnp.argmax(kept + jax.vmap(gumbel)(step), axis=-1).astype(jnp.int32)
+    return jnp.argmax(candidates + jax.vmap(gumbel)(step), axis=-1).astype(jnp.int32)

@@ -40,7 +40,7 @@ def start(
         ValueError: one or two of the three, or a number that does not fit.
     """
     given = (coordinator, processes, process)
-    if all(one is None for one in given):
+    if all(option is None for option in given):
         if _on_tpu():
             # A single TPU VM is a pod of one.
             with _no_longer_than(timeout, "this host"):

@@ -101,13 +101,15 @@ def make_mesh(
             the slices.
     """
     devices = jax.devices() if devices is None else devices
-    wanted, found = data * fsdp * tensor, len(devices)
-    if wanted != found:
+    wanted, count = data * fsdp * tensor, len(devices)
+    if wanted != count:
         raise ValueError(
-            f"data {data} x fsdp {fsdp} x tensor {tensor} makes {wanted} devices; there are {found}"
+            f"data {data} x fsdp {fsdp} x tensor {tensor} makes {wanted} devices; there are {count}"
         )
     types = (AxisType.Explicit,) * len(AXES)
-    slices = len({getattr(one, "slice_index", 0) for one in devices if one.platform == "tpu"})
+    slices = len(
+        {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
+    )
     if slices < 2:
         return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=types, devices=devices)
     if data % slices:

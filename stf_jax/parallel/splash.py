@@ -44,9 +44,9 @@ def splash_attention(
     query, query_segments = _pad(scaled), _pad(query_segments)
     key, value, key_segments = _pad(key), _pad(value), _pad(key_segments)
     shape = (query.shape[1], key.shape[1])
-    one = splash.CausalMask(shape) if causal else splash.FullMask(shape)
+    head_mask = splash.CausalMask(shape) if causal else splash.FullMask(shape)
     kernel = splash.make_splash_mha(
-        splash.MultiHeadMask([one] * heads),
+        splash.MultiHeadMask([head_mask] * heads),
         head_shards=1,
         q_seq_shards=1,
         block_sizes=_blocks(*shape),
@@ -65,7 +65,7 @@ def splash_attention(
     return seen.swapaxes(1, 2)[:, :length]
 
 
-def seen_part(queries: int, keys: int) -> float:
+def visited_share(queries: int, keys: int) -> float:
     """The part of a causal mask's blocks that the kernel visits, of lengths in whole lanes."""
     query, key = _block(queries), _block(keys)
     visited = sum(-(-(start + query) // key) for start in range(0, queries, query))

@@ -81,10 +81,10 @@ class Topology:
         Raises:
             ValueError: not of that form, or a generation or layout that does not exist.
         """
-        found = re.fullmatch(r"(?:([1-9]\d*)x)?(\w+):(\d+(?:x\d+)*)", text)
-        name, sides = (found[2], found[3]) if found else ("", "0")
+        match = re.fullmatch(r"(?:([1-9]\d*)x)?(\w+):(\d+(?:x\d+)*)", text)
+        name, sides = (match[2], match[3]) if match else ("", "0")
         shape = tuple(map(int, sides.split("x")))
-        if found is None or name not in CHIPS or 0 in shape:
+        if match is None or name not in CHIPS or 0 in shape:
             raise ValueError(
                 f"topology {text!r}: write a generation ({', '.join(CHIPS)}) and its chips along "
                 "each axis, such as v5e:4x4 or v4:2x2x2; 2xv5e:4x4 for two slices"
@@ -95,7 +95,7 @@ class Topology:
                 f"topology {text!r}: a slice of {name} has {chip.axes} axes, such as "
                 f"{name}:{'x'.join(['2'] * chip.axes)}"
             )
-        return cls(chip=chip, shape=shape, slices=int(found[1] or 1))
+        return cls(chip=chip, shape=shape, slices=int(match[1] or 1))
 
     @property
     def slice(self) -> str:

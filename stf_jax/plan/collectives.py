@@ -54,64 +54,66 @@ class Collective:
 
 
 def collective(
-    one: Instruction, shapes: dict[str, str], devices: int, *, starts: bool, scattered: bool
+    instruction: Instruction, shapes: dict[str, str], devices: int, *, starts: bool, scattered: bool
 ) -> Collective:
-    """Of an instruction that is one.
+    """The collective that an instruction stands for.
 
     Args:
-        one: the instruction.
+        instruction: of the program; its opcode is one of `COLLECTIVES`, or starts one.
         shapes: of its operands.
         devices: of a slice.
         starts: its computation only starts it.
         scattered: its computation keeps a part of what is summed.
     """
-    kind = one.opcode.removesuffix("-start")
-    size = byte_count(one.shape)
-    if one.opcode == "collective-permute-start":
+    kind = instruction.opcode.removesuffix("-start")
+    size = byte_count(instruction.shape)
+    if instruction.opcode == "collective-permute-start":
         size //= 2
-    elif one.opcode.endswith("-start"):
-        size -= sum(byte_count(shapes.get(name, "")) for name in one.operands)
+    elif instruction.opcode.endswith("-start"):
+        size -= sum(byte_count(shapes.get(name, "")) for name in instruction.operands)
     if kind == "reduce-scatter":
-        size *= _group(one, devices)
+        size *= _group(instruction, devices)
     return Collective(
         kind="reduce-scatter" if scattered and kind == "all-reduce" else kind,
         bytes=size,
-        group=_group(one, devices),
-        beside=math.inf if starts or one.opcode.endswith("-start") else 0,
-        source=one.source,
-        shape=short(one.shape),
+        group=_group(instruction, devices),
+        beside=math.inf if starts or instruction.opcode.endswith("-start") else 0,
+        source=instruction.source,
+        shape=short(instruction.shape),
     )
 
 
-def between_slices(one: Instruction, slices: int) -> Collective:
+def between_slices(instruction: Instruction, slices: int) -> Collective:
     """Of a `recv` that waits for another slice.
 
     Raises:
         UnreadableProgram: its kind is not known.
     """
-    found = one.attribute("_xla_megascale_transfer_type", r'"(\w+)"')
-    if found not in _BETWEEN_SLICES:
-        raise UnreadableProgram(f"{one.name} goes between slices in an unknown way, {found}")
-    kind, shape = _BETWEEN_SLICES[found], short(one.shape)
+    transfer = instruction.attribute("_xla_megascale_transfer_type", r'"(\w+)"')
+    if transfer not in _BETWEEN_SLICES:
+        raise UnreadableProgram(
+            f"{instruction.name} goes between slices in an unknown way, {transfer}"
+        )
+    kind, shape = _BETWEEN_SLICES[transfer], short(instruction.shape)
     scattered = slices if kind == "reduce-scatter" else 1
     return Collective(
         kind=kind,
         bytes=byte_count(shape) * scattered,
         group=slices,
         beside=0,
-        source=one.source,
+        source=instruction.source,
         shape=shape,
         dcn=True,
     )
 
 
-def _group(one: Instruction, devices: int) -> int:
+def _group(instruction: Instruction, devices: int) -> int:
     """Chips in a group, in whichever of its three forms it is written."""
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", one.rest):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found.group(2)))
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", one.rest):
-        return int(found.group(1))
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", one.rest):
-        return found.group(1).count(",") + 1
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", instruction.rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match.group(1)))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match.group(2)))
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", instruction.rest):
+        return int(match.group(1))
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", instruction.rest):
+        return match.group(1).count(",") + 1
     return devices

@@ -19,7 +19,7 @@ from stf_jax.models import flops
 from stf_jax.parallel.mesh import MeshConfig
 from stf_jax.parallel.sharding import make_mesh
 from stf_jax.plan.chips import Topology
-from stf_jax.plan.measure import measure
+from stf_jax.plan.estimate import estimate_cost
 from stf_jax.plan.padding import padding
 from stf_jax.plan.request import Plan, Request
 from stf_jax.systems import named_config
@@ -67,7 +67,7 @@ def make_plan(request: Request) -> Plan:
     if isinstance(compiled, int):
         return dataclasses.replace(known, needed=compiled)
     took = time.perf_counter() - start
-    cost = measure(text, compiled.memory_analysis(), topology)
+    cost = estimate_cost(text, compiled.memory_analysis(), topology)
     moved = 2 * (cost["arguments"] + cost["temporaries"])
     return dataclasses.replace(
         known, fits=True, memory_seconds=moved / chip.bandwidth, compile_seconds=took, **cost
@@ -122,7 +122,7 @@ def describe(topology: Topology) -> Sequence[Any]:
     if topology.slices > 1:
         options["num_slices"] = topology.slices
     try:
-        found = topologies.get_topology_desc(topology.slice, "tpu", **options)
+        description = topologies.get_topology_desc(topology.slice, "tpu", **options)
     except (jax.errors.JaxRuntimeError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
         if "libtpu" in reason or "INVALID_ARGUMENT" not in reason:
@@ -130,7 +130,7 @@ def describe(topology: Topology) -> Sequence[Any]:
                 f"the TPU compiler does not start; pip install libtpu ({reason[:200]})"
             ) from error
         raise ValueError(f"there is no slice {topology.slice}: {reason[:200]}") from error
-    devices: Sequence[Any] = found.devices
+    devices: Sequence[Any] = description.devices
     if len(devices) != topology.chips:
         raise ValueError(f"there is no slice {topology}: the compiler makes {len(devices)} of it")
     return devices
@@ -156,7 +156,7 @@ def compile_and_read(compile: Callable[[dict[str, Any]], Any]) -> tuple[Any, str
 
 def parse_needed(message: str) -> int:
     """Bytes that the compiler would have needed: "Used 17.2G of 15.75G hbm", or in other words."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of", message) or re.search(
+    match = re.search(r"Used ([\d.]+)([KMGT]?) of", message) or re.search(
         r"\(([\d.]+)([KMGT]?)\) exceeds", message
     )
-    return int(float(found.group(1)) * _UNITS.get(found.group(2), 1)) if found else 0
+    return int(float(match.group(1)) * _UNITS.get(match.group(2), 1)) if match else 0

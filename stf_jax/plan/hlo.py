@@ -33,14 +33,14 @@ class Instruction:
 
     def attribute(self, name: str, pattern: str = r"%?([\w.\-]+)") -> str | None:
         """The value of an attribute."""
-        found = re.search(rf"\b{name}={pattern}", self.rest)
-        return found and found.group(1)
+        match = re.search(rf"\b{name}={pattern}", self.rest)
+        return match and match.group(1)
 
     @property
     def cycles(self) -> int:
         """The compiler's estimate, 0 where it has none."""
-        found = re.search(r'"estimated_cycles":"(\d+)"', self.rest)
-        return int(found.group(1)) if found else 0
+        match = re.search(r'"estimated_cycles":"(\d+)"', self.rest)
+        return int(match.group(1)) if match else 0
 
     @property
     def operands(self) -> list[str]:
@@ -86,10 +86,10 @@ def parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:
 
 def shapes_of(instructions: list[Instruction]) -> dict[str, str]:
     """Of each result by its name as an operand, and of each part of a tuple."""
-    shapes = {one.name: one.shape for one in instructions}
-    for one in instructions:
-        parts = _parts(one.shape) if one.shape.startswith("(") else []
-        shapes |= {f"{one.name}#{index}": part for index, part in enumerate(parts)}
+    shapes = {instruction.name: instruction.shape for instruction in instructions}
+    for instruction in instructions:
+        parts = _parts(instruction.shape) if instruction.shape.startswith("(") else []
+        shapes |= {f"{instruction.name}#{index}": part for index, part in enumerate(parts)}
     return shapes
 
 
@@ -124,8 +124,8 @@ def byte_count(shape: str) -> int:
 
 
 def _bits(dtype: str) -> int:
-    found = re.search(r"\d+", dtype)
-    return _BITS.get(dtype, int(found.group()) if found else 0)
+    match = re.search(r"\d+", dtype)
+    return _BITS.get(dtype, int(match.group()) if match else 0)
 
 
 def element_counts(shape: str) -> list[int]:
@@ -135,11 +135,11 @@ def element_counts(shape: str) -> list[int]:
 
 def dimensions(shape: str) -> list[int]:
     """Of an array; of a tuple those of the first."""
-    found = _SHAPE.search(shape)
-    return [int(n) for n in found.group(2).split(",") if n] if found else []
+    match = _SHAPE.search(shape)
+    return [int(n) for n in match.group(2).split(",") if n] if match else []
 
 
 def short(shape: str) -> str:
     """Without layouts; of a tuple the first."""
-    found = _SHAPE.search(shape)
-    return found.group() if found else shape
+    match = _SHAPE.search(shape)
+    return match.group() if match else shape

@@ -23,7 +23,7 @@ from stf_jax.infer.prompts import Prompt, bucket, pad_prompts
 from stf_jax.infer.sampling import GREEDY
 from stf_jax.plan.chips import Topology
 from stf_jax.plan.compiler import compile_and_read, mesh_of
-from stf_jax.plan.measure import measure
+from stf_jax.plan.estimate import estimate_cost
 from stf_jax.plan.phases import InferencePlan, Phase
 from stf_jax.plan.request import Request
 from stf_jax.systems import named_config
@@ -56,7 +56,7 @@ def make_inference_plan(request: Request) -> InferencePlan:
             f"{model.text.max_positions}; make it smaller"
         )
     prompt = _prompt(model, prefix, work.images)
-    lengths = sorted({bucket(one, least=LEAST_QUESTION) for one in work.question_tokens})
+    lengths = sorted({bucket(tokens, least=LEAST_QUESTION) for tokens in work.question_tokens})
     lowered = lower(
         program,
         batch=pad_prompts([prompt], rows=rows, image_size=model.image_size),
@@ -82,15 +82,15 @@ def make_inference_plan(request: Request) -> InferencePlan:
         phases=(),
     )
     inserts = zip(lengths, lowered.inserts, strict=True)
-    for name, count, length, one in (
+    for name, count, length, program_of_phase in (
         ("prefill", rows, bucket(prefix), lowered.prefill),
         *(("insert", rows, *insert) for insert in inserts),
         ("decode", slots, 1, lowered.decode),
     ):
-        reads = _reads(name, lowered, mesh) / chip.bandwidth
+        reads = _reads(name, program_of_phase, mesh) / chip.bandwidth
         phase = Phase(name=name, rows=count, length=length, needed=0, memory_seconds=reads)
-        made = _compile(phase, one, plan, topology)
-        plan = dataclasses.replace(plan, phases=(*plan.phases, made))
+        compiled = _compile(phase, program_of_phase, plan, topology)
+        plan = dataclasses.replace(plan, phases=(*plan.phases, compiled))
         if not plan.fits:
             break
     return plan
@@ -102,7 +102,9 @@ def _compile(phase: Phase, lowered: Any, plan: InferencePlan, topology: Topology
     compiled, text = compile_and_read(lowered.compile)
     if isinstance(compiled, int):
         return dataclasses.replace(phase, needed=max(compiled, plan.limit + 1))
-    cost = measure(text, compiled.memory_analysis(), topology, one_turn=phase.name == "decode")
+    cost = estimate_cost(
+        text, compiled.memory_analysis(), topology, one_turn=phase.name == "decode"
+    )
     # The engine holds weights, slots and prefixes all the time, arguments or not; old prefixes
     # until there are new ones.
     elsewhere = plan.weights + plan.cache + plan.prefixes - cost["arguments"]

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from stf_jax.parallel.splash import seen_part
+from stf_jax.parallel.splash import visited_share
 
 # Matmuls over query x key positions that each of splash's kernels does.
 _MATMULS = {"fwd": 2, "dq": 3, "dkv": 4}
@@ -26,11 +26,11 @@ def kernel_flops(name: str, operands: Sequence[str]) -> float:
         ValueError: another kernel.
     """
     phase = re.search(r"splash_mha_([a-z]+)", name)
-    arrays = [found.groups() for one in operands if (found := _ARRAY.match(one))]
+    arrays = [match.groups() for operand in operands if (match := _ARRAY.match(operand))]
     if phase is None or phase.group(1) not in _MATMULS or len(arrays) < 2:
         raise ValueError(f"the kernel {name} is not known to the planner")
     rows, heads, queries, dim = (int(size or 1) for size in arrays[0])
     keys = int(arrays[1][2])
-    causal = any(_POSITIONS.match(one) for one in operands)
-    part = seen_part(queries, keys) if causal else 1.0
+    causal = any(_POSITIONS.match(operand) for operand in operands)
+    part = visited_share(queries, keys) if causal else 1.0
     return 2.0 * _MATMULS[phase.group(1)] * rows * heads * queries * keys * dim * part

@@ -106,8 +106,8 @@ class InferencePlan:
         """With what follows from the rest."""
         tree = dataclasses.asdict(self) | {"chips": self.chips, "needed": self.needed}
         tree["phases"] = [
-            dataclasses.asdict(one) | {"seconds": one.seconds, "bandwidth": one.bandwidth}
-            for one in self.phases
+            dataclasses.asdict(phase) | {"seconds": phase.seconds, "bandwidth": phase.bandwidth}
+            for phase in self.phases
         ]
         tree["fits"] = self.fits
         if self.fits:
@@ -121,5 +121,5 @@ class InferencePlan:
     def from_json(cls, tree: dict[str, Any]) -> "InferencePlan":
         """Reads what `to_json` wrote."""
         known = {field.name: tree[field.name] for field in dataclasses.fields(cls)}
-        known["phases"] = tuple(Phase.from_json(one) for one in tree["phases"])
+        known["phases"] = tuple(Phase.from_json(phase) for phase in tree["phases"])
         return cls(**known)

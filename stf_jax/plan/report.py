@@ -82,7 +82,9 @@ def _training(plan: Plan) -> str:
         "roofline": f"matmuls {plan.matmul_seconds:.3f} s, HBM {plan.memory_seconds:.3f} s, "
         f"collectives {plan.collective_seconds:.3f} s",
     }
-    lines |= {one.kind: f"{one.count:,} a step, {_traffic(one)}" for one in plan.traffic}
+    lines |= {
+        traffic.kind: f"{traffic.count:,} a step, {_traffic(traffic)}" for traffic in plan.traffic
+    }
     return "\n".join([_table(lines), *_most_expensive(plan)])
 
 
@@ -131,7 +133,9 @@ def _phase(phase: Phase) -> dict[str, str]:
         f"reached), collectives {1e3 * phase.collective_seconds:.1f} ms",
         "  memory": f"{_gib(phase.needed)} a chip, {_gib(phase.temporaries)} of it temporaries",
     }
-    return lines | {f"  {one.kind}": f"{one.count:,}, {_traffic(one)}" for one in phase.traffic}
+    return lines | {
+        f"  {traffic.kind}": f"{traffic.count:,}, {_traffic(traffic)}" for traffic in phase.traffic
+    }
 
 
 def _slice(plan: Plan | InferencePlan) -> str:
@@ -144,10 +148,10 @@ def _too_large(plan: Plan | InferencePlan) -> str:
     return f"does not fit: needs {_gib(plan.needed)} a chip, {_gib(over)} more than there are"
 
 
-def _traffic(one: Traffic) -> str:
+def _traffic(traffic: Traffic) -> str:
     return (
-        f"{_count(one.bytes)}B to a chip, {_count(one.exposed)}B not overlapped; the largest "
-        f"{_count(one.largest)}B, {one.what}"
+        f"{_count(traffic.bytes)}B to a chip, {_count(traffic.exposed)}B not overlapped; the "
+        f"largest {_count(traffic.largest)}B, {traffic.what}"
     )
 
 

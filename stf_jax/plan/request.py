@@ -95,8 +95,8 @@ class Cost:
     def from_json(cls, tree: dict[str, Any]) -> Self:
         """Reads what `dataclasses.asdict` made, or more."""
         known = {field.name: tree[field.name] for field in dataclasses.fields(cls)}
-        known["traffic"] = tuple(Traffic(**one) for one in tree["traffic"])
-        known["top"] = tuple(tuple(one) for one in tree["top"])
+        known["traffic"] = tuple(Traffic(**item) for item in tree["traffic"])
+        known["top"] = tuple(tuple(item) for item in tree["top"])
         return cls(**known)
 
 

@@ -48,7 +48,7 @@ def sweep(config: TrainConfig, *, chips: int, ask: Ask) -> Iterator[Tried]:
 def best(tried: list[Tried], *, count: int = 5) -> list[tuple[tuple[str, ...], Plan]]:
     """Those that fit, the fastest first."""
     fit = [(overrides, plan) for overrides, plan in tried if plan is not None and plan.fits]
-    return sorted(fit, key=lambda one: one[1].step_seconds)[:count]
+    return sorted(fit, key=lambda attempt: attempt[1].step_seconds)[:count]
 
 
 def training_changes(config: TrainConfig, *, chips: int, ask: Ask) -> list[tuple[str, ...]]:

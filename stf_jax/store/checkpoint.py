@@ -134,11 +134,11 @@ def open_native(path: epath.PathLike) -> "NativeCheckpoint":
         )
     if not isinstance(version, int) or not isinstance(model, dict) or not isinstance(files, dict):
         raise _damage_error(path / _CONFIG)
-    found = _sizes(path)
+    sizes = _sizes(path)
     broken = [
-        f"{name}: {found.get(name, 'no')} bytes of {size}"
+        f"{name}: {sizes.get(name, 'no')} bytes of {size}"
         for name, size in files.items()
-        if found.get(name) != size
+        if sizes.get(name) != size
     ]
     if broken:
         raise CheckpointError(f"{_damage_error(path)}:\n" + list_some(broken))
@@ -150,7 +150,7 @@ def open_native(path: epath.PathLike) -> "NativeCheckpoint":
     if content.get("digest", _digest_content(content)) != _digest_content(content):
         raise _damage_error(path / _CONFIG)
     digests = content.get("digests", {})
-    small = {name: told for name, told in digests.items() if files[name] <= _DIGEST_BYTES}
+    small = {name: digest for name, digest in digests.items() if files[name] <= _DIGEST_BYTES}
     if changed := _find_changed(path, small):
         raise CheckpointError(f"{_damage_error(path)}:\n" + list_some(changed))
     return NativeCheckpoint(
@@ -253,7 +253,7 @@ class NativeCheckpoint:
         Raises:
             CheckpointError: an array is not what was written.
         """
-        loaded = load_checked(
+        loaded = load_and_check(
             lambda some: flatten(load_some(self.path / _PARAMS, unflatten(some))),
             {self.stored_path(name): like for name, like in wanted.items()},
             stored={self.stored_path(name): self.shapes[name] for name in wanted},
@@ -318,7 +318,7 @@ def load_some(path: epath.Path, wanted: Tree) -> dict[str, Any]:
     return loaded
 
 
-def load_checked(
+def load_and_check(
     load: Callable[[Mapping[str, Any]], Mapping[str, Any]],
     wanted: Mapping[str, Any],
     *,
@@ -343,8 +343,8 @@ def load_checked(
     loaded: dict[str, Any] = {}
     for names in _batches(wanted, stored):
         some = dict(load({name: _as_stored(wanted[name], stored[name].dtype) for name in names}))
-        found = checksums({name: some[name] for name in names if name in recorded})
-        if changed := [name for name, number in found.items() if number != recorded[name]]:
+        sums = checksums({name: some[name] for name in names if name in recorded})
+        if changed := [name for name, number in sums.items() if number != recorded[name]]:
             raise damaged(f"{changed[0]} is not what was written")
         loaded |= {name: _cast(some.pop(name), wanted[name]) for name in names}
     return loaded
@@ -439,7 +439,7 @@ def _write_params(path: epath.Path, leaves: Iterable[Leaf]) -> dict[str, int]:
             if has_checksum(array.dtype)
         }
         ocp.partial.save(path, unflatten(batch))
-        recorded.update({name: one.result() for name, one in summed.items()})
+        recorded.update({name: future.result() for name, future in summed.items()})
 
     # Orbax reports each failure that it raises, too.
     with (
@@ -507,8 +507,8 @@ def _list_extras(path: epath.Path) -> list[str]:
 def _find_changed(path: epath.Path, digests: Mapping[str, str]) -> list[str]:
     return [
         f"{name} is not what was written"
-        for name, told in digests.items()
-        if sha256(path / name) != told
+        for name, digest in digests.items()
+        if sha256(path / name) != digest
     ]
 
 

@@ -60,17 +60,17 @@ def checksums(arrays: Mapping[str, Any]) -> dict[str, int]:
     """
     # Devices begin before the host waits for anything.
     begun = {name: _begin(array) for name, array in arrays.items() if _stays(array)}
-    found = {
+    sums_by_name = {
         name: sum(map(int, begun[name])) % 2**32 if name in begun else checksum(np.asarray(array))
         for name, array in arrays.items()
     }
     spread = [name for name in begun if not arrays[name].is_fully_addressable]
     if spread:
-        parts = np.array([found[name] for name in spread], np.uint32)
+        parts = np.array([sums_by_name[name] for name in spread], np.uint32)
         with jax.set_mesh(NO_MESH):
             sums = multihost_utils.process_allgather(parts).astype(np.uint64).sum(axis=0)
-        found |= {name: int(total) % 2**32 for name, total in zip(spread, sums, strict=True)}
-    return found
+        sums_by_name |= {name: int(total) % 2**32 for name, total in zip(spread, sums, strict=True)}
+    return sums_by_name
 
 
 def _begin(array: jax.Array) -> list[jax.Array]:

@@ -27,7 +27,7 @@ from stf_jax.store.checkpoint import (
     NativeCheckpoint,
     host_like,
     is_native,
-    load_checked,
+    load_and_check,
     load_some,
     open_native,
     place,
@@ -167,7 +167,7 @@ class TrainedCheckpoint(NativeCheckpoint):
     def _load_trained_leaves(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
         prefix = f"{PARAMETERS}/"
         older = is_older(self._stored)
-        loaded = load_checked(
+        loaded = load_and_check(
             lambda some: load_some(self._state, {PARAMETERS: dict(some)})[PARAMETERS],
             {older_path(path) if older else path: like for path, like in wanted.items()},
             stored=self._stored,
@@ -185,12 +185,12 @@ class TrainedCheckpoint(NativeCheckpoint):
         self.first.verify()
         if not self._recorded:
             raise CheckpointError(f"{self._state} has no checksums; an older release wrote it")
-        like = jax.tree.map(lambda one: host_like(one.shape, one.dtype), self._described)
+        like = jax.tree.map(lambda leaf: host_like(leaf.shape, leaf.dtype), self._described)
         try:
-            found = checksums(name_leaves(load_some(self._state, like)))
+            sums = checksums(name_leaves(load_some(self._state, like)))
         except Exception as error:  # Orbax and its storage raise bare ones, too
             raise _damage_error(self._state, first_line(error)) from error
-        changed = [name for name, number in self._recorded.items() if found.get(name) != number]
+        changed = [name for name, number in self._recorded.items() if sums.get(name) != number]
         if changed:
             raise _damage_error(self._state, f"{changed[0]} is not what was written")
 

@@ -115,8 +115,8 @@ class Checkpoints:
         with self._explain_errors():
             self._finish()
             if self.latest != step:
-                found = checksums(name_leaves(_as_tree(state)))
-                tree = _as_tree(state) | {CHECKSUMS: np.array([*found.values()], np.uint32)}
+                sums = checksums(name_leaves(_as_tree(state)))
+                tree = _as_tree(state) | {CHECKSUMS: np.array([*sums.values()], np.uint32)}
                 self._writing = self._checkpointer.save_async(step, tree, force=True)
 
     def wait(self) -> None:
@@ -165,7 +165,7 @@ class Checkpoints:
             ),
             like,
         )
-        while steps := [one.step for one in self._checkpointer.checkpoints]:
+        while steps := [checkpoint.step for checkpoint in self._checkpointer.checkpoints]:
             step = steps[-1]
             state, reason = self._read(step, abstract)
             if state is not None:
@@ -212,13 +212,13 @@ class Checkpoints:
             return None, reason or "another host cannot read it"
         # An older release wrote no checksums.
         if state is not None and recorded is not None:
-            found = checksums(name_leaves(_as_tree(state)))
+            sums = checksums(name_leaves(_as_tree(state)))
             changed = [
                 name
-                for name, number in zip(found, recorded.tolist(), strict=False)
-                if found[name] != number
+                for name, number in zip(sums, recorded.tolist(), strict=False)
+                if sums[name] != number
             ]
-            if changed or len(found) != len(recorded):
+            if changed or len(sums) != len(recorded):
                 return None, f"{(changed or ['the checksums'])[0]} is not what was written"
         return rename_keys(state, upgrade_path) if older else state, ""
 
@@ -245,7 +245,7 @@ class Checkpoints:
         differences = [
             line
             for key, line in _differences(written, config)
-            if not any(f"{key}.".startswith(f"{one}.") for one in free)
+            if not any(f"{key}.".startswith(f"{prefix}.") for prefix in free)
         ]
         if differences:
             self.close()

@@ -67,8 +67,8 @@ def train(config: TrainConfig) -> Ending:
     _check_out(out)
     first = open_model(config.model)
     _check_architecture(config, first)
-    carried = extra_files(first.extras)
-    processors = read_processors(first.extras / "hf", carried, config=first.config)
+    files = extra_files(first.extras)
+    processors = read_processors(first.extras / "hf", files, config=first.config)
     data = TrainingData(
         config.data,
         tokenizer=processors.tokenizer,
@@ -159,13 +159,13 @@ class _Run:
                     self.checkpoints.wait()
                     _say(f"interrupted after step {number}; start it again to continue")
                     return "interrupted"
-                made = next(batches)
-                placed = self.program.layout.place(made.batch)
+                training_step = next(batches)
+                placed = self.program.layout.place(training_step.batch)
                 if number == profile[0]:
                     tracing.enter_context(jax.profiler.trace(_trace_directory(self.config)))
                 state, metrics = self.step(state, self.frozen, placed)
                 report.write()
-                report.pending = made, metrics
+                report.pending = training_step, metrics
                 if number + 1 == profile[1]:
                     report.write()
                     tracing.close()
@@ -202,14 +202,14 @@ class _Report:
         """
         if self.pending is None:
             return
-        (made, metrics), self.pending = self.pending, None
+        (training_step, metrics), self.pending = self.pending, None
         metrics = jax.device_get(metrics)
         now = time.perf_counter()
         record = StepRecord(
-            step=made.step,
+            step=training_step.step,
             loss=float(metrics.loss),
             grad_norm=float(metrics.grad_norm),
-            learning_rate=float(self._rates[made.step]),
+            learning_rate=float(self._rates[training_step.step]),
             supervised_tokens=int(metrics.supervised_tokens),
             fill=int(metrics.tokens) / self._positions,
             seconds=now - self._last,
@@ -217,10 +217,10 @@ class _Report:
         self._last = now
         self._log.write(record)
         if not record.is_finite:
-            self._refuse(made, record)
+            self._refuse(training_step, record)
 
-    def _refuse(self, made: TrainingStep, record: StepRecord) -> None:
-        names = ", ".join(itertools.chain(*made.example_ids))
+    def _refuse(self, training_step: TrainingStep, record: StepRecord) -> None:
+        names = ", ".join(itertools.chain(*training_step.example_ids))
         what = (
             f"step {record.step}: the loss is {record.loss} and the gradient's norm "
             f"{record.grad_norm}, with the examples {names}"
@@ -290,15 +290,15 @@ def _check_out(out: epath.Path) -> None:
 def _check_architecture(config: TrainConfig, first: NativeCheckpoint) -> None:
     if config.architecture is None:
         return
-    wanted, found = (
-        flatten(dataclasses.asdict(one))
-        for one in (named_config(config.architecture), first.config)
+    wanted, actual = (
+        flatten(dataclasses.asdict(sizes))
+        for sizes in (named_config(config.architecture), first.config)
     )
     # Padding of the vocabulary is the importer's choice.
     differences = [
-        f"{path.replace('/', '.')}: {wanted[path]} there, {found.get(path)} here"
+        f"{path.replace('/', '.')}: {wanted[path]} there, {actual.get(path)} here"
         for path in wanted
-        if wanted[path] != found.get(path) and path != "text/vocab_padding"
+        if wanted[path] != actual.get(path) and path != "text/vocab_padding"
     ]
     if differences:
         raise TrainingError(

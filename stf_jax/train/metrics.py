@@ -136,10 +136,10 @@ class MetricsLog:
         if self._progress is not None:
             self._progress.update(self._task, completed=record.step + 1, description=text)
         elif (record.step + 1) % self._every == 0 or record.step + 1 == self._stop:
-            left = (self._stop - record.step - 1) * seconds
+            remaining = (self._stop - record.step - 1) * seconds
             sys.stderr.write(
                 f"step {record.step + 1}/{self._stop}  {text}  "
-                f"{time.strftime('%H:%M:%S', time.gmtime(left))} left\n"
+                f"{time.strftime('%H:%M:%S', time.gmtime(remaining))} left\n"
             )
 
 

@@ -110,8 +110,8 @@ def _memory(compiled: Any) -> str:
     if sizes is None:
         return ""
     held, temporary = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
-    there = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    available = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     return (
         f"{(held + temporary) / _GIB:.2f} GiB a device, of which {held / _GIB:.2f} parameters, "
-        f"optimizer and batch" + (f"; it has {there / _GIB:.2f}" if there else "")
+        f"optimizer and batch" + (f"; it has {available / _GIB:.2f}" if available else "")
     )

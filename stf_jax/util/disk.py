@@ -62,11 +62,11 @@ def explain_full_disk(path: epath.PathLike) -> Iterator[None]:
 def _say_free(path: epath.PathLike) -> str:
     if "://" in os.fspath(path):
         return ""
-    there = Path(path).absolute()
+    folder = Path(path).absolute()
     try:
-        while not there.exists():
-            there = there.parent
-        free = shutil.disk_usage(there).free
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
     except OSError:
         return ""
     return f" ({free / 1e9:.2f} GB are free)"

@@ -206,16 +206,16 @@ def new_directory(path: epath.PathLike) -> Iterator[epath.Path]:
     final = absolute(path)
     try:
         # A link that leads nowhere takes the name, too.
-        there = final.exists() or os.path.islink(final)
+        exists = final.exists() or os.path.islink(final)
         unfinished = final.with_name(f"{final.name}.tmp-{secrets.token_hex(4)}")
-        if not there:
+        if not exists:
             unfinished.mkdir(parents=True)
     except OSError as error:
         raise CheckpointError(
             f"{final} cannot be made ({error.strerror or error}); "
             "choose a place where directories can be made"
         ) from error
-    if there:
+    if exists:
         raise CheckpointError(f"{final} exists; remove it or choose another name")
     try:
         with explain_full_disk(final):

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from stf_jax.cli.main import main
-from stf_jax.convert.opening import load_processors
+from stf_jax.convert.stored_model import load_processors
 from stf_jax.data.pipeline import TrainingData, TrainingStep
 from stf_jax.demo.corpus import IMAGES, HeldOut, read_held_out
 from stf_jax.demo.evaluation import scores

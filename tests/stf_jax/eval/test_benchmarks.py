@@ -8,7 +8,7 @@ from typing import Any
 import openpyxl
 import pytest
 
-from stf_jax.eval.mmbench import named_letter
+from stf_jax.eval.mmbench import parse_letter
 from stf_jax.eval.mme import says
 from stf_jax.eval.registry import BENCHMARKS, get_benchmark
 from stf_jax.eval.runner import Result, ask, prepare, score_file
@@ -306,7 +306,7 @@ def test_mmbench_with_a_column_of_its_own(data: Path) -> None:
     ],
 )
 def test_mmbench_letters(text: str, letter: str | None) -> None:
-    assert named_letter(text) == letter
+    assert parse_letter(text) == letter
 
 
 @pytest.mark.parametrize("answer", ["", "a"])

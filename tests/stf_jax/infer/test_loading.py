@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 import stf_jax
 from stf_jax import Request
 from stf_jax.convert import export_checkpoint, import_checkpoint, inspect_checkpoint
-from stf_jax.convert.opening import load_processors
+from stf_jax.convert.stored_model import load_processors
 from stf_jax.util.errors import CheckpointError
 
 

@@ -66,7 +66,7 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
         parameter.data.copy_(noise)
 
 
-def imported(source: Any) -> Llava:
+def import_model(source: Any) -> Llava:
     """Our model with the weights of an opened checkpoint, in float32."""
     model = Llava.abstract(source.config)
     leaves = {leaf.path: jnp.asarray(leaf.read()) for leaf in source.leaves()}
@@ -235,7 +235,7 @@ def test_every_hidden_state_of_clip(
     source = open_source(folder, system="llava")
     last = max(source.config.system.taps)
     assert last == vision.num_hidden_layers - 1
-    weights = nnx.state(imported(source).vision)
+    weights = nnx.state(import_model(source).vision)
     # The same weights, read at every tap and out of order.
     taps = tuple(range(last, -1, -1))
     every = nnx.eval_shape(
@@ -260,7 +260,7 @@ def test_llama_logits(
     assert source.config.text.tie_embeddings == text.tie_word_embeddings
     prompts = make_prompts(seed, lengths=(LONG, 77), images=(0, 0), config=source.config)
     batch = pad_prompts(prompts, rows=2, image_size=source.config.vision.image_size)
-    found = ours(imported(source), Llava.__call__, batch)
+    found = ours(import_model(source), Llava.__call__, batch)
     for row, prompt in zip(found, prompts, strict=True):
         with torch.no_grad():
             expected = language(torch.tensor(prompt.ids[None], dtype=torch.long)).logits[0]
@@ -287,7 +287,7 @@ def test_llava_logits(
     source = open_source(folder)
     prompts = make_prompts(seed, lengths=(LONG, 130, 61), images=(1, 2, 0), config=source.config)
     batch = pad_prompts(prompts, rows=3, image_size=source.config.vision.image_size)
-    found = ours(imported(source), Llava.__call__, batch)
+    found = ours(import_model(source), Llava.__call__, batch)
     for row, prompt in zip(found, prompts, strict=True):
         with torch.no_grad():
             expected = model(**theirs(prompt)).logits[0]
@@ -361,7 +361,7 @@ def test_stf_and_average(
             mixed = torch.nn.functional.gelu(mixed)
         tokens = fused_by_definition(mixed, reduction=reduction, window=window, side=side)
         expected = projector(tokens)
-    model = imported(open_source(tmp_path))
+    model = import_model(open_source(tmp_path))
     assert model.config.tokens_per_image == (side // window) ** 2
     # One image a row, then both in one row.
     for rows, images in ((2, 1), (1, 2)):
@@ -396,7 +396,7 @@ def test_greedy_tokens(changes: dict[str, Any], tmp_path: Path) -> None:
         found[number] += ids.tolist()
         return True
 
-    engine = Engine(imported(source))
+    engine = Engine(import_model(source))
     list(engine.run(prompts, slots=3, max_new_tokens=40, sampling=GREEDY, every=40, take=take))
     for row, prompt in zip(found, prompts, strict=True):
         expected = model.generate(**theirs(prompt), do_sample=False, max_new_tokens=40)[0]

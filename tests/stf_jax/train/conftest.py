@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from stf_jax.convert.opening import load_processors
+from stf_jax.convert.stored_model import load_processors
 from stf_jax.data.builder import build
 from stf_jax.train.config import TrainConfig
 from tests.corpus import write_corpus

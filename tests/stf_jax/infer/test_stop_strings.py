@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stf_jax.infer.stopping import StopStrings
+from stf_jax.infer.stop_strings import StopStrings
 
 # Few letters, so that stop strings occur, overlap and begin without ending.
 LETTERS = "ab</"

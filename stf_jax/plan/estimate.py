@@ -4,16 +4,16 @@ from typing import Any
 
 from stf_jax.plan.chips import Topology
 from stf_jax.plan.collectives import Collective
+from stf_jax.plan.cost_analysis import CostAnalysis, analyze, largest_gather
 from stf_jax.plan.kernels import kernel_flops
 from stf_jax.plan.request import Traffic
-from stf_jax.plan.work import Work, analyze, largest_gather
 
 # Of the published rate that a Pallas kernel's matmuls are taken to reach; see docs/tpu.md.
 KERNEL_RATE = 0.5
 _TOP = 12
 
 
-def measure(
+def estimate_cost(
     text: str, memory: Any, topology: Topology, *, one_turn: bool = False
 ) -> dict[str, Any]:
     """The fields of a `Cost`.
@@ -28,36 +28,37 @@ def measure(
         UnreadableProgram: the compiler's text is not as expected.
     """
     chip = topology.chip
-    work = analyze(
+    totals = analyze(
         text, devices=topology.chips_per_slice, slices=topology.slices, one_turn=one_turn
     )
     in_kernels = sum(
-        kernel_flops(one.name, shapes) * times for (one, shapes), times in work.kernels.items()
+        kernel_flops(kernel.name, shapes) * times
+        for (kernel, shapes), times in totals.kernels.items()
     )
-    hardware = work.flops + in_kernels
-    dcn = {one: times for one, times in work.collectives.items() if one.dcn}
-    links = {one: times for one, times in work.collectives.items() if not one.dcn}
+    hardware = totals.flops + in_kernels
+    dcn = {item: times for item, times in totals.collectives.items() if item.dcn}
+    links = {item: times for item, times in totals.collectives.items() if not item.dcn}
     # A chip alone has no links.
-    seconds = {one: one.traffic / topology.rate for one in links}
-    exposed = {one: one.exposure(seconds[one], chip.clock) for one in links}
+    seconds = {item: item.traffic / topology.rate for item in links}
+    exposed = {item: item.exposure(seconds[item], chip.clock) for item in links}
     return {
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "peak": memory.peak_memory_in_bytes,
         "hardware_flops": hardware,
-        "cycles_seconds": work.cycles.total() / chip.clock,
+        "cycles_seconds": totals.cycles.total() / chip.clock,
         "kernel_seconds": in_kernels / chip.flops / KERNEL_RATE,
         "matmul_seconds": hardware / chip.flops,
-        "collective_seconds": sum(seconds[one] * times for one, times in links.items()),
-        "exposed_seconds": sum(exposed[one] * times for one, times in links.items()),
-        "dcn_seconds": sum(one.traffic / chip.dcn * times for one, times in dcn.items()),
+        "collective_seconds": sum(seconds[item] * times for item, times in links.items()),
+        "exposed_seconds": sum(exposed[item] * times for item, times in links.items()),
+        "dcn_seconds": sum(item.traffic / chip.dcn * times for item, times in dcn.items()),
         "traffic": (
             # In a group of one chip nothing is sent.
-            *_traffic(links, {one: exposed[one] / (seconds[one] or 1) for one in links}),
+            *_traffic(links, {item: exposed[item] / (seconds[item] or 1) for item in links}),
             *_traffic(dcn, dict.fromkeys(dcn, 1.0), network="DCN "),
         ),
         "largest_gather": largest_gather(text),
-        "top": tuple(_top(work, chip.clock)),
+        "top": tuple(_top(totals, chip.clock)),
     }
 
 
@@ -65,25 +66,28 @@ def _traffic(
     collectives: dict[Collective, int], exposed: dict[Collective, float], network: str = ""
 ) -> list[Traffic]:
     """By kind; `exposed` is the part of each that nothing overlaps."""
-    kinds = sorted({one.kind for one in collectives})
-    made = []
+    kinds = sorted({item.kind for item in collectives})
+    traffic = []
     for kind in kinds:
-        here = {one: times for one, times in collectives.items() if one.kind == kind}
-        largest = max(here, key=lambda one: one.bytes)
-        made.append(
+        of_kind = {item: times for item, times in collectives.items() if item.kind == kind}
+        largest = max(of_kind, key=lambda item: item.bytes)
+        traffic.append(
             Traffic(
                 kind=f"{network}{kind}",
-                count=sum(here.values()),
-                bytes=sum(one.traffic * times for one, times in here.items()),
-                exposed=sum(one.traffic * exposed[one] * times for one, times in here.items()),
+                count=sum(of_kind.values()),
+                bytes=sum(item.traffic * times for item, times in of_kind.items()),
+                exposed=sum(
+                    item.traffic * exposed[item] * times for item, times in of_kind.items()
+                ),
                 largest=largest.bytes,
                 what=f"{largest.shape} {largest.source}",
             )
         )
-    return made
+    return traffic
 
 
-def _top(work: Work, clock: float) -> list[tuple[float, str, str]]:
+def _top(totals: CostAnalysis, clock: float) -> list[tuple[float, str, str]]:
     return [
-        (cycles / clock, source, shape) for (source, shape), cycles in work.cycles.most_common(_TOP)
+        (cycles / clock, source, shape)
+        for (source, shape), cycles in totals.cycles.most_common(_TOP)
     ]

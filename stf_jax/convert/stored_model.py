@@ -17,7 +17,7 @@ from stf_jax.util.files import expand
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OpenedModel:
+class StoredModel:
     """A model on disk, of which only the shapes have been read.
 
     Attributes:
@@ -43,7 +43,7 @@ class OpenedModel:
         return read_processors(self.path, self.files, config=self.config)
 
 
-def open_any(path: epath.PathLike, *, vision_tower: epath.PathLike | None = None) -> OpenedModel:
+def open_any(path: epath.PathLike, *, vision_tower: epath.PathLike | None = None) -> StoredModel:
     """Opens a model without reading its weights.
 
     Args:
@@ -62,7 +62,7 @@ def open_any(path: epath.PathLike, *, vision_tower: epath.PathLike | None = None
             raise CheckpointError(f"{path} has its vision tower inside; leave out --vision-tower")
         checkpoint = open_model(path)
         files = extra_files(checkpoint.extras)
-        return OpenedModel(
+        return StoredModel(
             path=checkpoint.extras / "hf",
             config=_with_generation(checkpoint.config, files),
             files=files,
@@ -70,7 +70,7 @@ def open_any(path: epath.PathLike, *, vision_tower: epath.PathLike | None = None
             layout=None,
         )
     source = open_source(path, vision_tower=vision_tower)
-    return OpenedModel(
+    return StoredModel(
         path=path,
         config=_with_generation(source.config, source.files),
         files=dict(source.files),

@@ -27,7 +27,7 @@ _IN_BRACES = r"\{%?([\w.\-]+)"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Work:
+class CostAnalysis:
     """What a chip does in one call, summed over the call graph.
 
     Attributes:
@@ -43,7 +43,7 @@ class Work:
     collectives: Counter[Collective]
 
 
-def analyze(text: str, *, devices: int, slices: int = 1, one_turn: bool = False) -> Work:
+def analyze(text: str, *, devices: int, slices: int = 1, one_turn: bool = False) -> CostAnalysis:
     """Sums over the call graph of an optimized module.
 
     Args:
@@ -65,36 +65,43 @@ def analyze(text: str, *, devices: int, slices: int = 1, one_turn: bool = False)
     for computation, times in _calls(entry, computations, 1):
         instructions = computations[computation]
         shapes = shapes_of(instructions)
-        targets = {one.attribute("custom_call_target", '"([^"]*)"') for one in instructions}
+        targets = {
+            instruction.attribute("custom_call_target", '"([^"]*)"') for instruction in instructions
+        }
         # An asynchronous collective appears in the fusions that start, carry and end it.
         counted = computation.find("async_collective") < 0 and "AsyncCollectiveDone" not in targets
         starts = "AsyncCollectiveStart" in targets
-        for one in instructions:
-            if one.cycles:
-                cycles[one.source, short(one.shape)] += one.cycles * times
-            if one.opcode in ("dot", "convolution"):
-                flops += times * _matmul(one, shapes)
-            elif one.attribute("custom_call_target", '"([^"]*)"') == "tpu_custom_call":
-                given = tuple(shapes[name] for name in one.operands if name in shapes)
-                kernels[one, given] += times
-            elif one.opcode.removesuffix("-start") in COLLECTIVES and (counted or starts):
+        for instruction in instructions:
+            if instruction.cycles:
+                cycles[instruction.source, short(instruction.shape)] += instruction.cycles * times
+            if instruction.opcode in ("dot", "convolution"):
+                flops += times * _matmul(instruction, shapes)
+            elif instruction.attribute("custom_call_target", '"([^"]*)"') == "tpu_custom_call":
+                given = tuple(shapes[name] for name in instruction.operands if name in shapes)
+                kernels[instruction, given] += times
+            elif instruction.opcode.removesuffix("-start") in COLLECTIVES and (counted or starts):
                 scattered = "all-reduce-scatter" in computation
-                found = collective(one, shapes, devices, starts=starts, scattered=scattered)
-                collectives[found] += times
-            elif one.opcode == "recv" and "xla_megascale_transfer_type" in one.rest:
-                collectives[between_slices(one, slices)] += times
-        for found in _offload(instructions, computations, devices):
-            collectives[found] += times
-    return Work(cycles=cycles, flops=flops, kernels=kernels, collectives=collectives)
+                item = collective(instruction, shapes, devices, starts=starts, scattered=scattered)
+                collectives[item] += times
+            elif instruction.opcode == "recv" and "xla_megascale_transfer_type" in instruction.rest:
+                collectives[between_slices(instruction, slices)] += times
+        for item in _offload(instructions, computations, devices):
+            collectives[item] += times
+    return CostAnalysis(cycles=cycles, flops=flops, kernels=kernels, collectives=collectives)
 
 
 def largest_gather(text: str) -> int:
     """Elements of the largest array that an all-gather makes."""
     _, computations = parse(text)
     gathers = (
-        one for body in computations.values() for one in body if one.opcode.startswith("all-gather")
+        instruction
+        for body in computations.values()
+        for instruction in body
+        if instruction.opcode.startswith("all-gather")
     )
-    return max((max(element_counts(one.shape), default=0) for one in gathers), default=0)
+    return max(
+        (max(element_counts(instruction.shape), default=0) for instruction in gathers), default=0
+    )
 
 
 def _calls(
@@ -102,20 +109,22 @@ def _calls(
 ) -> Iterator[tuple[str, int]]:
     """Every computation that runs, and how often, once for each place it is called from."""
     yield name, times
-    for one in computations[name]:
-        if one.opcode == "while":
-            body, condition = one.attribute("body"), one.attribute("condition")
+    for instruction in computations[name]:
+        if instruction.opcode == "while":
+            body, condition = instruction.attribute("body"), instruction.attribute("condition")
             if body is None or condition is None:
-                raise UnreadableProgram(f"the loop {one.name} has no body")
-            yield from _calls(body, computations, times * _trips(one, condition, computations))
-        elif one.opcode == "conditional":
+                raise UnreadableProgram(f"the loop {instruction.name} has no body")
+            yield from _calls(
+                body, computations, times * _trips(instruction, condition, computations)
+            )
+        elif instruction.opcode == "conditional":
             # One of them runs; which is not known, and all are counted.
-            names = re.findall(r"(?:_computation=|computations=\{|, )%([\w.\-]+)", one.rest)
+            names = re.findall(r"(?:_computation=|computations=\{|, )%([\w.\-]+)", instruction.rest)
             for branch in {name for name in names if name in computations}:
                 yield from _calls(branch, computations, times)
         else:
-            called = one.attribute("calls") or (
-                one.attribute("to_apply") if one.opcode == "call" else None
+            called = instruction.attribute("calls") or (
+                instruction.attribute("to_apply") if instruction.opcode == "call" else None
             )
             if called:
                 yield from _calls(called, computations, times)
@@ -126,20 +135,20 @@ def _offload(
 ) -> Iterator[Collective]:
     """The collectives that a computation leaves to the SparseCore, which takes one at a time."""
     clock, begun = 0, dict[str, tuple[str, int]]()
-    for one in instructions:
-        clock += one.cycles
-        if one.opcode == "async-start":
-            begun[one.name] = one.attribute("calls") or "", clock
-        elif one.opcode in ("async-update", "async-done"):
-            if one.operands[0] not in begun:
-                raise UnreadableProgram(f"where {one.name} was started cannot be seen")
-            called, at = begun[one.operands[0]]
-            if one.opcode == "async-update":
+    for instruction in instructions:
+        clock += instruction.cycles
+        if instruction.opcode == "async-start":
+            begun[instruction.name] = instruction.attribute("calls") or "", clock
+        elif instruction.opcode in ("async-update", "async-done"):
+            if instruction.operands[0] not in begun:
+                raise UnreadableProgram(f"where {instruction.name} was started cannot be seen")
+            called, at = begun[instruction.operands[0]]
+            if instruction.opcode == "async-update":
                 # Only now it has its operands.
-                begun[one.name] = called, clock
+                begun[instruction.name] = called, clock
             else:
-                for found in _inside(called, computations, devices):
-                    yield dataclasses.replace(found, beside=clock - at)
+                for item in _inside(called, computations, devices):
+                    yield dataclasses.replace(item, beside=clock - at)
 
 
 def _inside(
@@ -149,14 +158,14 @@ def _inside(
     for call in computations.get(called, ()):
         body = computations.get(call.attribute("called_computations", _IN_BRACES) or "", [])
         shapes = shapes_of(body)
-        for one in body:
-            if one.opcode in COLLECTIVES:
-                yield collective(one, shapes, devices, starts=False, scattered=False)
+        for instruction in body:
+            if instruction.opcode in COLLECTIVES:
+                yield collective(instruction, shapes, devices, starts=False, scattered=False)
 
 
 def _only_loop(instructions: list[Instruction]) -> str:
     """The body of the only loop of a computation."""
-    loops = [one for one in instructions if one.opcode == "while"]
+    loops = [instruction for instruction in instructions if instruction.opcode == "while"]
     body = loops[0].attribute("body") if len(loops) == 1 else None
     if body is None:
         raise UnreadableProgram(f"one loop is expected; the program has {len(loops)}")
@@ -168,36 +177,36 @@ def _trips(loop: Instruction, condition: str, computations: dict[str, list[Instr
     if known:
         return int(known.group(1))
     constants = [
-        int(found.group(1))
+        int(match.group(1))
         for name, _ in _calls(condition, computations, 1)
-        for one in computations[name]
-        if one.opcode == "constant" and (found := re.match(r"(\d+)\)", one.rest))
+        for instruction in computations[name]
+        if instruction.opcode == "constant" and (match := re.match(r"(\d+)\)", instruction.rest))
     ]
     if not constants:
         raise UnreadableProgram(f"the trip count of the loop {loop.name} cannot be seen")
     return max(constants)
 
 
-def _matmul(one: Instruction, shapes: dict[str, str]) -> float:
+def _matmul(instruction: Instruction, shapes: dict[str, str]) -> float:
     """FLOPs of a dot or of a convolution, which is how the TPU compiler writes a dot."""
-    if one.opcode == "dot":
-        left = dimensions(shapes[one.operands[0]])
-        axes = one.attribute("lhs_contracting_dims", r"\{([\d,]*)\}") or ""
-        contracted = math.prod(left[int(axis)] for axis in axes.split(",") if axis)
-        return 2.0 * contracted * math.prod(dimensions(one.shape))
-    left, kernel = (dimensions(shapes[name]) for name in one.operands[:2])
-    out = dimensions(one.shape)
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest)
+    if instruction.opcode == "dot":
+        lhs = dimensions(shapes[instruction.operands[0]])
+        axes = instruction.attribute("lhs_contracting_dims", r"\{([\d,]*)\}") or ""
+        contracted = math.prod(lhs[int(axis)] for axis in axes.split(",") if axis)
+        return 2.0 * contracted * math.prod(dimensions(instruction.shape))
+    lhs, kernel = (dimensions(shapes[name]) for name in instruction.operands[:2])
+    out = dimensions(instruction.shape)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
     if labels is None:
-        raise UnreadableProgram(f"the convolution {one.name} has no labels")
+        raise UnreadableProgram(f"the convolution {instruction.name} has no labels")
     inputs, kernels, outputs = labels.groups()
     result = 2.0 * out[outputs.index("b")] * out[outputs.index("f")] * kernel[kernels.index("i")]
-    window = one.attribute("window", r"\{([^}]*)\}") or ""
+    window = instruction.attribute("window", r"\{([^}]*)\}") or ""
     settings = dict(part.split("=") for part in window.split())
     for axis in range(len(inputs) - 2):
         label = str(axis)
         result *= _pairs(
-            left[inputs.index(label)],
+            lhs[inputs.index(label)],
             kernel[kernels.index(label)],
             out[outputs.index(label)],
             {name: value.split("x")[axis] for name, value in settings.items()},

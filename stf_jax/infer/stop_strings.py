@@ -23,10 +23,10 @@ class StopStrings:
             return ""
         held = self._held + text
         # Where each stop string first ends and begins.
-        found = [(at + len(stop), at) for stop in self._stops if (at := held.find(stop)) >= 0]
-        if found:
+        hits = [(at + len(stop), at) for stop in self._stops if (at := held.find(stop)) >= 0]
+        if hits:
             self.stopped, self._held = True, ""
-            return held[: min(found)[1]]
+            return held[: min(hits)[1]]
         # The longest end of the text that some stop string begins with.
         keep = max(
             (n for stop in self._stops for n in range(1, len(stop)) if held.endswith(stop[:n])),

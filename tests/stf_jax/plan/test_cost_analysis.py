@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from stf_jax.plan.cost_analysis import analyze, largest_gather
 from stf_jax.plan.hlo import UnreadableProgram
-from stf_jax.plan.work import analyze, largest_gather
 
 CYCLES = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
 
