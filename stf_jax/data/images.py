@@ -210,7 +210,7 @@ class ImageProcessor:
     """What becomes of an image before the vision tower sees it.
 
     Attributes:
-      image_size: S, the side in pixels of what comes out.
+      image_size: the side in pixels of what comes out.
       shortest_edge: resized to this before the crop; at least `image_size`.
       mode: "pad" to a square with the mean color first (LLaVA-1.5's second stage, evaluation), or
         "crop" the middle, losing the ends (its first stage).
@@ -324,7 +324,7 @@ class ImageProcessor:
         )
 
     def pixels(self, image: Image.Image) -> np.ndarray:
-        """What the tower sees of an RGB image from `load_image`: float32 [S, S, 3].
+        """What the tower sees of an RGB image from `load_image`: float32 [height, width, 3].
 
         Raises:
           ImageError: see `square`.
@@ -332,7 +332,7 @@ class ImageProcessor:
         return self.normalize(self.square(image))
 
     def square(self, image: Image.Image) -> np.ndarray:
-        """The same before normalization, uint8 [S, S, 3]: a quarter of the bytes.
+        """The same before normalization, uint8 [height, width, 3]: a quarter of the bytes.
 
         Raises:
           ImageError: not RGB, or so long and thin that padding or resizing it would make more than
@@ -344,10 +344,10 @@ class ImageProcessor:
         return np.asarray(self._square(image), np.uint8)
 
     def normalize(self, squares: Pixels) -> Pixels:
-        """Pixels float32 [..., S, S, 3] of uint8 values of the same shape, in numpy or in JAX."""
+        """Pixels float32 [..., height, width, 3] of uint8 values, in numpy or in JAX."""
         mean, std = np.array(self.mean), np.array(self.std)
         scale, bias = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
-        # Rows of S*3 values rather than of 3: several times faster in numpy, and the same.
+        # Rows of width*3 values rather than of 3: several times faster in numpy, and the same.
         scale, bias = (np.tile(values, squares.shape[-2]) for values in (scale, bias))
         rows = squares.reshape(*squares.shape[:-2], -1) * scale + bias
         return rows.reshape(squares.shape)
@@ -375,7 +375,7 @@ class ImageProcessor:
         return image if image.size == size else image.resize(size, taps, box)
 
     def _square(self, image: Image.Image) -> Image.Image:
-        """Padded if `mode` says so, resized, and cropped to S x S."""
+        """Padded if `mode` says so, resized, and cropped to a square of `image_size`."""
         width, height = image.size
         edge, longest = self.shortest_edge, max(width, height)
         if self.mode == "pad" and width != height:

@@ -18,12 +18,12 @@ class Index:
     """One entry for each of a dataset's N examples, in its order; see `Measures`.
 
     Attributes:
-      ids: str [N], all different.
-      lengths: int32 [N].
-      images: int32 [N].
-      first_supervised: int32 [N].
-      images_before: int32 [N].
-      mismatches: bool [N].
+      ids: str [examples], all different.
+      lengths: int32 [examples].
+      images: int32 [examples].
+      first_supervised: int32 [examples].
+      images_before: int32 [examples].
+      mismatches: bool [examples].
     """
 
     ids: np.ndarray
@@ -53,11 +53,11 @@ class Index:
         return len(self.ids)
 
     def tokens(self, tokens_per_image: int) -> np.ndarray:
-        """Tokens of each example int32 [N], images as so many; uncut."""
+        """Tokens of each example int32 [examples], images as so many; uncut."""
         return self.lengths + self.images * (tokens_per_image - 1)
 
     def teaches(self, sequence_length: int, tokens_per_image: int) -> np.ndarray:
-        """Whether a supervised token is left when each is cut to `sequence_length`; bool [N]."""
+        """Bool [examples]: whether a cut to `sequence_length` leaves a supervised token."""
         place = self.first_supervised + self.images_before * (tokens_per_image - 1)
         return (self.first_supervised >= 0) & (place < sequence_length)
 

@@ -15,7 +15,7 @@ class Rows:
     """Rows of examples: row r holds `examples[offsets[r] : offsets[r + 1]]`.
 
     Attributes:
-      examples: int64 [N]; every example once.
+      examples: int64 [examples]; every example once.
       offsets: int64 [R + 1], from 0 to N.
     """
 
@@ -78,7 +78,7 @@ def pack(
     better.
 
     Args:
-      order: int64 [N], the examples to pack.
+      order: int64 [examples], the examples to pack.
       lengths: tokens by example, none above `row_length`.
       images: how many, by example, none above `row_images`.
       row_length: tokens in a row.
@@ -142,7 +142,7 @@ def group(
     left of both kinds makes the last ones.
 
     Args:
-      order: int64 [N], shuffled.
+      order: int64 [examples], shuffled.
       lengths: tokens by example.
       images: how many, by example.
       batch_size: examples in a global batch.

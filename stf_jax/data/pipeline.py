@@ -350,7 +350,7 @@ def _prefixes(datasets: list[Dataset]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Columns:
-    """By example of all datasets, [N]: tokens and images, and why it is left out."""
+    """By example of all datasets, [examples]: tokens and images, and why it is left out."""
 
     tokens: np.ndarray
     images: np.ndarray

@@ -24,8 +24,8 @@ class Planner:
     """Plans each epoch from lengths.
 
     Attributes:
-      lengths: int32 [N], tokens by example of all datasets, none above `row_length`.
-      images: int32 [N], how many by example, none above `row_images`.
+      lengths: int32 [examples], tokens by example of all datasets, none above `row_length`.
+      images: int32 [examples], how many by example, none above `row_images`.
       pools: for each dataset the examples that are used, int64, in order.
       draws: for each dataset how many examples an epoch takes of it.
       row_length: T.

@@ -77,7 +77,7 @@ class RowMaker:
     strict_labels: bool
 
     def make(self, examples: np.ndarray) -> tuple[Row, np.ndarray]:
-        """The row of these examples, and its images uint8 [images, S, S, 3].
+        """The row of these examples, and its images uint8 [images, size, size, 3].
 
         One that cannot be read, or an image of which cannot, is left out whole: a conversation
         about an image that is not there would teach guessing. The others move up; the free places

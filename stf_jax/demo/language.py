@@ -120,8 +120,8 @@ _EVERY = 200  # steps between two reports
 class Seen:
     """What the cells of each row's scene hold."""
 
-    digits: Int[Array, "B G G"]
-    colors: Int[Array, "B G G"]
+    digits: Int[Array, "B rows columns"]
+    colors: Int[Array, "B rows columns"]
 
 
 class CellCodes(nnx.Module):
@@ -149,7 +149,7 @@ class CellCodes(nnx.Module):
         )
         return held + (self.rows[...] + self.columns[...]).reshape(-1, TEXT.width)
 
-    def _windows(self, cells: Int[Array, "B G G"]) -> Int[Array, "B K W"]:
+    def _windows(self, cells: Int[Array, "B rows columns"]) -> Int[Array, "B K cells"]:
         """The cells of each window."""
         side = GRID // self.window
         cut = cells.reshape(-1, side, self.window, side, self.window).swapaxes(2, 3)

@@ -56,8 +56,8 @@ def name(row: int, column: int) -> str:
 class Scene:
     """What an image shows: for each cell a digit, `EMPTY` where there is none, and its color."""
 
-    digits: Int[np.ndarray, "G G"]
-    colors: Int[np.ndarray, "G G"]
+    digits: Int[np.ndarray, "rows columns"]
+    colors: Int[np.ndarray, "rows columns"]
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "Scene":
@@ -71,7 +71,7 @@ class Scene:
             if all(len(scene.cells(kind)) >= MOST for kind in ("digit", "left", "above")):
                 return scene
 
-    def cells(self, kind: str) -> Int[np.ndarray, "N 2"]:
+    def cells(self, kind: str) -> Int[np.ndarray, "cells 2"]:
         """Row and column of the cells that a question of a kind can be about.
 
         What has a cell to the left, or above, goes by its digit, which is there only once.
@@ -189,7 +189,7 @@ def shuffle(questions: Sequence[Question], rng: np.random.Generator) -> list[tup
 class Scans:
     """Handwritten digits, ink from 0 to 1, by what they show."""
 
-    ink: Sequence[Float[np.ndarray, "N 8 8"]]
+    ink: Sequence[Float[np.ndarray, "scans 8 8"]]
 
     @classmethod
     def load(cls, split: str) -> "Scans":
@@ -212,7 +212,7 @@ class Scans:
 
 def render(
     scene: Scene, scans: Scans, rng: np.random.Generator, *, tilt: float = 0
-) -> UInt8[np.ndarray, "S S 3"]:
+) -> UInt8[np.ndarray, "height width 3"]:
     """The image: every digit another scan, at a random size and place within its cell.
 
     With `tilt` it is turned, too, by up to so many degrees.

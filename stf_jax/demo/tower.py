@@ -41,7 +41,7 @@ _WORDS = (11, len(NAMES), GRID, GRID)
 class Captioned:
     """Images, and for each patch the number of each word of its caption; -1 where none is due."""
 
-    pixels: Float[Array, "B S S 3"]  # uint8 until they go into a step
+    pixels: Float[Array, "B height width 3"]  # uint8 until they go into a step
     words: Int[Array, "B P 4"]
 
 
@@ -53,7 +53,7 @@ class Captioner(nnx.Module):
         self.tower = VisionTower(VISION, taps=(VISION.layers,), init=init)
         self.words = nnx.Linear(VISION.width, sum(_WORDS), rngs=rngs)
 
-    def __call__(self, pixels: Float[Array, "B S S 3"]) -> list[Float[Array, "B P _"]]:
+    def __call__(self, pixels: Float[Array, "B height width 3"]) -> list[Float[Array, "B P _"]]:
         """Scores of the words, by their part of the caption."""
         (features,) = self.tower(pixels)
         return jnp.split(self.words(features), np.cumsum(_WORDS)[:-1].tolist(), axis=-1)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
@@ -16,7 +16,7 @@ from stf_jax.infer.program import Limits, Program, Suffixes
 from stf_jax.models.cache import CacheDType
 from stf_jax.models.layers import unstack
 from stf_jax.models.llava import Llava
-from stf_jax.parallel.sharding import BATCH_AXES, P, ShardingRules, on_mesh
+from stf_jax.parallel.sharding import BATCH_AXES, ShardingRules, on_mesh
 from stf_jax.systems.base import LlavaConfig, check_divisible
 
 
@@ -84,7 +84,7 @@ def lower(
     assert mesh is not None
 
     def rows(tree: PyTree) -> PyTree:
-        sharding = NamedSharding(mesh, P(BATCH_AXES))
+        sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
         return jax.tree.map(
             lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), tree
         )

@@ -24,7 +24,7 @@ class Prompt:
 
     Attributes:
         ids: int32 [T], each image already the K placeholders that its tokens will replace.
-        pixels: float32 [images, S, S, 3], or what makes them when they are needed.
+        pixels: float32 [images, size, size, 3], or what makes them when they are needed.
         image_key: prompts with equal keys have the same images; None equals no other.
     """
 
@@ -78,7 +78,7 @@ def read_pixels(
     upright: bool,
     unnamed: str = "the image",
 ) -> np.ndarray:
-    """What the tower sees of images: float32 [images, S, S, 3].
+    """What the tower sees of images: float32 [images, size, size, 3].
 
     Args:
         images: where they come from.

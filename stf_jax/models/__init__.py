@@ -1,8 +1,16 @@
 """The networks.
 
-Dimensions have one letter each, here and in every signature:
+A dimension has one letter, in every signature of the package, and a letter has one meaning:
 
-B batch, I images in a row, P patches of an image, K vision tokens of an image (key-value heads in
-the decoder), M taps, C vision width, T text positions, S cache slots, H language model width,
-N heads, D head width, F hidden width of an MLP, L layers, V vocabulary.
+B   rows of a batch                     T   positions of a row
+I   images that a row has room for      S   slots of the cache, or positions of the keys
+P   patches of an image                 H   width of the language model
+K   vision tokens of an image           N   query heads
+M   taps of the tower                   G   key-value heads, each shared by N / G query heads
+C   width of the tower                  D   width of a head
+W   side of a window, in patches        F   hidden width of an MLP
+V   vocabulary                          L   layers
+R   requests that get slots together
+
+Other dimensions have words: `height`, `width`, `examples`.
 """

@@ -61,19 +61,19 @@ def visible(rule: Rule, query: Marks, key: Marks) -> Bool[Array, "B T S"]:
 
 def attention(
     query: Float[Array, "B T N D"],
-    key: Float[Array, "B S K D"],
-    value: Float[Array, "B S K D"],
+    key: Float[Array, "B S G D"],
+    value: Float[Array, "B S G D"],
     *,
     marks: Marks | None = None,
     rule: Rule = causal,
 ) -> Float[Array, "B T N D"]:
-    """softmax(q k^T / sqrt(D)) v, with the softmax in float32; N is a multiple of K.
+    """softmax(q k^T / sqrt(D)) v, with the softmax in float32; N is a multiple of G.
 
     A query that sees no key (padding) gets a finite value that means nothing.
 
     Args:
         query: T positions, N heads.
-        key: S positions, K heads.
+        key: S positions, G heads.
         value: as `key`.
         marks: of the positions, where queries and keys are the same ones; None lets every query
             see every key.

@@ -29,14 +29,14 @@ _MATRIX_ROWS = 8
 class Quantized:
     """Vectors as int8, each with its own scale: value = integer * scale."""
 
-    integers: Int[Array, "B K S D"]
-    scales: Float[Array, "B K S 1"]
+    integers: Int[Array, "B G S D"]
+    scales: Float[Array, "B G S 1"]
 
 
 Stored: TypeAlias = Array | Quantized
 
 
-def _store(x: Float[Array, "B T K D"], dtype: CacheDType | None) -> Stored:
+def _store(x: Float[Array, "B T G D"], dtype: CacheDType | None) -> Stored:
     x = x.swapaxes(1, 2)
     if dtype != "int8":
         return x if dtype is None else x.astype(dtype)
@@ -65,8 +65,8 @@ class KVCache:
     @classmethod
     def of(
         cls,
-        keys: Sequence[Float[Array, "B T K D"]],
-        values: Sequence[Float[Array, "B T K D"]],
+        keys: Sequence[Float[Array, "B T G D"]],
+        values: Sequence[Float[Array, "B T G D"]],
         marks: Marks,
         *,
         dtype: CacheDType | None,
@@ -98,8 +98,8 @@ class KVCache:
     def write(
         self,
         layer: int,
-        key: Float[Array, "B T K D"],
-        value: Float[Array, "B T K D"],
+        key: Float[Array, "B T G D"],
+        value: Float[Array, "B T G D"],
         *,
         slots: Int[Array, "B T"],
     ) -> "KVCache":
@@ -171,7 +171,7 @@ class KVCache:
 
 
 def _slot_axis(array: Array) -> int:
-    """Keys and values are [B, K, S, D], marks [B, S]."""
+    """Keys and values are [B, G, S, D], marks [B, S]."""
     return 1 if array.ndim == 2 else 2
 
 
@@ -220,7 +220,7 @@ def cache_attention(
 
 def _split_scales(
     stored: Stored, dtype: DTypeLike
-) -> tuple[Float[Array, "B K S D"], Float[Array, "B K 1 1 S"] | float]:
+) -> tuple[Float[Array, "B G S D"], Float[Array, "B G 1 1 S"] | float]:
     """Vectors, and what each is to be multiplied by."""
     if isinstance(stored, Quantized):
         scales = stored.scales[..., 0]

@@ -72,7 +72,7 @@ def rotate(
 
 
 class DecoderAttention(nnx.Module):
-    """Projections without biases; N query heads share K key-value heads."""
+    """Projections without biases; N query heads share G key-value heads."""
 
     def __init__(self, config: TextConfig, *, init: Init, lora: LoRAConfig | None):
         self.rules = rules = init.rules
@@ -115,7 +115,7 @@ class DecoderLayer(nnx.Module):
 
     def project(
         self, x: Float[Array, "B T H"], angles: tuple[Array, Array]
-    ) -> tuple[Float[Array, "B T N D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+    ) -> tuple[Float[Array, "B T N D"], Float[Array, "B T G D"], Float[Array, "B T G D"]]:
         """Rotated query, rotated key, value."""
         normal, heads = barrier(self.attention_norm(x)), self.attention.rules.hidden
         query = rotate(self.attention.query(normal, out=heads), *angles)

@@ -12,7 +12,7 @@ from stf_jax.models.layers import Remat, apply_layers
 # Cosine and sine of each position's rotation.
 Angles: TypeAlias = tuple[Float[Array, "B T 1 D"], Float[Array, "B T 1 D"]]
 # Rotated key, and value.
-KeyValue: TypeAlias = tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]]
+KeyValue: TypeAlias = tuple[Float[Array, "B T G D"], Float[Array, "B T G D"]]
 
 
 class Block(Protocol):
@@ -20,7 +20,7 @@ class Block(Protocol):
 
     def project(
         self, x: Float[Array, "B T H"], angles: Angles
-    ) -> tuple[Float[Array, "B T N D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+    ) -> tuple[Float[Array, "B T N D"], Float[Array, "B T G D"], Float[Array, "B T G D"]]:
         """Rotated query, rotated key, value."""
 
     def finish(

@@ -1,7 +1,7 @@
 """Which PyTorch tensor is which native parameter: names, shapes, and the change of layout.
 
 A transform is a pair of exact inverses; none changes a value. Letters: C a width in, F a width out,
-N heads, D head width, S window side, P patch side, V vocabulary.
+N heads, D head width, W window side, V vocabulary.
 """
 
 import dataclasses
@@ -64,7 +64,10 @@ def join_heads(heads: int) -> Transform:
 
 
 def patches(patch: int) -> Transform:
-    """The tower's patch convolution: [C, 3, P, P] <-> [P*P*3, C], rows (row, column, channel)."""
+    """The tower's patch convolution: [C, 3, side, side] <-> [side*side*3, C].
+
+    Natively the rows are in the order (row, column, channel).
+    """
     return Transform(
         lambda tensor: tensor.transpose(2, 3, 1, 0).reshape(-1, tensor.shape[0]),
         lambda array: array.reshape(patch, patch, -1, array.shape[-1]).transpose(3, 2, 0, 1),
@@ -72,10 +75,10 @@ def patches(patch: int) -> Transform:
 
 
 def windows(side: int) -> Transform:
-    """First weight of the STF projector: [F, C*S*S] <-> [S*S*C, F].
+    """First weight of the STF projector: [F, C*W*W] <-> [W*W*C, F].
 
-    The released weights expect a window channel by channel, element S*S*channel + S*row + column;
-    natively it comes pixel by pixel, element (S*row + column)*C + channel.
+    The released weights expect a window channel by channel, element W*W*channel + W*row + column;
+    natively it comes pixel by pixel, element (W*row + column)*C + channel.
     """
     area = side**2
 

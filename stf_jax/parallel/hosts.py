@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stf_jax.data.batch import Batch
-from stf_jax.parallel.sharding import BATCH_AXES, P
+from stf_jax.parallel.sharding import BATCH_AXES
 
 
 def start(
@@ -136,7 +136,7 @@ class BatchLayout:
         """The rows that this process makes, ascending; with `tensor` over hosts, others do too."""
         if self.mesh is None:
             return tuple(range(self.rows))
-        sharding = NamedSharding(self.mesh, P(None, BATCH_AXES))
+        sharding = NamedSharding(self.mesh, PartitionSpec(None, BATCH_AXES))
         places: Any = sharding.addressable_devices_indices_map(self._shape).values()
         inner = {row for place in places for row in range(*place[1].indices(self._shape[1]))}
         return tuple(
@@ -181,4 +181,4 @@ class BatchLayout:
     def _sharding(self, ndim: int) -> NamedSharding | None:
         if self.mesh is None:
             return None
-        return NamedSharding(self.mesh, P(None, BATCH_AXES, *(None,) * (ndim - 1)))
+        return NamedSharding(self.mesh, PartitionSpec(None, BATCH_AXES, *(None,) * (ndim - 1)))

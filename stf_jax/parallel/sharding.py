@@ -7,14 +7,15 @@ operation whose result is ambiguous is given one. Without a mesh every spec is N
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import jax
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-P = PartitionSpec
+Spec: TypeAlias = PartitionSpec | None
+
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
@@ -28,17 +29,17 @@ class ShardingRules:
     """
 
     # Parameters.
-    embedding: P | None = None  # [V, H]
-    column: P | None = None  # [in, F], [in, N, D]: the output is split over `tensor`
-    column_bias: P | None = None  # [F], [N, D]
-    row: P | None = None  # [F, out]: the input is split over `tensor`
-    row_heads: P | None = None  # [N, D, out]
-    vector: P | None = None  # norms, the biases of `row` kernels, patch and position embeddings
+    embedding: Spec = None  # [V, H]
+    column: Spec = None  # [in, F], [in, N, D]: the output is split over `tensor`
+    column_bias: Spec = None  # [F], [N, D]
+    row: Spec = None  # [F, out]: the input is split over `tensor`
+    row_heads: Spec = None  # [N, D, out]
+    vector: Spec = None  # norms, the biases of `row` kernels, patch and position embeddings
 
     # Activations.
-    tokens: P | None = None  # anything that leads with the batch and is not split further
-    hidden: P | None = None  # [B, T, F], [B, T, N, D], [B, T, V]
-    cache: P | None = None  # [B, K, S, D]
+    tokens: Spec = None  # anything that leads with the batch and is not split further
+    hidden: Spec = None  # [B, T, F], [B, T, N, D], [B, T, V]
+    cache: Spec = None  # [B, G, S, D]
 
     @classmethod
     def none(cls) -> Self:
@@ -49,24 +50,24 @@ class ShardingRules:
     def default(cls) -> Self:
         """For a mesh with the axes `data`, `fsdp`, `tensor`, of any size."""
         return cls(
-            embedding=P("tensor", "fsdp"),
-            column=P("fsdp", "tensor"),
-            column_bias=P("tensor"),
-            row=P("tensor", "fsdp"),
-            row_heads=P("tensor", None, "fsdp"),
-            vector=P(),
-            tokens=P(BATCH_AXES),
-            hidden=P(BATCH_AXES, None, "tensor"),
-            cache=P(BATCH_AXES, "tensor"),
+            embedding=PartitionSpec("tensor", "fsdp"),
+            column=PartitionSpec("fsdp", "tensor"),
+            column_bias=PartitionSpec("tensor"),
+            row=PartitionSpec("tensor", "fsdp"),
+            row_heads=PartitionSpec("tensor", None, "fsdp"),
+            vector=PartitionSpec(),
+            tokens=PartitionSpec(BATCH_AXES),
+            hidden=PartitionSpec(BATCH_AXES, None, "tensor"),
+            cache=PartitionSpec(BATCH_AXES, "tensor"),
         )
 
 
-def reshard(x: Array, spec: P | None) -> Array:
+def reshard(x: Array, spec: Spec) -> Array:
     """Moves an array to a spec of the mesh at hand; None means that there is no mesh."""
     return x if spec is None else jax.sharding.reshard(x, spec)
 
 
-def all_gather_fsdp(parameter: Array, spec: P | None) -> Array:
+def all_gather_fsdp(parameter: Array, spec: Spec) -> Array:
     """A parameter whole along `fsdp`, as a matmul takes it; None means that there is no mesh.
 
     "Reduced" says that the gradients of all its uses are first added up on each device, and then
@@ -74,7 +75,9 @@ def all_gather_fsdp(parameter: Array, spec: P | None) -> Array:
     """
     if spec is None:
         return parameter
-    whole = P(*(None if axis == "fsdp" else axis for axis in spec), reduced=frozenset(BATCH_AXES))
+    whole = PartitionSpec(
+        *(None if axis == "fsdp" else axis for axis in spec), reduced=frozenset(BATCH_AXES)
+    )
     return jax.sharding.reshard(parameter, whole)
 
 

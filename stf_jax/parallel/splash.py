@@ -14,8 +14,8 @@ _LANES, _LARGEST = 128, 640
 
 def splash_attention(
     query: Float[Array, "B T N D"],
-    key: Float[Array, "B S K D"],
-    value: Float[Array, "B S K D"],
+    key: Float[Array, "B S G D"],
+    value: Float[Array, "B S G D"],
     query_segments: Int[Array, "B T"] | None = None,
     key_segments: Int[Array, "B S"] | None = None,
     *,
@@ -29,7 +29,7 @@ def splash_attention(
 
     Args:
         query: T positions, N heads.
-        key: S positions, K heads, of which N is a multiple; as many as queries where `causal`.
+        key: S positions, G heads, of which N is a multiple; as many as queries where `causal`.
         value: as `key`.
         query_segments: from 1; 0 is padding. None is one segment.
         key_segments: from 1; 0 is padding. None is one segment.

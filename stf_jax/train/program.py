@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stf_jax.data.batch import Batch
 from stf_jax.data.images import ImageProcessor
 from stf_jax.models.llava import Llava
 from stf_jax.parallel.hosts import BatchLayout
-from stf_jax.parallel.sharding import P, ShardingRules
+from stf_jax.parallel.sharding import ShardingRules
 from stf_jax.store.checkpoint import flatten
 from stf_jax.systems.base import LlavaConfig, check_divisible
 from stf_jax.train.config import TrainConfig
@@ -151,7 +151,7 @@ def _on(leaf: Any, dtype: Any, mesh: Mesh | None) -> Any:
     """A leaf where it lies; shapes that went through a trace know the abstract mesh only."""
     if mesh is None:
         return jax.ShapeDtypeStruct(leaf.shape, dtype)
-    spec = P() if leaf.sharding is None else leaf.sharding.spec
+    spec = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
     return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=NamedSharding(mesh, spec))
 
 

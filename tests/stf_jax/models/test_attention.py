@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from stf_jax.models import attention as module
 from stf_jax.models.attention import Marks, attention
-from stf_jax.parallel.sharding import P, make_mesh
+from stf_jax.parallel.sharding import make_mesh
 from stf_jax.parallel.splash import splash_attention
 
 # T, N, K, D, causal: whole blocks, padded ones, grouped heads, several blocks, the tower's shape.
@@ -75,7 +76,7 @@ def test_split_over_a_mesh(monkeypatch: pytest.MonkeyPatch, masked: bool) -> Non
     monkeypatch.setattr(module, "platform", lambda: "tpu")
     interpreted = lambda *given, **options: splash_attention(*given, **options, interpret=True)  # noqa: E731
     monkeypatch.setattr(module, "splash_attention", interpreted)
-    rows, heads = P(("data", "fsdp")), P(("data", "fsdp"), None, "tensor")
+    rows, heads = PartitionSpec(("data", "fsdp")), PartitionSpec(("data", "fsdp"), None, "tensor")
     with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
         query, key, value = (jax.device_put(one, heads) for one in (query, key, value))
         marks = jax.device_put(marks, rows)

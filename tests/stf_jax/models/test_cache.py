@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from stf_jax.models import cache as module
 from stf_jax.models.attention import Marks, attention
 from stf_jax.models.cache import CacheDType, KVCache, Quantized, Stored, cache_attention
-from stf_jax.parallel.sharding import P, make_mesh
+from stf_jax.parallel.sharding import make_mesh
 
 
 def random(*shape: int, seed: int = 0) -> jax.Array:
@@ -16,7 +17,7 @@ def random(*shape: int, seed: int = 0) -> jax.Array:
 
 
 def vectors(stored: Stored) -> np.ndarray:
-    """What is stored, [B K S D]."""
+    """What is stored, [B G S D]."""
     if isinstance(stored, Quantized):
         return np.asarray(stored.integers * stored.scales)
     return np.asarray(stored, np.float32)
@@ -135,9 +136,9 @@ def test_attention(
     seen = {"marks": marks_at(positions), "slots": cache.marks}
     found = cache_attention(late, *held, **seen)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=error)
-    rows, heads = P(("data", "fsdp")), P(("data", "fsdp"), "tensor")
+    rows, heads = PartitionSpec(("data", "fsdp")), PartitionSpec(("data", "fsdp"), "tensor")
     with jax.set_mesh(make_mesh(data=2, tensor=2, devices=jax.devices()[:4])):
-        late = jax.device_put(late, P(("data", "fsdp"), None, "tensor"))
+        late = jax.device_put(late, PartitionSpec(("data", "fsdp"), None, "tensor"))
         split = jax.jit(cache_attention)(
             late, *jax.device_put(held, heads), **jax.device_put(seen, rows)
         )

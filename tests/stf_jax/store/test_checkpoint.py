@@ -11,8 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from etils import epath
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from stf_jax.store import checkpoint
 from stf_jax.store.checkpoint import Leaf, flatten, open_native, unflatten
@@ -125,7 +124,7 @@ def test_large_leaves_are_stored_in_chunks(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(("shape", "axes"), [((8,), ("fsdp",)), ((2, 4), ("fsdp", "tensor"))])
 def test_restore_onto_a_mesh(shape: tuple[int, ...], axes: tuple[str, ...], written: Path) -> None:
     mesh = jax.make_mesh(shape, axes, axis_types=(AxisType.Explicit,) * len(axes))
-    sharding = NamedSharding(mesh, P(*axes))
+    sharding = NamedSharding(mesh, PartitionSpec(*axes))
     wanted = {
         "text/head/kernel": jax.ShapeDtypeStruct((64, 32), np.float32, sharding=sharding),
         "vision/bias": jax.ShapeDtypeStruct((8,), np.float16),

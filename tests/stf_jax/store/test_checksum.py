@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec
 
 from stf_jax.parallel.sharding import make_mesh
 from stf_jax.store import checksum as module
@@ -27,7 +26,11 @@ def test_the_same_in_host_memory_and_on_any_mesh(dtype: np.dtype) -> None:
     assert on_devices(jnp.asarray(array)) == expected
     mesh = make_mesh(fsdp=2, tensor=4)
     with jax.set_mesh(mesh):
-        for spec in (P("fsdp", None, "tensor"), P(None, "fsdp"), P(None, None, ("fsdp", "tensor"))):
+        for spec in (
+            PartitionSpec("fsdp", None, "tensor"),
+            PartitionSpec(None, "fsdp"),
+            PartitionSpec(None, None, ("fsdp", "tensor")),
+        ):
             placed = jax.device_put(array, NamedSharding(mesh, spec))
             assert on_devices(placed) == expected
             assert checksums({"placed": placed}) == {"placed": expected}

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from stf_jax.models.llava import Llava
-from stf_jax.parallel.sharding import BATCH_AXES, P, ShardingRules, make_mesh
+from stf_jax.parallel.sharding import BATCH_AXES, ShardingRules, make_mesh
 from stf_jax.store.checkpoint import flatten
 from stf_jax.train.checkpoint import Checkpoints
 from stf_jax.train.optimizer import OptimizerConfig, make_optimizer, split_trained
@@ -30,7 +31,7 @@ class Run:
         optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3), steps=20)
         trained, self._frozen = split_trained(placed, "pretrain")
         batch = jax.tree.map(lambda leaf: leaf[None], batch)
-        self._batch = jax.device_put(batch, P(None, BATCH_AXES)) if on_mesh else batch
+        self._batch = jax.device_put(batch, PartitionSpec(None, BATCH_AXES)) if on_mesh else batch
         self.state = init_state(trained, optimizer)
         self._step = make_step(model, optimizer)
 

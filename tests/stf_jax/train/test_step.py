@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from stf_jax.data.batch import Batch
 from stf_jax.models.llava import Llava
-from stf_jax.parallel.sharding import BATCH_AXES, P, ShardingRules, make_mesh
+from stf_jax.parallel.sharding import BATCH_AXES, ShardingRules, make_mesh
 from stf_jax.store.checkpoint import flatten
 from stf_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule, split_trained
 from stf_jax.train.step import init_state, make_step
@@ -54,7 +55,7 @@ def run(
     placed = {path: jax.device_put(weights[path], leaf.sharding) for path, leaf in like.items()}
     trained, frozen = split_trained(placed, stage)
     if on_mesh:
-        batch = jax.device_put(batch, P(None, BATCH_AXES))
+        batch = jax.device_put(batch, PartitionSpec(None, BATCH_AXES))
     state, step = init_state(trained, optimizer), make_step(model, optimizer, **options)
     losses, norms = [], []
     for _ in range(steps):
