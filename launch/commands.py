@@ -19,7 +19,7 @@ _INSTALL = {
 
 
 class LaunchError(Exception):
-    """What went wrong, in a line for the user."""
+    """An error; its message is one line for the user."""
 
 
 class CommandFailed(LaunchError):
@@ -48,14 +48,14 @@ class Runner:
     dry_run: bool = False
 
     def call(self, command: Command) -> int:
-        """Runs it on this terminal; its status."""
+        """Runs a command on this terminal; returns its status."""
         if self._show(command):
             return 0
         with start(command) as process:
             return process.wait()
 
     def run(self, command: Command) -> None:
-        """Runs it on this terminal.
+        """Runs a command on this terminal.
 
         Raises:
             CommandFailed: its status is not 0.
@@ -64,7 +64,7 @@ class Runner:
             raise CommandFailed(command, status)
 
     def ask(self, command: Command, *, pretend: str) -> str:
-        """Its stdout; with --dry-run `pretend`, an answer without problems.
+        """Runs a command and returns its stdout; with --dry-run returns `pretend`.
 
         Raises:
             CommandFailed: its status is not 0.
@@ -155,7 +155,7 @@ def forward(stream: IO[str], say: Callable[[str], None]) -> threading.Thread:
 
 
 def start(command: Command, **options: Any) -> subprocess.Popen[str]:
-    """`subprocess.Popen` for text.
+    """Starts a process whose streams are text.
 
     Raises:
         LaunchError: there is no such program, or it cannot be run.

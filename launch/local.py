@@ -49,7 +49,7 @@ class LocalRun:
         self.processes: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> Self:
-        """Starts them.
+        """Starts the processes.
 
         Raises:
             LaunchError: there is no such command.
@@ -110,7 +110,7 @@ class LocalRun:
 
     @property
     def statuses(self) -> list[int | None]:
-        """Of each process; None while it runs."""
+        """The status of each process; None while it runs."""
         return [process.poll() for process in self.processes]
 
     def _start(self, command: Command) -> None:

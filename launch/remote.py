@@ -54,7 +54,7 @@ def setup(*, extras: str, bucket: str | None) -> str:
 
 
 def foreground(command: Sequence[str]) -> str:
-    """Runs it in the code's folder and environment, and returns its status."""
+    """Runs a command in the code's folder and environment, and returns its status."""
     return f'cd ~/{CODE} && PATH="$PWD/.venv/bin:$PATH" {shlex.join(command)}'
 
 
@@ -72,7 +72,7 @@ def check_idle() -> str:
 
 
 def start(command: Sequence[str]) -> str:
-    """Starts it on an idle worker, and returns at once."""
+    """Starts a command on an idle worker, and returns at once."""
     run = "\n".join(
         [
             # The shell outlives the command, to write its status.

@@ -48,7 +48,7 @@ class Slices:
 
     @classmethod
     def parse(cls, text: str) -> "Slices":
-        """From a topology as `plan` takes it, such as v5e:4x4, or 2xv5e:4x4.
+        """Reads a topology as `plan` takes it, such as v5e:4x4, or 2xv5e:4x4.
 
         Raises:
             LaunchError: there is no such topology.

@@ -19,7 +19,7 @@ def process_flags(coordinator: str, processes: int) -> list[list[str]]:
 
 
 class Hosts(Workers):
-    """A list of hosts.
+    """Hosts that ssh reaches; see `Workers`.
 
     Attributes:
         hosts: as ssh takes them; with USER@ or not.
@@ -38,7 +38,7 @@ class Hosts(Workers):
         self.hosts, self.port = list(hosts), port
 
     def shells(self, scripts: Sequence[str]) -> Mapping[str, Command]:
-        """One for each host."""
+        """A command for each host."""
         all_scripts = scripts if len(scripts) > 1 else [*scripts] * len(self.hosts)
         return {
             host: self._ssh(host, script)
@@ -46,20 +46,20 @@ class Hosts(Workers):
         }
 
     def first(self, script: str) -> Command:
-        """The first host's."""
+        """The command for the first host."""
         return self._ssh(self.hosts[0], script)
 
     def variants(self, command: Command) -> list[Command]:
-        """With the flags that connect each process to the others."""
+        """The command for each host, with the flags that connect each process to the others."""
         coordinator = f"{self.hosts[0].rpartition('@')[2]}:{self.port}"
         return [[*command, *flags] for flags in process_flags(coordinator, len(self.hosts))]
 
     def send(self, file: Path) -> Mapping[str, Command]:
-        """One for each host."""
+        """A command for each host."""
         return {host: ["scp", "-q", *_OPTIONS, str(file), f"{host}:"] for host in self.hosts}
 
     def fetch(self, path: str, out: Path) -> Command:
-        """Directories, too."""
+        """The command that copies a file or directory of the first host."""
         return ["scp", "-q", "-r", *_OPTIONS, f"{self.hosts[0]}:{path}", str(out)]
 
     def _ssh(self, host: str, script: str) -> Command:

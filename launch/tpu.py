@@ -110,11 +110,11 @@ class TpuVm(Workers):
         return {"": self._ssh(script, worker="all")}
 
     def first(self, script: str) -> Command:
-        """By gcloud's number."""
+        """The command for worker 0, as gcloud numbers the workers."""
         return self._ssh(script, worker="0")
 
     def variants(self, command: Command) -> list[Command]:
-        """The same for all: on TPU VMs JAX finds the others by itself."""
+        """The same command for all: on TPU VMs JAX finds the others by itself."""
         return [command]
 
     def send(self, file: Path) -> Mapping[str, Command]:
@@ -124,12 +124,12 @@ class TpuVm(Workers):
         }
 
     def fetch(self, path: str, out: Path) -> Command:
-        """Directories, too."""
+        """The command that copies a file or directory of worker 0."""
         files = [f"{self.name}:{path}", str(out)]
         return self._gcloud("tpu-vm", "scp", "--worker=0", "--recurse", files=files)
 
     def failed_workers(self, failures: Mapping[str, CommandFailed]) -> list[str]:
-        """As gcloud counts them on stderr."""
+        """The workers that gcloud names on stderr."""
         said = "".join(failure.said for failure in failures.values())
         numbers = re.findall(r"on worker (\d+) failed", said)
         return [f"worker {number}" for number in sorted(set(numbers), key=int)] or [self.name]
@@ -178,7 +178,7 @@ class TpuVm(Workers):
         return state
 
     def _state(self, what: tuple[str, str], *, pretend: str) -> str:
-        """Of the slice or the request; empty if there is none."""
+        """The state of the slice or the request; empty if there is none."""
         group, field = what
         command = self._gcloud(group, "describe", f"--format=value({field})")
         try:

@@ -69,11 +69,11 @@ class Workers(abc.ABC):
         return list(failures)
 
     def ready(self) -> bool:
-        """Whether there is anything to run on."""
+        """Whether the workers exist and run."""
         return True
 
     def renew(self) -> None:
-        """Rents them again.
+        """Rents the workers again.
 
         Raises:
             LaunchError: they are not rented.

@@ -123,7 +123,7 @@ def draw() -> Figure:
 
 
 def main() -> None:
-    """Writes it; the same bytes each time."""
+    """Writes the drawing; the bytes are the same each time."""
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else OUT
     with mpl.rc_context({"svg.hashsalt": "fusion", "svg.fonttype": "path"}):
         metadata = {"Date": None} if out.suffix == ".svg" else None

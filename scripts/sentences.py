@@ -51,7 +51,7 @@ def long_sentences(text: str, *, longest: int) -> list[tuple[int, str]]:
 
 
 def main() -> int:
-    """Prints them, with the count of each page on the error stream."""
+    """Prints the long sentences, and the count of each page on stderr."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -103,7 +103,7 @@ def _answer(chat: "Chat", question: str) -> None:
 
 
 def _command(chat: "Chat", line: str) -> bool:
-    """Obeys; False to leave."""
+    """Runs a command of the chat; returns False if the chat ends."""
     try:
         name, *arguments = shlex.split(line)
     except ValueError:

@@ -188,7 +188,7 @@ def _answerer(options: argparse.Namespace, config: "InferenceConfig") -> "Answer
 
 
 def _config(options: argparse.Namespace) -> "InferenceConfig":
-    """The config's settings, or those of the options where there are any."""
+    """The settings of the config; options win over them."""
     from stf_jax.infer.config import InferenceConfig
 
     config = InferenceConfig.load(options.config) if options.config else InferenceConfig()

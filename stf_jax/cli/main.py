@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _explain(error: Exception) -> str | None:
-    """What a user is told; None for a bug, which is to be seen whole."""
+    """The message for the user; None for a bug, whose stack is shown."""
     from stf_jax.util.disk import FullDiskError, full_disk_error, is_full
 
     if is_full(error) and not isinstance(error, FullDiskError) and not _is_own_error(error):
@@ -59,7 +59,7 @@ def _explain(error: Exception) -> str | None:
 
 
 def _is_own_error(error: BaseException) -> bool:
-    """Whether the message is ours, or the system's; a library's ValueError is a bug to be seen."""
+    """Whether stf_jax or the system raised the error; a ValueError of a library is a bug."""
     frame, _ = list(traceback.walk_tb(error.__traceback__))[-1]
     # An error from a worker process has our class and no frame of ours.
     modules = (frame.f_globals["__name__"], type(error).__module__)

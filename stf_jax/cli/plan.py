@@ -91,7 +91,7 @@ def _sweep(options: argparse.Namespace, ask: "Ask") -> int:
 def _changes(
     options: argparse.Namespace, plan: "Plan | InferencePlan", ask: "Ask"
 ) -> list[tuple[str, ...]]:
-    """What would make it fit."""
+    """The changes of the config with which the run would fit."""
     from stf_jax.plan.request import Plan
     from stf_jax.plan.sweep import inference_changes, training_changes
     from stf_jax.train.config import TrainConfig

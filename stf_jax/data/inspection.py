@@ -72,7 +72,7 @@ class Measures:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What came of looking into an example.
+    """The result of an inspection.
 
     Attributes:
       id: the example's.
@@ -212,7 +212,7 @@ class Inspector:
         return data, note
 
     def identify(self, examples: Sequence[RawExample]) -> list[str]:
-        """What the images of examples are, read from the folder alone: name, size, time of change.
+        """Identifies the images of examples by name, size and time of change; opens none of them.
 
         A later call that finds the same has the same images.
         """
@@ -240,7 +240,7 @@ def find_image(folder: str, name: str) -> Path | None:
 
 
 def _name_fault(name: str) -> str | None:
-    """Why a name can be no file's."""
+    """The reason why a name cannot be a file's; None if it can."""
     if name.startswith("data:"):
         return f"{shorten(name)}: an image in base64 is not read; write it to a file, and its path"
     if name.startswith(("http://", "https://")):

@@ -41,7 +41,7 @@ _IMAGE_BLOCKS = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataPlan:
-    """What will be trained on.
+    """A summary of the training data.
 
     Attributes:
       examples: used, over all datasets.
@@ -160,7 +160,7 @@ class TrainingData:
 
     @property
     def fingerprint(self) -> str:
-        """Of the datasets, wherever they lie, and of which of their examples are used."""
+        """Identifies the datasets, wherever they lie, and the examples that are used."""
         digest = hashlib.sha256("".join(self._prints).encode())
         planner = self.planner
         for array in (planner.lengths, planner.images, *planner.pools, planner.draws):
@@ -177,7 +177,7 @@ class TrainingData:
         return sum(self.planner.steps(epoch) for epoch in range(epochs))
 
     def plan(self) -> DataPlan:
-        """What will be trained on, in figures."""
+        """A summary of the training data, in figures."""
         rows = self.planner.rows(0)
         columns = self._columns
         return DataPlan(

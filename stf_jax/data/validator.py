@@ -139,7 +139,7 @@ class Tally:
         self._bars[next((n for n, to in enumerate(_BOUNDS) if tokens <= to), len(_BOUNDS))] += 1
 
     def report(self) -> CheckReport:
-        """What has been added up."""
+        """The report over all examples so far."""
         edges = (0, *_BOUNDS)
         fields = {field.name for field in dataclasses.fields(CheckReport)}
         counted = fields - {"sequence_length", "histogram", "problems", "notes"}

@@ -31,12 +31,12 @@ class Score:
 
     @property
     def accuracy(self) -> float:
-        """From 0 to 1."""
+        """The share of right answers, from 0 to 1."""
         return self.right / self.asked
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Lower and upper end."""
+        """Lower and upper end of the interval."""
         n, p = self.asked, self.accuracy
         center = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
         half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
@@ -45,7 +45,7 @@ class Score:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of reading one image and one question, before the first token of the answer.
+    """The cost of one image and one question, up to the first token of the answer.
 
     Attributes:
         vision_tokens: of the image.
@@ -89,12 +89,12 @@ def answer_all(
 
 
 def read_cost(out: Path) -> Cost:
-    """What `answer_all` has measured on the way."""
+    """The cost that `answer_all` measured."""
     return Cost(**read_json(out)["cost"])
 
 
 def requests(questions: Sequence[HeldOut], corpus: Path) -> list[Request]:
-    """As a user would ask."""
+    """The questions as requests to a model."""
     return [
         Request(prompt=item.question.text, images=[corpus / IMAGES / item.image])
         for item in questions
@@ -102,7 +102,7 @@ def requests(questions: Sequence[HeldOut], corpus: Path) -> list[Request]:
 
 
 def scores(questions: Sequence[HeldOut], answers: Sequence[str]) -> dict[str, Score]:
-    """By kind of question, and "all"; every kind is asked equally often, so that is their mean."""
+    """The score of each kind of question, and of "all" questions."""
     right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
     for item, answer in zip(questions, answers, strict=True):
         right[item.question.kind].append(answer == item.question.answer)

@@ -73,7 +73,7 @@ class Settings:
 
     @classmethod
     def by_name(cls, size: str, *, seed: int = 0) -> "Settings":
-        """Of size "quick", "default" or "full"."""
+        """The settings of size "quick", "default" or "full"."""
         if size == "quick":
             return cls(train_scenes=300, held_out_scenes=20, steps=(10, 10), seed=seed)
         if size == "full":
@@ -219,7 +219,7 @@ def _import(variant: DemoVariant, out: Path, *, seed: int) -> None:
 
 
 def _build(out: Path, model: Path) -> None:
-    """Both datasets; tokenizer and images are those of every variant."""
+    """Builds both datasets, which all variants share."""
     processors = load_processors(model)
     for name, template in TEMPLATES.items():
         dataset = _dataset(out, name)

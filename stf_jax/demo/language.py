@@ -142,7 +142,7 @@ class CellCodes(nnx.Module):
         self.rows, self.columns = table(side, 1), table(1, side)
 
     def __call__(self, seen: Seen) -> Float[Array, "B K H"]:
-        """In raster order, as vision tokens come."""
+        """A code for each window, in raster order, as vision tokens come."""
         held = sum(
             table[jnp.arange(self.window**2), self._windows(numbers) + 1].sum(axis=2)
             for table, numbers in ((self.digits, seen.digits), (self.colors, seen.colors))
@@ -157,7 +157,7 @@ class CellCodes(nnx.Module):
 
 
 def _widen(path: str, leaf: Array) -> Array:
-    """Weights as a narrow model wants them: LLaMA's 0.02 is for widths of thousands."""
+    """Scales up the initial weights: LLaMA's 0.02 is for widths of thousands."""
     if path == "embedding":
         return leaf * (_STDDEV / 0.02)
     if not path.endswith("kernel"):

@@ -120,7 +120,7 @@ def show_table(results: Results) -> None:
 
 
 def machine() -> str:
-    """What this computer is."""
+    """A description of this computer."""
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():

@@ -13,7 +13,7 @@ BASELINE, CLAIM = "average", "stf_mbtf"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VariantResult:
-    """One variant, trained and asked.
+    """The results of one variant.
 
     Attributes:
         name: of its folder.
@@ -33,11 +33,11 @@ class VariantResult:
 
     @property
     def training_seconds(self) -> float:
-        """Of all steps of both stages."""
+        """Seconds of all steps of both stages."""
         return sum(record["seconds"] for stage in self.stages for record in stage)
 
     def to_json(self) -> dict[str, Any]:
-        """Without what `metrics.jsonl` and `answers.json` hold."""
+        """The results as JSON, without the content of `metrics.jsonl` and `answers.json`."""
         return {
             "title": self.title,
             "scores": {
@@ -69,7 +69,7 @@ class Results:
 
     @property
     def verdict(self) -> str:
-        """How the variant of the claim and its baseline compare."""
+        """A sentence that compares the variant of the claim with its baseline."""
         claim, baseline = self.variant(CLAIM), self.variant(BASELINE)
         ours, theirs = claim.scores["all"], baseline.scores["all"]
         gap = 100 * (ours.accuracy - theirs.accuracy)

@@ -48,13 +48,13 @@ _FILLED = 0.6
 
 
 def name(row: int, column: int) -> str:
-    """Of a cell: "BX"."""
+    """The name of a cell, such as "BX"."""
     return ROWS[row] + COLUMNS[column]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What an image shows: for each cell a digit, `EMPTY` where there is none, and its color."""
+    """The content of an image: the digit of each cell (or `EMPTY`), and its color."""
 
     digits: Int[np.ndarray, "rows columns"]
     colors: Int[np.ndarray, "rows columns"]
@@ -85,29 +85,29 @@ class Scene:
         return np.argwhere(known)
 
     def digit(self, row: int, column: int) -> str:
-        """The word for the digit that is there."""
+        """The word for the digit in a cell."""
         return DIGITS[self.digits[row, column]]
 
     def color(self, row: int, column: int) -> str:
-        """Of the digit that is there."""
+        """The color of the digit in a cell."""
         return NAMES[self.colors[row, column]]
 
     def cell(self, row: int, column: int) -> str:
-        """What is there: "red seven", or "nothing"."""
+        """The content of a cell: "red seven", or "nothing"."""
         if self.digits[row, column] == EMPTY:
             return "nothing"
         return f"{self.color(row, column)} {self.digit(row, column)}"
 
     def left(self, row: int, column: int) -> str:
-        """The cell to the left and what is there: "BX red seven"."""
+        """The cell to the left, with its content: "BX red seven"."""
         return self.named_cell(row, column - 1)
 
     def above(self, row: int, column: int) -> str:
-        """The cell above and what is there."""
+        """The cell above, with its content."""
         return self.named_cell(row - 1, column)
 
     def named_cell(self, row: int, column: int) -> str:
-        """Where and what: "BX red seven", or "BX nothing"."""
+        """A cell with its content: "BX red seven", or "BX nothing"."""
         return f"{name(row, column)} {self.cell(row, column)}"
 
     def count(self, digit: int) -> str:
@@ -130,7 +130,7 @@ class Scene:
         return ", ".join(rng.permutation(facts)[:7])
 
     def counts(self, rng: np.random.Generator) -> str:
-        """How often each digit is there: "seven two, one zero, ..."."""
+        """How many cells hold each digit: "seven two, one zero, ..."."""
         return ", ".join(f"{DIGITS[digit]} {self.count(digit)}" for digit in rng.permutation(10))
 
 
@@ -172,7 +172,7 @@ def ask(scene: Scene, kind: str, rng: np.random.Generator, *, count: int) -> lis
 
 
 def questions(scene: Scene, rng: np.random.Generator, *, of_each: int) -> list[Question]:
-    """So many of each kind, the kinds in turn."""
+    """Questions of all kinds, `of_each` of each kind."""
     by_kind = [ask(scene, kind, rng, count=of_each) for kind in KINDS]
     return [question for turn in zip(*by_kind, strict=True) for question in turn]
 

@@ -17,7 +17,7 @@ Paths = Mapping[str, Path]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
-    """What a benchmark's answers are worth.
+    """The score of a benchmark's answers.
 
     Attributes:
       figures: everything that the reference's script prints, by name.
@@ -37,7 +37,7 @@ class Score:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """One of the nine.
+    """A benchmark: its files, questions, score and submission.
 
     Attributes:
       name: on the command line, and of its folder of results.
@@ -81,7 +81,7 @@ class Benchmark:
 
 
 def score_on_server(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -> Score:
-    """No figures, since nobody but the server knows the truth; only what has no answer."""
+    """A score without figures, since only the server knows the truth; lists what has no answer."""
     path = paths["questions"]
     ids = [str(line["question_id"]) for line in read_jsonl(path, ("question_id",))]
     # The server takes an answer for each id.

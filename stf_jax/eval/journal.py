@@ -80,7 +80,7 @@ class AnswerLog:
                 part.unlink()
 
     def is_answered(self, question: Question) -> bool:
-        """Whether nothing need be asked."""
+        """Whether a question has an answer already."""
         return question.number < self._written or question.number in self._early
 
     def add(self, reply: Reply) -> None:
@@ -124,7 +124,7 @@ class AnswerLog:
         self._file.flush()
 
     def _parts(self) -> list[Path]:
-        """Those in this host's care, also of a run that had more hosts."""
+        """This host's part files; they may be of a run with more hosts."""
         matches = [(_PART.fullmatch(file.name), file) for file in self._path.parent.iterdir()]
         hosts = self._hosts
         return [
@@ -135,7 +135,7 @@ class AnswerLog:
 
 
 def _lock(path: Path) -> IO[str]:
-    """Opened to append, for nobody else at the same time."""
+    """Opens a file to append to it, and keeps other processes out."""
     file = path.open("a", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -70,11 +70,11 @@ class StfJax(lmms):
         return [answers[number] for number in range(len(requests))]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Refused."""
+        """Not supported."""
         raise NotImplementedError("stf_jax answers tasks of one round; leave such tasks out")
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Refused."""
+        """Not supported."""
         raise NotImplementedError("stf_jax generates only; choose tasks of generate_until")
 
     def _request(self, request: Any) -> Request:
@@ -87,7 +87,7 @@ class StfJax(lmms):
 
 
 def _options(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Generation arguments of `transformers` as ours."""
+    """Our options for generation arguments of `transformers`."""
     sampled = arguments.get("do_sample", True) and (arguments.get("temperature") or 0) > 0
     sampling = GREEDY
     if sampled:

@@ -1,4 +1,4 @@
-"""Under which conditions questions were answered; without them a score compares with nothing."""
+"""The protocol: the conditions of an evaluation, without which a score compares with nothing."""
 
 import hashlib
 import importlib.metadata

@@ -15,7 +15,7 @@ OPTION_LETTER = "Answer with the option's letter from the given choices directly
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is asked, once.
+    """One question of a benchmark.
 
     Attributes:
       number: its place among the benchmark's questions, from 0; the only unique name it has, since
@@ -45,7 +45,7 @@ class Reply:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How every question of a benchmark is put and answered by the reference; always greedy."""
+    """The reference's prompt form and answer length for a benchmark; it is always greedy."""
 
     template: str = "v1"
     max_new_tokens: int = 128

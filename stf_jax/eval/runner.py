@@ -48,7 +48,7 @@ class Result:
     files: Mapping[str, Mapping[str, str]]
 
     def to_json(self) -> dict[str, Any]:
-        """For `json.dumps`."""
+        """The result as JSON."""
         return {
             "benchmark": self.benchmark,
             "headline": self.score.headline,

@@ -12,7 +12,7 @@ from stf_jax.infer.stop_strings import StopStrings
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What the model said.
+    """An answer of the model.
 
     Attributes:
         text: without special tokens and without the stop string that ended it.
@@ -45,11 +45,11 @@ class AnswerBuilder:
         return "".join(self._text)
 
     def push(self, ids: Iterable[int]) -> str:
-        """New text; ids behind the end are ignored."""
+        """Takes ids and returns the new text; ignores ids after the end."""
         return self._emit("".join(self._push_one(int(id_)) for id_ in ids if not self.finished))
 
     def finish(self) -> str:
-        """Text that was kept back for what might have followed."""
+        """The rest of the text, when no more ids come."""
         if self._stops.stopped:
             return ""
         text = self._stops.push(self._decoder.finish()) + self._stops.finish()

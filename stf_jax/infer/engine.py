@@ -45,7 +45,7 @@ class _Group:
 
 
 class Engine:
-    """Answers prompts. What it says depends neither on slots nor on neighbors nor on sharing.
+    """Answers prompts. An answer depends neither on slots nor on neighbors nor on sharing.
 
     Args:
         model: taken over: its stacked layers are taken apart.
@@ -137,7 +137,7 @@ class Engine:
                         yield prompt
 
     def _check(self, prompts: Sequence[Prompt], max_new_tokens: int) -> int:
-        """The limit, no higher than the context, after a look at every prompt."""
+        """Checks every prompt; returns the limit, no higher than the context."""
         room = self.config.text.max_positions
         most = limit_new_tokens(max_new_tokens, room=room)
         longest = max((len(prompt.ids) for prompt in prompts), default=0)
@@ -182,7 +182,7 @@ class _Feed:
 
     @property
     def more(self) -> bool:
-        """Whether there is a question that is not asked yet."""
+        """Whether a question waits that has no slot yet."""
         return bool(self.waiting or self._chunks)
 
     def refill(self) -> None:

@@ -164,7 +164,7 @@ class Model:
             yield number, builder.build(prompts[number])
 
     def make_builder(self, stops: Sequence[str]) -> AnswerBuilder:
-        """What turns this model's ids into text."""
+        """A builder that turns this model's ids into text."""
         return AnswerBuilder(self.tokenizer, eos_ids=self.config.text.eos_ids, stops=stops)
 
     def _prompt(self, request: Request, template: Template) -> Prompt:

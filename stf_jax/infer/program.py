@@ -111,7 +111,7 @@ class Program:
 
     @functools.cached_property
     def checksum(self) -> str:
-        """Of every weight as the devices have it, whatever the mesh; it tells models apart."""
+        """A checksum of all weights, the same on any mesh; it identifies the model."""
         digest = hashlib.sha256()
         with self._on_mesh():
             for path, leaf in jax.tree_util.tree_leaves_with_path(self._parameters):
@@ -126,7 +126,7 @@ class Program:
 
     @property
     def row_multiple(self) -> int:
-        """What the mesh splits rows by; their number must divide by it."""
+        """The number of rows must be a multiple of this, since the mesh splits them."""
         return 1 if self.mesh is None else math.prod(self.mesh.shape[a] for a in BATCH_AXES)
 
     def prefill(self, batch: Batch) -> KVCache:
@@ -257,7 +257,7 @@ class Program:
         new: int,
         greedy: bool,
     ) -> Slots:
-        """Suffixes in, each against its row of the cache; first tokens out."""
+        """Computes suffixes against their rows of the cache, and the answers' first tokens."""
         logits, cache = self._model(parameters).extend(
             questions.ids, start=questions.starts, lengths=questions.lengths, cache=cache
         )

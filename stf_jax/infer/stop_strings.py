@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Passes text on as it comes and keeps back what may yet turn out to be a stop string.
+    """Passes text on, and keeps back an end that may become a stop string.
 
     The first stop string to be complete ends the text where that string began; of several that end
     together, the longest. What pieces the text comes in makes no difference.
@@ -18,7 +18,7 @@ class StopStrings:
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """What of the text so far is certain to stand before any stop string."""
+        """Takes text; returns the part that certainly stands before any stop string."""
         if self.stopped:
             return ""
         held = self._held + text
@@ -36,6 +36,6 @@ class StopStrings:
         return held[: len(held) - keep]
 
     def finish(self) -> str:
-        """The text kept back, when no more will come."""
+        """The text that was kept back, at the end of the answer."""
         held, self._held = self._held, ""
         return held

@@ -10,7 +10,7 @@ M   taps of the tower                   G   key-value heads, each shared by N / 
 C   width of the tower                  D   width of a head
 W   side of a window, in patches        F   hidden width of an MLP
 V   vocabulary                          L   layers
-R   requests that get slots together
+R   rows of a whole global batch, or of one call of the engine
 
 Other dimensions have words: `height`, `width`, `examples`.
 """

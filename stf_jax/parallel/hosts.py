@@ -78,7 +78,7 @@ def _no_longer_than(seconds: float, who: str) -> Iterator[None]:
 
 
 def _longer(timeout: float) -> int:
-    """For JAX's own timeout, which ends the process with a stack trace."""
+    """The seconds for JAX's own timeout, which ends the process with a stack trace."""
     return int(timeout) + 60
 
 
@@ -124,7 +124,7 @@ class BatchLayout:
 
     @property
     def rows_per_device(self) -> int:
-        """Of a micro-batch."""
+        """Rows of a micro-batch on each device."""
         return self.rows // self.micro_batches // self._parts
 
     @property

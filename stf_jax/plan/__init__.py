@@ -1,1 +1,1 @@
-"""What a run costs on a TPU, asked of the TPU compiler on a machine without one."""
+"""Estimates of a run on a TPU, by the TPU compiler, on a machine without a TPU."""

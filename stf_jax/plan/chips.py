@@ -16,7 +16,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One generation.
+    """A TPU generation.
 
     Attributes:
         name: as in a topology.
@@ -99,17 +99,17 @@ class Topology:
 
     @property
     def slice(self) -> str:
-        """One slice."""
+        """The name of one slice, as the compiler takes it."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     @property
     def chips_per_slice(self) -> int:
-        """How many there are in one."""
+        """Chips of one slice."""
         return math.prod(self.shape)
 
     @property
     def chips(self) -> int:
-        """How many there are."""
+        """Chips of all slices."""
         return self.slices * self.chips_per_slice
 
     @property

@@ -28,7 +28,7 @@ class PlanError(ValueError):
 
 
 def plan(config: str, *, topology: str, overrides: Sequence[str] = ()) -> Plan | InferencePlan:
-    """What a config costs on a slice: a training step, or the programs that answer questions.
+    """The plan of a config on a slice: a training step, or the programs that answer questions.
 
     Takes minutes at 7B.
 

@@ -1,4 +1,4 @@
-"""What chips tell each other, as the text of a compiled program has it."""
+"""The communication of chips, from the text of a compiled program."""
 
 import dataclasses
 import math
@@ -49,7 +49,7 @@ class Collective:
         return rounds * self.bytes * (self.group - 1) / self.group
 
     def exposure(self, seconds: float, clock: float) -> float:
-        """How many of its seconds the chip waits for it."""
+        """Seconds that the chip waits for the collective."""
         return max(0.0, seconds - self.beside / clock)
 
 
@@ -84,7 +84,7 @@ def collective(
 
 
 def between_slices(instruction: Instruction, slices: int) -> Collective:
-    """Of a `recv` that waits for another slice.
+    """The collective of a `recv` that waits for another slice.
 
     Raises:
         UnreadableProgram: its kind is not known.
@@ -108,7 +108,7 @@ def between_slices(instruction: Instruction, slices: int) -> Collective:
 
 
 def _group(instruction: Instruction, devices: int) -> int:
-    """Chips in a group, in whichever of its three forms it is written."""
+    """Chips in a group; the text has three forms of it."""
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", instruction.rest):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", match.group(1)))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match.group(2)))

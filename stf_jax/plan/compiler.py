@@ -1,4 +1,4 @@
-"""Compiles a config's training step for a slice that is not there.
+"""Compiles a config's training step for a slice that this machine does not have.
 
 Runs in a process of its own, see `stf_jax.plan.client`.
 """
@@ -32,7 +32,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def make_plan(request: Request) -> Plan:
-    """Compiles and measures.
+    """Compiles a training step and estimates its cost.
 
     Raises:
         ValueError: the topology, the mesh or the config is wrong, in one line.
@@ -75,7 +75,7 @@ def make_plan(request: Request) -> Plan:
 
 
 def architecture(config: TrainConfig) -> LlavaConfig:
-    """The model by the name in the config, or as its weights say.
+    """The model's sizes, by the name in the config or from its weights.
 
     Raises:
         ValueError: neither is there.

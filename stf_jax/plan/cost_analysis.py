@@ -1,4 +1,4 @@
-"""What a compiled program does: cycles, matmul FLOPs and collectives over the whole call graph.
+"""Totals of a compiled program: cycles, matmul FLOPs and collectives over the whole call graph.
 
 The text of an optimized module gives `estimated_cycles` for each fusion, once. Here every
 instruction counts as often as it runs: a loop's body times the loop's trip count.
@@ -28,7 +28,7 @@ _IN_BRACES = r"\{%?([\w.\-]+)"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CostAnalysis:
-    """What a chip does in one call, summed over the call graph.
+    """Totals of one call on a chip, summed over the call graph.
 
     Attributes:
         cycles: by where an instruction comes from and the shape of its result.
@@ -154,7 +154,7 @@ def _offload(
 def _inside(
     called: str, computations: dict[str, list[Instruction]], devices: int
 ) -> Iterator[Collective]:
-    """The collectives in what an asynchronous computation hands on."""
+    """The collectives of an asynchronous computation."""
     for call in computations.get(called, ()):
         body = computations.get(call.attribute("called_computations", _IN_BRACES) or "", [])
         shapes = shapes_of(body)

@@ -1,4 +1,4 @@
-"""What a compiled program costs by the compiler's own text, in one chip's view."""
+"""The cost of a compiled program on one chip, from the compiler's own text."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ _TOP = 12
 def estimate_cost(
     text: str, memory: Any, topology: Topology, *, one_turn: bool = False
 ) -> dict[str, Any]:
-    """The fields of a `Cost`.
+    """Estimates the fields of a `Cost`.
 
     Args:
         text: the optimized module.
@@ -65,7 +65,7 @@ def estimate_cost(
 def _traffic(
     collectives: dict[Collective, int], exposed: dict[Collective, float], network: str = ""
 ) -> list[Traffic]:
-    """By kind; `exposed` is the part of each that nothing overlaps."""
+    """The traffic of each kind; `exposed` is the part of each collective that nothing overlaps."""
     kinds = sorted({item.kind for item in collectives})
     traffic = []
     for kind in kinds:

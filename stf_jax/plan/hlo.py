@@ -38,7 +38,7 @@ class Instruction:
 
     @property
     def cycles(self) -> int:
-        """The compiler's estimate, 0 where it has none."""
+        """The compiler's estimate of cycles; 0 where it has none."""
         match = re.search(r'"estimated_cycles":"(\d+)"', self.rest)
         return int(match.group(1)) if match else 0
 
@@ -49,7 +49,7 @@ class Instruction:
 
     @property
     def source(self) -> str:
-        """Where in the program it comes from, loops and transforms left out."""
+        """The place in the program, without loops and transforms."""
         name = self.attribute("op_name", r'"([^"]*)"') or self.opcode
         # In the text a quotation mark is behind a backslash.
         whole = re.sub(r"^jit\(\w+\)/", "", name.replace("\\'", "'"))
@@ -85,7 +85,7 @@ def parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:
 
 
 def shapes_of(instructions: list[Instruction]) -> dict[str, str]:
-    """Of each result by its name as an operand, and of each part of a tuple."""
+    """The shape of each result, by its name as an operand, and of each part of a tuple."""
     shapes = {instruction.name: instruction.shape for instruction in instructions}
     for instruction in instructions:
         parts = _parts(instruction.shape) if instruction.shape.startswith("(") else []
@@ -94,7 +94,7 @@ def shapes_of(instructions: list[Instruction]) -> dict[str, str]:
 
 
 def _parts(shape: str) -> list[str]:
-    """The shapes that a tuple is made of."""
+    """The shapes in a tuple."""
     shape = re.sub(r"/\*.*?\*/", "", shape)
     parts, depth, start = [], 0, 1
     for index, character in enumerate(shape):
@@ -106,7 +106,7 @@ def _parts(shape: str) -> list[str]:
 
 
 def _closing(text: str) -> int:
-    """Where the operands end."""
+    """The index at which the operands end."""
     depth = 1
     for index, character in enumerate(text):
         depth += {"(": 1, ")": -1}.get(character, 0)
@@ -116,7 +116,7 @@ def _closing(text: str) -> int:
 
 
 def byte_count(shape: str) -> int:
-    """Of an array, or of all arrays of a tuple."""
+    """Bytes of an array, or of all arrays of a tuple."""
     return sum(
         math.ceil(_bits(dtype) * math.prod(int(n) for n in sizes.split(",") if n) / 8)
         for dtype, sizes in _SHAPE.findall(shape)
@@ -129,17 +129,17 @@ def _bits(dtype: str) -> int:
 
 
 def element_counts(shape: str) -> list[int]:
-    """Of each array of a tuple."""
+    """Elements of each array of a tuple."""
     return [math.prod(int(n) for n in sizes.split(",") if n) for _, sizes in _SHAPE.findall(shape)]
 
 
 def dimensions(shape: str) -> list[int]:
-    """Of an array; of a tuple those of the first."""
+    """The sizes of an array; of a tuple, those of the first."""
     match = _SHAPE.search(shape)
     return [int(n) for n in match.group(2).split(",") if n] if match else []
 
 
 def short(shape: str) -> str:
-    """Without layouts; of a tuple the first."""
+    """A shape without its layout; of a tuple, the first."""
     match = _SHAPE.search(shape)
     return match.group() if match else shape

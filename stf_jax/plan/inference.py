@@ -1,4 +1,4 @@
-"""Compiles an engine's programs for chips that are not there, and measures what came out.
+"""Compiles an engine's programs for chips that are not here, and estimates their cost.
 
 Runs in a process of its own, see `stf_jax.plan.client`.
 """
@@ -97,7 +97,7 @@ def make_inference_plan(request: Request) -> InferencePlan:
 
 
 def _compile(phase: Phase, lowered: Any, plan: InferencePlan, topology: Topology) -> Phase:
-    """With what the compiler says; only `needed` where the program alone finds no room."""
+    """The phase with its cost; only with `needed` where the program does not fit."""
     start = time.perf_counter()
     compiled, text = compile_and_read(lowered.compile)
     if isinstance(compiled, int):
@@ -117,7 +117,7 @@ def _compile(phase: Phase, lowered: Any, plan: InferencePlan, topology: Topology
 
 
 def _prompt(model: LlavaConfig, length: int, images: int) -> Prompt:
-    """Text, then images, of so many positions."""
+    """A prompt of text and then images, of so many positions."""
     size = model.image_size
     ids = np.zeros(length, np.int32)
     ids[length - images * model.tokens_per_image :] = IMAGE_TOKEN_ID
@@ -147,7 +147,7 @@ def _reads(name: str, lowered: LoweredEngine, mesh: Mesh) -> float:
 
 
 def _bytes(tree: PyTree) -> int:
-    """That a chip holds of it."""
+    """Bytes of an array that one chip holds."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)

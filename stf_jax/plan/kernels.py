@@ -1,4 +1,4 @@
-"""The arithmetic of Pallas kernels, of which the compiler says nothing."""
+"""The arithmetic of Pallas kernels, which the compiler does not count."""
 
 import re
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ _POSITIONS = re.compile(r"s32\[\d+,\d+\]")
 
 
 def kernel_flops(name: str, operands: Sequence[str]) -> float:
-    """Of one call of splash attention, on the blocks that it visits.
+    """FLOPs of one call of splash attention, on the blocks that it visits.
 
     Args:
         name: of the kernel, which contains "splash_mha_fwd" or the like.

@@ -1,4 +1,4 @@
-"""What is lost because a TPU works on whole tiles."""
+"""The loss because a TPU works on whole tiles."""
 
 from jax.sharding import Mesh
 

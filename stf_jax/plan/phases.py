@@ -1,4 +1,4 @@
-"""What an engine's programs cost: the planner's answer for inference, as JSON."""
+"""The cost of an engine's programs: the planner's answer for inference, as JSON."""
 
 import dataclasses
 import math
@@ -33,7 +33,7 @@ class Phase(Cost):
 
     @property
     def bandwidth(self) -> float:
-        """The part of HBM's published rate that is reached."""
+        """The share of HBM's published rate that a call reaches."""
         return self.memory_seconds / self.seconds if self.seconds else 0.0
 
 
@@ -74,12 +74,12 @@ class InferencePlan:
 
     @property
     def chips(self) -> int:
-        """In the mesh."""
+        """Chips in the mesh."""
         return math.prod(self.mesh.values())
 
     @property
     def needed(self) -> int:
-        """The most that any program needs."""
+        """The largest need of a program, in bytes a chip."""
         return max(phase.needed for phase in self.phases)
 
     @property
@@ -89,12 +89,12 @@ class InferencePlan:
 
     @property
     def tokens_per_second(self) -> float:
-        """Decoded, on all chips together, with all slots full."""
+        """Decoded tokens a second, on all chips together, with all slots full."""
         decode = self.phases[-1]
         return decode.rows / decode.seconds
 
     def questions_per_second(self, tokens: int) -> float:
-        """With answers of so many tokens, the first of which comes with the insert.
+        """Questions a second, with answers of so many tokens; the first comes with the insert.
 
         One question an image; questions of the longest planned length.
         """
@@ -103,7 +103,7 @@ class InferencePlan:
         return 1 / (each + (tokens - 1) * decode.seconds / decode.rows)
 
     def to_json(self) -> dict[str, Any]:
-        """With what follows from the rest."""
+        """The plan as JSON, with the figures that follow from its fields."""
         tree = dataclasses.asdict(self) | {"chips": self.chips, "needed": self.needed}
         tree["phases"] = [
             dataclasses.asdict(phase) | {"seconds": phase.seconds, "bandwidth": phase.bandwidth}

@@ -1,4 +1,4 @@
-"""A plan as a person reads it; every time and rate in it is an estimate."""
+"""Plans as tables for a terminal; every time and rate is an estimate."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ _GIB = 2**30
 
 
 def render(plan: Plan | InferencePlan) -> str:
-    """Lines of a name and what it is."""
+    """A plan as a table."""
     return _inference(plan) if isinstance(plan, InferencePlan) else _training(plan)
 
 
@@ -33,7 +33,7 @@ def headline(plan: Plan | InferencePlan) -> str:
 
 
 def render_changes(plan: Plan | InferencePlan, changes: Sequence[Sequence[str]]) -> str:
-    """What to do about a plan that does not fit."""
+    """Advice about a plan that does not fit."""
     if changes:
         return f"it fits with {', or with '.join(' '.join(change) for change in changes)}"
     if isinstance(plan, InferencePlan):
@@ -45,14 +45,14 @@ def render_changes(plan: Plan | InferencePlan, changes: Sequence[Sequence[str]])
 
 
 def render_sweep(chosen: Sequence[tuple[Sequence[str], Plan]]) -> str:
-    """The best, one a line."""
+    """The best plans, one a line."""
     if not chosen:
         return "nothing fits; use a larger slice"
     return "\n".join(f"{headline(plan)}  {' '.join(changes)}" for changes, plan in chosen)
 
 
 def progress(tried: Tried) -> str:
-    """One neighbor."""
+    """A line about one plan of a sweep."""
     changes, plan = tried
     what = "does not go together" if plan is None else headline(plan)
     return f"{what}  {' '.join(changes)}"

@@ -1,4 +1,4 @@
-"""What is asked of the compiler's process, and what it answers: plain values, as JSON."""
+"""Requests to the compiler's process, and its answers: plain values, as JSON."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ from typing import Any, Self
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """One config on one slice.
+    """A config and a slice to plan.
 
     Attributes:
         config: path of a config for training or for inference.
@@ -43,7 +43,7 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What one program is to the compiler; sizes in bytes a chip, times in seconds.
+    """The cost of one program; sizes in bytes a chip, times in seconds.
 
     Every time is an estimate.
 
@@ -83,7 +83,7 @@ class Cost:
 
     @property
     def computed_seconds(self) -> float:
-        """Computation, then the collectives that it cannot hide.
+        """Seconds of computation and of the collectives that it cannot hide.
 
         No less than those within a slice take by themselves; what goes between slices is added
         whole, since nothing shows how much of it is hidden.
@@ -102,7 +102,7 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan(Cost):
-    """A training step.
+    """The plan of a training step.
 
     `fits` is false where memory ran out; then `needed` is all that is known besides FLOPs.
 
@@ -134,7 +134,7 @@ class Plan(Cost):
 
     @property
     def chips(self) -> int:
-        """In the mesh."""
+        """Chips in the mesh."""
         return math.prod(self.mesh.values())
 
     @property
@@ -153,6 +153,6 @@ class Plan(Cost):
         return self.ideal_seconds / self.step_seconds if self.step_seconds else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """With what follows from the rest."""
+        """The plan as JSON, with the figures that follow from its fields."""
         derived = ("chips", "step_seconds", "ideal_seconds", "mfu")
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}

@@ -18,7 +18,7 @@ Ask = Callable[[tuple[str, ...]], Any]
 
 
 def sweep(config: TrainConfig, *, chips: int, ask: Ask) -> Iterator[Tried]:
-    """Every neighbor, one after the other, each with what the compiler says of it.
+    """Plans every neighbor of a config, one after the other.
 
     Meshes with `tensor` 1, 2 and 4, the batch in as few micro-batches as the rows allow and in
     twice as many, and each remat policy.
@@ -46,7 +46,7 @@ def sweep(config: TrainConfig, *, chips: int, ask: Ask) -> Iterator[Tried]:
 
 
 def best(tried: list[Tried], *, count: int = 5) -> list[tuple[tuple[str, ...], Plan]]:
-    """Those that fit, the fastest first."""
+    """The plans that fit, the fastest first."""
     fit = [(overrides, plan) for overrides, plan in tried if plan is not None and plan.fits]
     return sorted(fit, key=lambda attempt: attempt[1].step_seconds)[:count]
 

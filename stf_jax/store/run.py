@@ -140,7 +140,7 @@ class TrainedCheckpoint(NativeCheckpoint):
         return read_checksums(self._state, self._described)
 
     def load(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
-        """As the first model's, with what the run has trained."""
+        """Loads the first model's parameters, with those that the run has trained."""
         trained = {name: like for name, like in wanted.items() if name in self.trained}
         adapted = {
             name: like for name, like in wanted.items() if _adapter(name, "a") in self.trained
@@ -181,7 +181,7 @@ class TrainedCheckpoint(NativeCheckpoint):
         return {upgrade_path(path): leaf for path, leaf in loaded.items()}
 
     def verify(self) -> None:
-        """Reads the run's newest checkpoint and the model that it began with; see there."""
+        """Verifies the run's newest checkpoint, and the model that it began with."""
         self.first.verify()
         if not self._recorded:
             raise CheckpointError(f"{self._state} has no checksums; an older release wrote it")
@@ -206,7 +206,7 @@ def _damage_error(path: epath.Path, reason: str) -> CheckpointError:
 
 
 def describe(path: epath.Path) -> dict[str, Any]:
-    """Shape and dtype of what a run's checkpoint holds, in nested dictionaries and lists.
+    """Shape and dtype of the arrays in a run's checkpoint, in nested dictionaries and lists.
 
     Raises:
         CheckpointError: what describes it is damaged.
@@ -248,7 +248,7 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
 
 
 def without_free(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config as plain values, but for `FREE` keys."""
+    """A config as plain values, without the `FREE` keys."""
     data = {
         key: value for key, value in config.get("data", {}).items() if f"data.{key}" not in FREE
     }

@@ -1,4 +1,4 @@
-"""A run from its config to its last step: refused before it begins, or resumed until it is done."""
+"""A run from its config to its last step. Mistakes are refused before the first step."""
 
 import contextlib
 import dataclasses
@@ -134,7 +134,7 @@ def train(config: TrainConfig) -> Ending:
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """What stays the same from step to step."""
+    """The parts of a run that stay the same from step to step."""
 
     config: TrainConfig
     data: TrainingData
@@ -180,7 +180,7 @@ class _Run:
 
 
 class _Report:
-    """Takes a step's metrics off the device when the next step is under way already."""
+    """Reads a step's metrics from the device while the next step runs."""
 
     def __init__(self, config: TrainConfig, log: MetricsLog, *, steps: int):
         self.pending: tuple[TrainingStep, Metrics] | None = None
@@ -235,7 +235,7 @@ class _Report:
 
 @contextlib.contextmanager
 def _alone(out: epath.Path) -> Iterator[None]:
-    """Refuses a second run in the same directory; the system lets go when a process ends."""
+    """Refuses a second run in the same directory; the lock ends with the process."""
     if "://" in os.fspath(out) or jax.process_index() > 0:
         yield
         return
@@ -262,7 +262,7 @@ def _alone(out: epath.Path) -> Iterator[None]:
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
-    """With paths that hold wherever the run is opened from."""
+    """The config with absolute paths, which hold from any working directory."""
     datasets = tuple(
         dataclasses.replace(source, path=os.fspath(absolute(source.path)))
         for source in config.data.datasets
@@ -317,7 +317,7 @@ def _mesh(config: TrainConfig) -> Mesh | None:
 
 
 def _fingerprint(first: NativeCheckpoint, data: TrainingData) -> dict[str, Any]:
-    """What a config only names: the model and the examples."""
+    """Identifies the model and the examples, which a config only names."""
     return {"model": first.id, "examples": data.fingerprint}
 
 

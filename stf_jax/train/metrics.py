@@ -1,4 +1,4 @@
-"""What a run tells of each step: `metrics.jsonl`, TensorBoard, and a line for whoever watches."""
+"""The metrics of each step: `metrics.jsonl`, TensorBoard, and a line on the terminal."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ class StepRecord:
 
     @property
     def is_finite(self) -> bool:
-        """Whether it changed anything; see `make_step`."""
+        """Whether the step changed anything; see `make_step`."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 

@@ -111,7 +111,7 @@ def make_optimizer(config: OptimizerConfig, *, steps: int) -> optax.GradientTran
 
 
 def _group(parameters: Parameters) -> dict[str, str]:
-    """Which learning rate each parameter has."""
+    """The learning rate's group of each parameter."""
     return {path: "text" if path.startswith("text/") else "projector" for path in parameters}
 
 

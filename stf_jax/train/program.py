@@ -45,7 +45,7 @@ _MANY_TOKENS = 4096
 
 
 def compiler_options(device_kind: str, *, tokens: int) -> dict[str, str]:
-    """What the compiler is asked for, as docs/tpu.md explains.
+    """Options of the compiler, which docs/tpu.md explains.
 
     Args:
         device_kind: as JAX names it.
@@ -148,7 +148,7 @@ def make_program(
 
 
 def _on(leaf: Any, dtype: Any, mesh: Mesh | None) -> Any:
-    """A leaf where it lies; shapes that went through a trace know the abstract mesh only."""
+    """A leaf on its devices; shapes that went through a trace know the abstract mesh only."""
     if mesh is None:
         return jax.ShapeDtypeStruct(leaf.shape, dtype)
     spec = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec

@@ -1,4 +1,4 @@
-"""What a run is, for whoever is about to pay for it: the first screen of `stf-jax train`."""
+"""The first screen of `stf-jax train`: a summary of the run before it begins."""
 
 import math
 from typing import Any
@@ -27,7 +27,7 @@ def first_screen(
     steps: int,
     start: int,
 ) -> str:
-    """The resolved run as lines of a name and what it is."""
+    """The summary of a run, by name of the line."""
     plan = data.plan()
     checkpoints = epath.Path(config.out) / CHECKPOINTS
     lines = {
@@ -105,7 +105,7 @@ def _mesh(program: TrainProgram) -> str:
 
 
 def _memory(compiled: Any) -> str:
-    """Of each device, as the compiler has laid it out."""
+    """Memory of each device, as the compiler planned it."""
     sizes = compiled.memory_analysis()
     if sizes is None:
         return ""

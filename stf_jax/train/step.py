@@ -29,7 +29,7 @@ LossNormalization = Literal["tokens", "micro_batches"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """What a step changes, and what a checkpoint holds."""
+    """The state that a step changes and a checkpoint holds."""
 
     step: Int[Array, ""]
     parameters: Parameters  # the trained ones, float32

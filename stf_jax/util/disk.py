@@ -1,4 +1,4 @@
-"""A full disk, in one line that names the path, whatever library found it out."""
+"""A full disk as one line that names the path, whichever library found it."""
 
 import contextlib
 import errno
@@ -44,7 +44,7 @@ def full_disk_error(path: epath.PathLike) -> FullDiskError:
 
 @contextlib.contextmanager
 def explain_full_disk(path: epath.PathLike) -> Iterator[None]:
-    """Makes one line of whatever is raised within it because there is no room below `path`.
+    """Within it, an error for want of room below `path` becomes one line.
 
     Raises:
         FullDiskError: instead.

@@ -13,12 +13,12 @@ class CheckpointError(ValueError):
 
 
 class DeviceMemoryError(ValueError):
-    """More than a device has memory for; the cause is XLA's own error, with all its lines."""
+    """A device has too little memory; the cause is XLA's own error, with all its lines."""
 
 
 @contextlib.contextmanager
 def explain_memory(message: str) -> Iterator[None]:
-    """Within it, what no device has memory for is one line: `message`, and what XLA says.
+    """Within it, XLA's error for want of memory becomes one line that begins with `message`.
 
     Raises:
         DeviceMemoryError: instead of JAX's error.
@@ -32,7 +32,7 @@ def explain_memory(message: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, without the pages that follow; never empty."""
+    """The first line of a library's error; never empty."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 

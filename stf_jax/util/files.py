@@ -47,7 +47,7 @@ def read_json(
     error: type[ValueError] = ValueError,
     fix: str = _FIX,
 ) -> Any:
-    """What a JSON file holds, which must be a `kind` (dict or list).
+    """The content of a JSON file, which must be a `kind` (dict or list).
 
     Raises:
         ValueError: or `error`, as `read_text`; also for no JSON, JSON of another kind, and text
@@ -60,7 +60,7 @@ def read_json(
 def read_jsonl(
     path: epath.PathLike, *, error: type[ValueError] = ValueError, fix: str = _FIX
 ) -> dict[int, Any]:
-    """What each line of a file holds, by its number from 1; empty lines are left out.
+    """The content of each line of a file, by its number from 1; empty lines are left out.
 
     Raises:
         ValueError: or `error`, as `read_json`.
@@ -92,7 +92,7 @@ def decode_text(data: bytes) -> str:
 
 
 def decode_json(data: bytes, kind: type = dict) -> Any:
-    """What the bytes of a JSON file hold, as `read_json`.
+    """The content of a JSON file from its bytes, as `read_json`.
 
     Raises:
         ValueError: what is wrong with them, in a few words.
@@ -106,7 +106,7 @@ def decode_json(data: bytes, kind: type = dict) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """What JSON text holds.
+    """The content of JSON text.
 
     Raises:
         ValueError: what is wrong with it, in a few words.
@@ -121,7 +121,7 @@ def parse_json(text: str) -> Any:
 
 @contextlib.contextmanager
 def _explain(path: epath.PathLike, error: type[ValueError], fix: str) -> Iterator[None]:
-    """Within it, what is wrong with a file becomes one line with its name and the fix."""
+    """Within it, an error about a file becomes one line with its name and the fix."""
     try:
         yield
     except OSError as cause:
@@ -181,7 +181,7 @@ def write_json(path: epath.PathLike, content: Any, *, indent: int | None = None)
 
 
 def sha256(path: epath.PathLike) -> str:
-    """Of a file; or of a local folder's JSON and text files with their names, images left out."""
+    """SHA-256 of a file; or of a local folder's JSON and text files with their names."""
     path = epath.Path(path)
     if not path.is_dir():
         digest = hashlib.sha256()
