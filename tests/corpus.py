@@ -40,10 +40,10 @@ def entry(number: int, images: list[str], rng: np.random.Generator) -> dict[str,
     for turn in range(int(rng.integers(1, 4))):
         marks = "<image>\n" * len(images) if turn == 0 else ""
         turns += [{"from": "human", "value": marks + text()}, {"from": "gpt", "value": text()}]
-    found: dict[str, Any] = {"id": f"example-{number}", "conversations": turns}
+    actual: dict[str, Any] = {"id": f"example-{number}", "conversations": turns}
     if images:
-        found["image"] = images[0] if len(images) == 1 else images
-    return found
+        actual["image"] = images[0] if len(images) == 1 else images
+    return actual
 
 
 def write_corpus(folder: Path, count: int) -> Corpus:

@@ -39,12 +39,12 @@ def script() -> ModuleType:
 
 def test_every_run_that_is_promised() -> None:
     """Slices of 16, 8, 4 and 8 chips for 7B, of 32 and 16 for 13B, and what answers."""
-    found = {path.stem: set(script().slices(path.read_text())) for path in CONFIGS}
+    slices_of = {path.stem: set(script().slices(path.read_text())) for path in CONFIGS}
     for stage in ("pretrain", "finetune"):
-        assert found[f"stf-7b-{stage}"] >= {"v5e:4x4", "v4:2x2x2", "v5p:2x2x1", "v6e:2x4"}
-        assert found[f"stf-13b-{stage}"] >= {"v5e:4x8", "v4:2x2x4"}
-    assert "v5e:2x4" in found["stf-7b-lora"]
-    assert {"v6e:1x1", "v5e:2x2"} <= found["stf-7b-inference"]
+        assert slices_of[f"stf-7b-{stage}"] >= {"v5e:4x4", "v4:2x2x2", "v5p:2x2x1", "v6e:2x4"}
+        assert slices_of[f"stf-13b-{stage}"] >= {"v5e:4x8", "v4:2x2x4"}
+    assert "v5e:2x4" in slices_of["stf-7b-lora"]
+    assert {"v6e:1x1", "v5e:2x2"} <= slices_of["stf-7b-inference"]
 
 
 def test_one_for_the_other() -> None:
@@ -61,7 +61,7 @@ def test_one_for_the_other() -> None:
 def test_weights_and_data_in_the_clone_are_ignored(path: Path) -> None:
     """What git does not ignore is sent to every worker by `launch`."""
     config = TrainConfig.load(path)
-    places = [config.model, config.out, *(one.path for one in config.data.datasets)]
+    places = [config.model, config.out, *(dataset.path for dataset in config.data.datasets)]
     names = [f"{place}/file" for place in places]
     done = subprocess.run(
         ["git", "check-ignore", "--no-index", *names],
@@ -134,7 +134,7 @@ def test_a_headline_replaces_the_older_one_of_its_slice() -> None:
     assert text == f"{HEAD}# plan: v5e:4x4: a\n# plan: v4:2x2x2: c\n\nmodel: x\n"
 
 
-def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row is written when it is known, and not asked for again."""
     module = script()
     (tmp_path / "configs").mkdir()
@@ -144,17 +144,17 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     docs.write_text("".join(marks))
     for name in ("a", "b-inference"):
         (tmp_path / "configs" / f"{name}.yaml").write_text(HEAD)
-    asked: list[tuple[str, str]] = []
+    calls: list[tuple[str, str]] = []
 
     def plan(config: str, *, topology: str) -> str:
-        asked.append((Path(config).stem, topology))
-        if len(asked) == 2:
+        calls.append((Path(config).stem, topology))
+        if len(calls) == 2:
             raise KeyboardInterrupt
         return topology
 
     def headline(topology: str) -> str:
         peak = "peak 9.84 GiB of 15.75 GiB a chip; estimated "
-        if asked[-1][0] == "a":
+        if calls[-1][0] == "a":
             return f"{topology}: {peak}step 1.84 s, estimated MFU 51 %"
         rest = (
             "prefill 90 ms for 12 prompts, decode 30.5 ms a step at 40 % of HBM's rate, 9 tokens/s"
@@ -170,14 +170,14 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "| a | v5e:4x4 | 9.84 | 15.75 | 1.84 | 51 |\n" in docs.read_text()
     module.main()
     everything = [(n, t) for n in ("a", "b-inference") for t in ("v5e:4x4", "v4:2x2x2")]
-    assert asked == [everything[0], everything[1], *everything[1:]]
+    assert calls == [everything[0], everything[1], *everything[1:]]
     row = "| v4:2x2x2 | 48 | 9.84 | 15.75 | 90 | 12 | 30.5 | 40 | 9 |\n"
     assert f"| b-inference {row}" in docs.read_text()
     module.main()
-    assert len(asked) == 5
+    assert len(calls) == 5
     monkeypatch.setattr("sys.argv", ["plan_configs.py", "--forget", "--topology", "v4:2x2x2"])
     module.main()
-    assert asked[5:] == [everything[1], everything[3]]
+    assert calls[5:] == [everything[1], everything[3]]
     assert sorted(path.name for path in tmp_path.rglob("*.*")) == [
         "a.yaml",
         "b-inference.yaml",
@@ -198,19 +198,19 @@ def test_stage_2_of_7b_as_it_is_shipped(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delenv("JAX_DEFAULT_MATMUL_PRECISION")
     monkeypatch.delenv("XLA_FLAGS")
     path = ROOT / "configs" / "stf-7b-finetune.yaml"
-    made = plan(str(path), topology="v5e:4x4")
-    assert isinstance(made, Plan)
-    assert made.fits
+    estimate = plan(str(path), topology="v5e:4x4")
+    assert isinstance(estimate, Plan)
+    assert estimate.fits
     # AdamW in float32 holds twelve bytes a parameter; the tower has none.
     text = named_config("llava_stf_7b").text
     layers = text.layers * (4 * text.width**2 + 3 * text.width * text.mlp_width)
-    assert made.arguments > 12 * (layers + 2 * text.padded_vocab_size * text.width) / 16
+    assert estimate.arguments > 12 * (layers + 2 * text.padded_vocab_size * text.width) / 16
     said = re.search(r"peak (\S+) GiB", script().read_plans(path.read_text())["v5e:4x4"])
     assert said is not None
     # Another release of the compiler may differ a little.
-    assert made.peak / 2**30 == pytest.approx(float(said[1]), rel=0.05)
+    assert estimate.peak / 2**30 == pytest.approx(float(said[1]), rel=0.05)
     # One layer's matrix or the head at a time, never the stack of a kind.
-    assert made.largest_gather <= text.padded_vocab_size * text.width
+    assert estimate.largest_gather <= text.padded_vocab_size * text.width
 
 
 def test_one_in_a_bucket(tmp_path: Path) -> None:

@@ -109,16 +109,16 @@ class Source:
     def _read(self, entry: Entry) -> Array:
         dtype = self._dtype(entry)
 
-        def one(name: str) -> Array:
+        def read_tensor(name: str) -> Array:
             tensor = cast(self.tensors[name].read(), dtype, name=name)
             return entry.transform.native(tensor)
 
         if entry.layers is None:
-            return np.ascontiguousarray(one(entry.torch))
+            return np.ascontiguousarray(read_tensor(entry.torch))
         result = np.empty(entry.native_shape, dtype)
 
         def fill(layer: int) -> None:
-            result[layer] = one(entry.tensors[layer])
+            result[layer] = read_tensor(entry.tensors[layer])
 
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(fill, range(entry.layers)))

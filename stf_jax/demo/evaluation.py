@@ -27,17 +27,17 @@ class Score:
     """Exact matches among questions, with Wilson's 95 % interval (Wilson 1927)."""
 
     right: int
-    asked: int
+    questions: int
 
     @property
     def accuracy(self) -> float:
         """The share of right answers, from 0 to 1."""
-        return self.right / self.asked
+        return self.right / self.questions
 
     @property
     def interval(self) -> tuple[float, float]:
         """Lower and upper end of the interval."""
-        n, p = self.asked, self.accuracy
+        n, p = self.questions, self.accuracy
         center = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
         half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
         return center - half, center + half
@@ -107,7 +107,7 @@ def scores(questions: Sequence[HeldOut], answers: Sequence[str]) -> dict[str, Sc
     for item, answer in zip(questions, answers, strict=True):
         right[item.question.kind].append(answer == item.question.answer)
     right["all"] = [hit for hits in right.values() for hit in hits]
-    return {kind: Score(right=sum(hits), asked=len(hits)) for kind, hits in right.items()}
+    return {kind: Score(right=sum(hits), questions=len(hits)) for kind, hits in right.items()}
 
 
 def _cost(model: Model, questions: Sequence[HeldOut], corpus: Path) -> Cost:

@@ -82,7 +82,7 @@ class Results:
         return (
             f"With {claim.cost.vision_tokens} tokens an image each, {claim.title} answers "
             f"{100 * ours.accuracy:.1f} % and {baseline.title} {100 * theirs.accuracy:.1f} % of "
-            f"{ours.asked:,} held-out questions: {judged}."
+            f"{ours.questions:,} held-out questions: {judged}."
         )
 
     def save(self, path: Path) -> None:

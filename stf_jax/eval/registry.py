@@ -11,8 +11,8 @@ from stf_jax.eval.vizwiz import VIZWIZ
 from stf_jax.eval.vqav2 import VQAV2
 
 BENCHMARKS = {
-    one.name: one
-    for one in (VQAV2, GQA, VIZWIZ, SCIENCEQA, TEXTVQA, POPE, MME, MMBENCH, MMBENCH_CN)
+    benchmark.name: benchmark
+    for benchmark in (VQAV2, GQA, VIZWIZ, SCIENCEQA, TEXTVQA, POPE, MME, MMBENCH, MMBENCH_CN)
 }
 
 

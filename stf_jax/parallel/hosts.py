@@ -162,7 +162,7 @@ class BatchLayout:
             for n, row in enumerate(self.local_rows[:: self.micro_batches])
         }
 
-        def one(leaf: np.ndarray) -> jax.Array:
+        def place_leaf(leaf: np.ndarray) -> jax.Array:
             # [b, A, ...] -> [A, b, ...]
             parts = leaf.reshape(-1, self.micro_batches, *leaf.shape[1:]).swapaxes(0, 1)
             sharding = self._sharding(leaf.ndim)
@@ -176,7 +176,7 @@ class BatchLayout:
 
             return jax.make_array_from_callback(shape, sharding, part)
 
-        return jax.tree.map(one, batch)
+        return jax.tree.map(place_leaf, batch)
 
     def _sharding(self, ndim: int) -> NamedSharding | None:
         if self.mesh is None:

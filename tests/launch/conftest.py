@@ -72,8 +72,8 @@ class Cloud:
 def cloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
     """No machine yet."""
     folder, tools, worker_tools = (tmp_path / name for name in ("cloud", "tools", "worker-tools"))
-    for one in (folder, tools, worker_tools):
-        one.mkdir()
+    for directory in (folder, tools, worker_tools):
+        directory.mkdir()
     for name in ("gcloud", "xpk", "kubectl", "ssh", "scp"):
         _script(tools / name, f'exec "{sys.executable}" -S "{HERE / "standin.py"}" {name} "$@"')
     for name, text in WORKER_TOOLS.items():
@@ -83,9 +83,9 @@ def cloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
     monkeypatch.setenv("CLOUD", str(folder))
     monkeypatch.setenv("WORKER_TOOLS", str(worker_tools))
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    made = Cloud(folder)
-    yield made
-    made.kill()
+    actual = Cloud(folder)
+    yield actual
+    actual.kill()
 
 
 @pytest.fixture

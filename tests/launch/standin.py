@@ -75,7 +75,7 @@ def give_back(_):
 
 
 def gcloud_ssh(arguments):
-    flags = dict(one.lstrip("-").split("=", 1) for one in arguments if "=" in one)
+    flags = dict(argument.lstrip("-").split("=", 1) for argument in arguments if "=" in argument)
     if read("state") != "READY":
         return complain(f"The TPU VM is in state {read('state')}")
     numbers = range(len(WORKERS)) if flags["worker"] == "all" else [int(flags["worker"])]
@@ -94,7 +94,7 @@ def gcloud_ssh(arguments):
 
 
 def gcloud_scp(arguments):
-    files = [one for one in arguments if not one.startswith("-")]
+    files = [argument for argument in arguments if not argument.startswith("-")]
     names = WORKERS if "--worker=all" in arguments else WORKERS[:1]
     for name in names:
         copy(name, *files)
@@ -116,7 +116,7 @@ def scp(arguments):
 
 
 def xpk(arguments):
-    flags = dict(one.lstrip("-").split("=", 1) for one in arguments if "=" in one)
+    flags = dict(argument.lstrip("-").split("=", 1) for argument in arguments if "=" in argument)
     if "command" in flags:
         (CLOUD / "workers" / "pod").mkdir(parents=True)
         # What is around a command in the JobSet that XPK writes.
@@ -142,11 +142,11 @@ def copy(name, source, target):
     if target.endswith(":"):
         shutil.copy(source, home)
     else:
-        found = home / source.partition(":")[2]
-        if found.is_dir():
-            shutil.copytree(found, Path(target, found.name))
+        actual = home / source.partition(":")[2]
+        if actual.is_dir():
+            shutil.copytree(actual, Path(target, actual.name))
         else:
-            shutil.copy(found, target)
+            shutil.copy(actual, target)
 
 
 def without_options(arguments):

@@ -25,7 +25,7 @@ def test_a_slice_from_the_queue(cloud: Cloud, capfd: pytest.CaptureFixture[str])
     place = ["--zone", "us-west4-a", "--project", "p"]
     assert main(["tpu", "create", "s", *SLICE, "--spot", *place, *QUICK]) == 0
     at = ["--zone=us-west4-a", "--project=p"]
-    asked = gcloud("queued-resources", "describe", "s", *at, "--format=value(state.state)")
+    describe = gcloud("queued-resources", "describe", "s", *at, "--format=value(state.state)")
     assert cloud.calls == [
         gcloud(
             "queued-resources",
@@ -33,7 +33,7 @@ def test_a_slice_from_the_queue(cloud: Cloud, capfd: pytest.CaptureFixture[str])
             *("s", *at, "--node-id=s", "--accelerator-type=v5litepod-16"),
             *("--runtime-version=v2-alpha-tpuv5-lite", "--spot"),
         ),
-        *[asked] * 4,
+        *[describe] * 4,
         gcloud("tpu-vm", "describe", "s", *at, "--format=value(state)"),
     ]
     said = capfd.readouterr().err

@@ -38,7 +38,10 @@ def test_answers_of_the_reference(
     reference_answer: dict[str, Any],
     layout: str,
 ):
-    case, longest = reference_answer, max(len(one["output_ids"]) for one in reference_answers) - 1
+    case, longest = (
+        reference_answer,
+        max(len(answer["output_ids"]) for answer in reference_answers) - 1,
+    )
     model = native if layout == "native" else reference / "llava-stf"
     more = ["--template", case["template"], "--max-new-tokens", str(longest), "--json"]
     assert main(ask(model, reference / "images" / case["image"], case["question"], *more)) == 0

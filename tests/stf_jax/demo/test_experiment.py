@@ -102,9 +102,9 @@ def test_a_rate_is_judged_by_the_loss_of_stage_1(
 ) -> None:
     results, _ = demo
     variant = all_variants(VISION, TEXT)["average"]
-    found = compare(variant, tmp_path, rates=[variant.pretrain_rate], settings=SETTINGS)
+    actual = compare(variant, tmp_path, rates=[variant.pretrain_rate], settings=SETTINGS)
     steps = results.variant("average").stages[0]
-    assert found == {variant.pretrain_rate: np.mean([record["loss"] for record in steps])}
+    assert actual == {variant.pretrain_rate: np.mean([record["loss"] for record in steps])}
 
 
 def test_a_folder_holds_one_run(demo: tuple[Results, Path]) -> None:
@@ -117,13 +117,13 @@ def test_a_folder_holds_one_run(demo: tuple[Results, Path]) -> None:
 
 def test_report_says_what_the_run_found(demo: tuple[Results, Path]) -> None:
     results, out = demo
-    asked, text = read_held_out(out / "scenes"), (out / "report.md").read_text()
-    found = json.loads((out / "results.json").read_text())
+    questions, text = read_held_out(out / "scenes"), (out / "report.md").read_text()
+    actual = json.loads((out / "results.json").read_text())
     for variant in results.variants:
         answers = json.loads((out / variant.name / "answers.json").read_text())["answers"]
         metrics = (out / variant.name / "stage2" / "metrics.jsonl").read_text().splitlines()
-        score = scores(asked, answers)["all"]
-        written = found["variants"][variant.name]
+        score = scores(questions, answers)["all"]
+        written = actual["variants"][variant.name]
         assert written["scores"]["all"]["right"] == score.right
         assert written["last_losses"][1] == json.loads(metrics[-1])["loss"]
         low, high = score.interval
@@ -141,7 +141,10 @@ def test_the_table_has_a_line_for_each_variant(
 ) -> None:
     results, _ = demo
     claim = results.variant("stf_mbtf")
-    right = {kind: dataclasses.replace(one, right=one.asked) for kind, one in claim.scores.items()}
+    right = {
+        kind: dataclasses.replace(score, right=score.questions)
+        for kind, score in claim.scores.items()
+    }
     longest = dataclasses.replace(claim, scores=right)
     show_table(dataclasses.replace(results, variants=[longest] * 4))
     lines = capsys.readouterr().out.splitlines()
@@ -168,12 +171,12 @@ def test_pytorch_gives_the_same_answers(demo: tuple[Results, Path]) -> None:
     from stf_jax.convert import export_checkpoint
 
     export_checkpoint(out / "stf_mbtf" / "stage2", out.parent / "torch", layout="llava-stf")
-    asked = read_held_out(out / "scenes")
-    answers = torch_answers(out.parent / "torch", asked, out / "scenes" / IMAGES)
+    questions = read_held_out(out / "scenes")
+    answers = torch_answers(out.parent / "torch", questions, out / "scenes" / IMAGES)
     assert answers == list(results.variant("stf_mbtf").answers)
 
 
-def torch_answers(folder: Path, asked: list[HeldOut], folder_of_images: Path) -> list[str]:
+def torch_answers(folder: Path, questions: list[HeldOut], folder_of_images: Path) -> list[str]:
     """LLaVA-STF in PyTorch: CLIP and LLaMA of transformers, between them fifteen lines."""
     import torch
     from safetensors.torch import load_file
@@ -225,14 +228,14 @@ def torch_answers(folder: Path, asked: list[HeldOut], folder_of_images: Path) ->
         return mlp(windows.reshape(1, side * side, -1), "mm_projector")
 
     tokenizer, template, answers = load_tokenizer(folder), get_template("v1"), []
-    for one in asked:
-        text = render_prompt(f"<image>\n{one.question.text}", template=template)
+    for item in questions:
+        text = render_prompt(f"<image>\n{item.question.text}", template=template)
         before, after = np.split(ids := encode_prompt(tokenizer, text), np.flatnonzero(ids < 0))
         assert after[0] == IMAGE_TOKEN_ID
         with torch.no_grad():
             table = llama.get_input_embeddings()
             parts = [table(torch.tensor(part)[None].long()) for part in (before, after[1:])]
-            embedded = torch.cat([parts[0], vision_tokens(one.image), parts[1]], dim=1)
+            embedded = torch.cat([parts[0], vision_tokens(item.image), parts[1]], dim=1)
             said = llama.generate(
                 inputs_embeds=embedded,
                 attention_mask=torch.ones(embedded.shape[:2], dtype=torch.long),

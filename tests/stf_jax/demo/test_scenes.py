@@ -45,14 +45,14 @@ def test_answers_are_true() -> None:
                 assert question.answer == " ".join([row + column, *held[row + column]])
             elif question.kind == "count":
                 digit = text.removeprefix("How many digits are ")
-                there = sum(words[-1] == digit for words in held.values())
-                assert question.answer == scenes.DIGITS[there]
+                count = sum(words[-1] == digit for words in held.values())
+                assert question.answer == scenes.DIGITS[count]
             else:
                 start, _, about = text.partition(" in ")
                 said = [held[cell] for cell in about.split(", ")]
                 part = {"Which digit is": slice(1, 2), "Which colour is": slice(0, 1)}.get(start)
                 assert len(said) == (2 if question.kind == "pair" else 1)
-                words = [" ".join(one[part or slice(2)]) for one in said]
+                words = [" ".join(words_of_cell[part or slice(2)]) for words_of_cell in said]
                 assert question.answer == ", ".join(words)
             kinds.append(question.kind)
     assert kinds == [*KINDS] * 100
@@ -68,8 +68,8 @@ def test_who_has_no_neighbor_is_not_asked_about() -> None:
 
 def test_no_question_comes_twice() -> None:
     random = rng()
-    asked = scenes.questions(Scene.draw(random), random, of_each=scenes.MOST)
-    texts = [question.text for question in asked]
+    questions = scenes.questions(Scene.draw(random), random, of_each=scenes.MOST)
+    texts = [question.text for question in questions]
     assert len(set(texts)) == len(texts) == len(KINDS) * scenes.MOST
 
 
@@ -105,12 +105,12 @@ def test_captions_say_what_questions_ask() -> None:
         }
         said = scene.neighbors(random).split(", ")
         assert len(said) == min(7, sum(map(len, known.values())))
-        for kind, digit, neighbor in (one.split(" ", 2) for one in said):
+        for kind, digit, neighbor in (fact.split(" ", 2) for fact in said):
             assert known[kind][scenes.TEXTS[kind].format(digit)] == neighbor
-        counted = dict(one.split(" ") for one in scene.counts(random).split(", "))
-        asked = scenes.ask(scene, "count", random, count=10)
-        assert {scenes.TEXTS["count"].format(one): counted[one] for one in counted} == {
-            question.text: question.answer for question in asked
+        counted = dict(fact.split(" ") for fact in scene.counts(random).split(", "))
+        questions = scenes.ask(scene, "count", random, count=10)
+        assert {scenes.TEXTS["count"].format(digit): counted[digit] for digit in counted} == {
+            question.text: question.answer for question in questions
         }
 
 
@@ -129,7 +129,7 @@ def test_images_show_the_digits_of_their_cells() -> None:
     """With scans that are blank but for those of one digit."""
     scene = Scene.draw(rng())
     for digit in range(10):
-        ink = [np.full((1, 8, 8), float(one == digit), np.float32) for one in range(10)]
+        ink = [np.full((1, 8, 8), float(number == digit), np.float32) for number in range(10)]
         image = scenes.render(scene, scenes.Scans(ink=ink), rng())
         cells = image.reshape(GRID, scenes.CELL, GRID, scenes.CELL, 3).max((1, 3, 4))
         np.testing.assert_array_equal(cells > 150, scene.digits == digit)
@@ -156,17 +156,17 @@ def test_one_seed_gives_one_corpus(tmp_path: Path) -> None:
         for name in "abc"
     }
     assert contents["a"] == contents["b"] != contents["c"]
-    asked = read_held_out(tmp_path / "a")
+    questions = read_held_out(tmp_path / "a")
     count = 4 * len(KINDS)
-    assert [one.question.kind for one in asked] == [*KINDS] * 4
-    assert scores(asked, [one.question.answer for one in asked])["all"] == Score(
-        right=count, asked=count
+    assert [item.question.kind for item in questions] == [*KINDS] * 4
+    assert scores(questions, [item.question.answer for item in questions])["all"] == Score(
+        right=count, questions=count
     )
-    assert scores(asked, ["x"] * count)["all"].accuracy == 0
+    assert scores(questions, ["x"] * count)["all"].accuracy == 0
 
 
 def test_wilson_interval() -> None:
     """Against the table of Wilson's interval for 8 of 10: (0.4902, 0.9433)."""
-    low, high = Score(right=8, asked=10).interval
+    low, high = Score(right=8, questions=10).interval
     assert low == pytest.approx(0.4902, abs=1e-4)
     assert high == pytest.approx(0.9433, abs=1e-4)

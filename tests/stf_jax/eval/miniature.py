@@ -96,9 +96,9 @@ def _vqav2(root: Path) -> None:
 def _gqa(root: Path) -> None:
     folder = root / "gqa"
     ids = ("201", "202", "203")
-    lines = [short(one, "n1.jpg", "Is it red?") for one in ids]
+    lines = [short(id_, "n1.jpg", "Is it red?") for id_ in ids]
     write_jsonl(folder / "llava_gqa_testdev_balanced.jsonl", lines)
-    truth = {one: {"answer": "yes", "imageId": "n1"} for one in ids} | {"203": {"answer": "no"}}
+    truth = {id_: {"answer": "yes", "imageId": "n1"} for id_ in ids} | {"203": {"answer": "no"}}
     write_json(folder / "data" / "testdev_balanced_questions.json", truth)
     write_image(folder / "data" / "images" / "n1.jpg")
 
@@ -135,19 +135,23 @@ def _scienceqa(root: Path) -> None:
 def _textvqa(root: Path) -> None:
     folder = root / "textvqa"
     # Two questions about one image: the id names only the image.
-    asked = (("a", "What brand?", "nike"), ("a", "Which year?", "1999"), ("b", "What word?", "no"))
+    questions = (
+        ("a", "What brand?", "nike"),
+        ("a", "Which year?", "1999"),
+        ("b", "What word?", "no"),
+    )
     lines = [
         {
             "question_id": image,
             "image": f"{image}.jpg",
             "text": f"{question}\nReference OCR token: {answer}, x\n{SHORT}",
         }
-        for image, question, answer in asked
+        for image, question, answer in questions
     ]
     write_jsonl(folder / "llava_textvqa_val_v051_ocr.jsonl", lines)
     truth = [
         {"image_id": image, "question": question.upper(), "answers": [answer] * 2 + ["else"] * 8}
-        for image, question, answer in asked
+        for image, question, answer in questions
     ]
     write_json(folder / "TextVQA_0.5.1_val.json", {"data": truth})
     for image in "ab":

@@ -63,13 +63,13 @@ def test_answers_are_those_of_generate(adapter: Any, reference: Path) -> None:
         types.SimpleNamespace(args=(text, options, visuals_of, n, "task", "test"))
         for n, (text, options) in enumerate(zip(texts, asked, strict=True))
     ]
-    found = model.generate_until(requests)
+    actual = model.generate_until(requests)
     plain = ["What is this?", "How many?", "Why  ?", "And now?"]
     for n, text in enumerate(plain):
         request = stf_jax.Request(prompt=text, images=visuals_of(documents[n]))
         limit = asked[n]["max_new_tokens"]
         (answer,) = model._model.generate([request], max_new_tokens=limit)
-        assert found[n] == answer.text
+        assert actual[n] == answer.text
 
 
 def test_sampling(adapter: Any) -> None:

@@ -33,15 +33,15 @@ MESHES = {"fsdp 8": {"fsdp": 8}, "data 2 x tensor 4": {"data": 2, "tensor": 4}}
 
 def answers(engine: Engine, prompts: list[Prompt], lengths: list[int], **options: Any) -> Any:
     """Each answer cut where its length says."""
-    found: list[list[int]] = [[] for _ in prompts]
+    actual: list[list[int]] = [[] for _ in prompts]
 
     def take(number: int, ids: np.ndarray) -> bool:
-        found[number] += ids.tolist()
-        return len(found[number]) < lengths[number]
+        actual[number] += ids.tolist()
+        return len(actual[number]) < lengths[number]
 
     run = engine.run(prompts, max_new_tokens=max(lengths), sampling=GREEDY, take=take, **options)
     assert sorted(run) == list(range(len(prompts)))
-    return [row[:length] for row, length in zip(found, lengths, strict=True)]
+    return [row[:length] for row, length in zip(actual, lengths, strict=True)]
 
 
 @functools.cache
@@ -89,8 +89,8 @@ def test_reference(
         )
     longest = max(len(case["output_ids"]) for case in cases) - 1
     lengths = [longest] * len(cases)
-    found = answers(model.engine, prompts, lengths, slots=slots, share=share, every=5)
-    assert found == [case["output_ids"][1:] for case in cases]
+    actual = answers(model.engine, prompts, lengths, slots=slots, share=share, every=5)
+    assert actual == [case["output_ids"][1:] for case in cases]
 
 
 TINY = tiny_config()
@@ -165,7 +165,7 @@ def requests(draw: st.DrawFn) -> tuple[list[Prompt], list[int]]:
 @pytest.mark.slow
 @settings(derandomize=True, deadline=None, database=None, max_examples=11, phases=(Phase.generate,))
 @given(
-    asked=requests(),
+    requests_and_lengths=requests(),
     slots=st.sampled_from([1, 8]),
     every=st.sampled_from([1, 3, 20]),
     share=st.booleans(),
@@ -173,15 +173,15 @@ def requests(draw: st.DrawFn) -> tuple[list[Prompt], list[int]]:
 def test_random_requests(
     engine: Engine,
     network: Llava,
-    asked: tuple[list[Prompt], list[int]],
+    requests_and_lengths: tuple[list[Prompt], list[int]],
     slots: int,
     every: int,
     share: bool,
 ) -> None:
     """Two hundred of them."""
-    prompts, lengths = asked
-    found = answers(engine, prompts, lengths, slots=slots, every=every, share=share)
-    assert found == without_cache(network, prompts, lengths)
+    prompts, lengths = requests_and_lengths
+    actual = answers(engine, prompts, lengths, slots=slots, every=every, share=share)
+    assert actual == without_cache(network, prompts, lengths)
 
 
 @pytest.mark.parametrize(("dtype", "least"), [("bfloat16", 0.9), ("int8", 0.7)])
@@ -196,7 +196,7 @@ def test_coarser_caches(network: Llava, dtype: CacheDType, least: float) -> None
         for number in range(19)
     ]
     coarse = Engine(nnx.merge(*nnx.split(network)), cache_dtype=dtype)
-    found = answers(coarse, prompts, [3] * 19, slots=8, every=3)
+    actual = answers(coarse, prompts, [3] * 19, slots=8, every=3)
     expected = without_cache(network, prompts, [3] * 19)
-    same = [one == other for one, other in zip(found, expected, strict=True)]
+    same = [one == other for one, other in zip(actual, expected, strict=True)]
     assert least <= np.mean(same)

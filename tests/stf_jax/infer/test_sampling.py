@@ -40,11 +40,11 @@ MANY, ZEROS = np.arange(DRAWS), np.zeros(DRAWS, int)
 def test_frequencies(seeds: np.ndarray, steps: np.ndarray, temperature: float) -> None:
     tokens = draw(LOGITS, seeds=seeds, steps=steps, temperature=temperature)
     chances = np.asarray(jax.nn.softmax(LOGITS.astype(np.float64) / temperature), np.float64)
-    found = np.bincount(tokens, minlength=len(LOGITS))
+    actual = np.bincount(tokens, minlength=len(LOGITS))
     # The rare one is counted with its neighbor: chi-square wants no tiny expectations.
-    found, chances = (np.concatenate([x[:5], [x[5] + x[6]], x[7:]]) for x in (found, chances))
+    actual, chances = (np.concatenate([x[:5], [x[5] + x[6]], x[7:]]) for x in (actual, chances))
     expected = chances / chances.sum() * DRAWS
-    assert scipy.stats.chisquare(found, expected).pvalue > 0.01
+    assert scipy.stats.chisquare(actual, expected).pvalue > 0.01
 
 
 @pytest.mark.parametrize("temperature", [1e-20, 1e-38, 1e-50])
@@ -58,10 +58,10 @@ def test_truncated_frequencies() -> None:
     """Of 0.4, 0.3, 0.2, 0.1: top-k 3 leaves 4/9, 3/9, 2/9, of which top-p 0.7 leaves two."""
     logits = np.log(np.array([0.1, 0.4, 0.2, 0.3], np.float32))
     tokens = draw(logits, seeds=MANY, steps=ZEROS, top_k=3, top_p=0.7)
-    found = np.bincount(tokens, minlength=4)
-    assert found[0] == found[2] == 0
+    actual = np.bincount(tokens, minlength=4)
+    assert actual[0] == actual[2] == 0
     expected = np.array([4, 3]) / 7 * DRAWS
-    assert scipy.stats.chisquare(found[[1, 3]], expected).pvalue > 0.01
+    assert scipy.stats.chisquare(actual[[1, 3]], expected).pvalue > 0.01
 
 
 def test_steps_are_independent() -> None:

@@ -35,10 +35,10 @@ def test_kept_tokens(
         expected = logits_process.TopKLogitsWarper(top_k)(None, expected)
     if top_p < 1:
         expected = logits_process.TopPLogitsWarper(top_p)(None, expected)
-    found = likely(
+    actual = likely(
         jnp.asarray(logits) / jnp.float32(temperature),
         top_k=jnp.int32(top_k),
         top_p=jnp.float32(top_p),
     )
-    np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected.numpy()))
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_array_equal(np.isfinite(actual), np.isfinite(expected.numpy()))
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)

@@ -61,9 +61,11 @@ def test_kernel_is_attention(case: tuple[int, int, int, int, bool]) -> None:
         seen, back = jax.vjp(lambda *given: jnp.where(real, function(*given), 0), query, key, value)
         return seen, *back(seed)
 
-    found, wanted = jax.jit(with_gradient, static_argnums=0)(kernel), with_gradient(xla)
-    for one, other in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * float(jnp.abs(other).max()))
+    actual, wanted = jax.jit(with_gradient, static_argnums=0)(kernel), with_gradient(xla)
+    for array, expected in zip(actual, wanted, strict=True):
+        np.testing.assert_allclose(
+            array, expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max())
+        )
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -78,11 +80,11 @@ def test_split_over_a_mesh(monkeypatch: pytest.MonkeyPatch, masked: bool) -> Non
     monkeypatch.setattr(module, "splash_attention", interpreted)
     rows, heads = PartitionSpec(("data", "fsdp")), PartitionSpec(("data", "fsdp"), None, "tensor")
     with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
-        query, key, value = (jax.device_put(one, heads) for one in (query, key, value))
+        query, key, value = (jax.device_put(array, heads) for array in (query, key, value))
         marks = jax.device_put(marks, rows)
-        found = jax.jit(lambda *given: attention(*given, marks=marks if masked else None))(
+        actual = jax.jit(lambda *given: attention(*given, marks=marks if masked else None))(
             query, key, value
         )
-        assert jax.typeof(found).sharding.spec[:3] == (("data", "fsdp"), None, "tensor")
+        assert jax.typeof(actual).sharding.spec[:3] == (("data", "fsdp"), None, "tensor")
     real = np.asarray(segments > 0)[..., None, None] if masked else True
-    np.testing.assert_allclose(np.where(real, found, 0), np.where(real, wanted, 0), atol=1e-5)
+    np.testing.assert_allclose(np.where(real, actual, 0), np.where(real, wanted, 0), atol=1e-5)

@@ -27,10 +27,10 @@ def test_norm_rounds_before_it_scales() -> None:
     theirs.weight.data = torch.tensor(scale.astype(np.float32)).bfloat16()
     with torch.no_grad():
         expected = theirs(torch.tensor(x.astype(np.float32)).bfloat16()).float().numpy()
-    found = ours(jnp.asarray(x))
-    assert found.dtype == jnp.bfloat16
+    actual = ours(jnp.asarray(x))
+    assert actual.dtype == jnp.bfloat16
     # The mean may be summed in another order, which moves one in thousands by a rounding.
-    assert np.mean(np.asarray(found, np.float32) == expected) > 0.999
+    assert np.mean(np.asarray(actual, np.float32) == expected) > 0.999
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -41,8 +41,8 @@ def test_logits_are_not_rounded(tied: bool) -> None:
     )  # fmt: skip
     model = Llama(config, init=Init(rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
     x = np.random.default_rng(0).normal(size=(2, 3, 64)).astype(BF16)
-    found = model.logits(jnp.asarray(x))
+    actual = model.logits(jnp.asarray(x))
     kernel = model.embedding[...].T if model.head is None else model.head.kernel[...]
     exact = x.astype(np.float64) @ np.asarray(kernel).astype(np.float64)
-    assert found.dtype == jnp.float32
-    np.testing.assert_allclose(np.asarray(found), exact, rtol=0, atol=1e-5)
+    assert actual.dtype == jnp.float32
+    np.testing.assert_allclose(np.asarray(actual), exact, rtol=0, atol=1e-5)

@@ -99,9 +99,9 @@ def test_long_contexts_in_float16() -> None:
     held = cache.keys[0], cache.values[0]
     seen = {"marks": marks_at(positions), "slots": cache.marks}
     wanted = cache_attention(query, *held, **seen)
-    found = cache_attention(query.astype(jnp.float16), *held, **seen)
-    assert found.dtype == jnp.float16
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=0.01 * float(abs(wanted).max()))
+    actual = cache_attention(query.astype(jnp.float16), *held, **seen)
+    assert actual.dtype == jnp.float16
+    np.testing.assert_allclose(actual, wanted, rtol=0, atol=0.01 * float(abs(wanted).max()))
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
@@ -134,12 +134,12 @@ def test_attention(
     held = cache.keys[0], cache.values[0]
     monkeypatch.setattr(module, "platform", lambda: platform)
     seen = {"marks": marks_at(positions), "slots": cache.marks}
-    found = cache_attention(late, *held, **seen)
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=error)
+    actual = cache_attention(late, *held, **seen)
+    np.testing.assert_allclose(actual, wanted, rtol=0, atol=error)
     rows, heads = PartitionSpec(("data", "fsdp")), PartitionSpec(("data", "fsdp"), "tensor")
     with jax.set_mesh(make_mesh(data=2, tensor=2, devices=jax.devices()[:4])):
         late = jax.device_put(late, PartitionSpec(("data", "fsdp"), None, "tensor"))
         split = jax.jit(cache_attention)(
             late, *jax.device_put(held, heads), **jax.device_put(seen, rows)
         )
-    np.testing.assert_allclose(split, found, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(split, actual, rtol=0, atol=1e-6)

@@ -62,11 +62,11 @@ def counted(function: Any, *arguments: Any) -> float:
 def test_forward(config: LlavaConfig) -> None:
     """What is not a matmul makes up the few per cent between."""
     graph, state = nnx.split(unstacked(config))
-    found = counted(
+    counted_flops = counted(
         lambda state, batch: nnx.merge(graph, state)(batch), state, abstract_batch(config)
     )
     by_hand = flops.forward(config, rows=ROWS, length=LENGTH, images=IMAGES).total
-    assert 1 <= found / by_hand < 1.06
+    assert 1 <= counted_flops / by_hand < 1.06
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
@@ -83,14 +83,14 @@ def test_training(config: LlavaConfig, stage: Any) -> None:
         merged = jax.tree.unflatten(tree, [both[name] for name in names])
         return nnx.merge(graph, merged).loss(batch, chunk=LENGTH)[0]
 
-    found = counted(jax.grad(loss), trained, frozen, abstract_batch(config))
-    made = flops.training(config, stage=stage, rows=ROWS, length=LENGTH, images=IMAGES)
+    counted_flops = counted(jax.grad(loss), trained, frozen, abstract_batch(config))
+    estimated = flops.training(config, stage=stage, rows=ROWS, length=LENGTH, images=IMAGES)
     # The head runs again in the backward pass, which is no model FLOPs.
     head = 2 * ROWS * LENGTH * TEXT.width * TEXT.vocab_size
     # Fusion's inputs need no gradient: its first matmul runs twice, not three times.
-    assert 0.93 < found / (made.total + head) < 1.08
+    assert 0.93 < counted_flops / (estimated.total + head) < 1.08
 
 
 def test_parts_add_up() -> None:
-    made = flops.forward(CONFIGS["stf"], rows=1, length=8, images=1)
-    assert made.total == sum(dataclasses.astuple(made))
+    flops_of_parts = flops.forward(CONFIGS["stf"], rows=1, length=8, images=1)
+    assert flops_of_parts.total == sum(dataclasses.astuple(flops_of_parts))

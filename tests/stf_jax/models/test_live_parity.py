@@ -242,8 +242,8 @@ def test_every_hidden_state_of_clip(
         lambda: VisionTower(source.config.vision, taps=taps, init=Init(rngs=nnx.Rngs(0)))
     )
     nnx.update(every, weights)
-    found = ours(every, VisionTower.__call__, pixels.permute(0, 2, 3, 1).numpy())
-    for tap, state in zip(taps, found, strict=True):
+    actual = ours(every, VisionTower.__call__, pixels.permute(0, 2, 3, 1).numpy())
+    for tap, state in zip(taps, actual, strict=True):
         np.testing.assert_allclose(state, expected[tap][:, 1:], rtol=0, atol=1e-5, err_msg=str(tap))
 
 
@@ -260,8 +260,8 @@ def test_llama_logits(
     assert source.config.text.tie_embeddings == text.tie_word_embeddings
     prompts = make_prompts(seed, lengths=(LONG, 77), images=(0, 0), config=source.config)
     batch = pad_prompts(prompts, rows=2, image_size=source.config.vision.image_size)
-    found = ours(import_model(source), Llava.__call__, batch)
-    for row, prompt in zip(found, prompts, strict=True):
+    actual = ours(import_model(source), Llava.__call__, batch)
+    for row, prompt in zip(actual, prompts, strict=True):
         with torch.no_grad():
             expected = language(torch.tensor(prompt.ids[None], dtype=torch.long)).logits[0]
         np.testing.assert_allclose(row[: len(prompt.ids)], expected, rtol=0, atol=1e-4)
@@ -287,8 +287,8 @@ def test_llava_logits(
     source = open_source(folder)
     prompts = make_prompts(seed, lengths=(LONG, 130, 61), images=(1, 2, 0), config=source.config)
     batch = pad_prompts(prompts, rows=3, image_size=source.config.vision.image_size)
-    found = ours(import_model(source), Llava.__call__, batch)
-    for row, prompt in zip(found, prompts, strict=True):
+    actual = ours(import_model(source), Llava.__call__, batch)
+    for row, prompt in zip(actual, prompts, strict=True):
         with torch.no_grad():
             expected = model(**theirs(prompt)).logits[0]
         np.testing.assert_allclose(row[: len(prompt.ids)], expected, rtol=0, atol=1e-4)
@@ -366,9 +366,9 @@ def test_stf_and_average(
     # One image a row, then both in one row.
     for rows, images in ((2, 1), (1, 2)):
         shaped = pixels.permute(0, 2, 3, 1).numpy().reshape(rows, images, 12, 12, 3)
-        found = ours(model, Llava.encode, shaped)
+        actual = ours(model, Llava.encode, shaped)
         expected_rows = expected.reshape(rows, -1, text.hidden_size)
-        np.testing.assert_allclose(found, expected_rows, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(actual, expected_rows, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -390,15 +390,15 @@ def test_greedy_tokens(changes: dict[str, Any], tmp_path: Path) -> None:
     prompts = make_prompts(
         5, lengths=(90, 21, 40, 57, 3), images=(2, 1, 0, 1, 0), config=source.config
     )
-    found: list[list[int]] = [[] for _ in prompts]
+    actual: list[list[int]] = [[] for _ in prompts]
 
     def take(number: int, ids: np.ndarray) -> bool:
-        found[number] += ids.tolist()
+        actual[number] += ids.tolist()
         return True
 
     engine = Engine(import_model(source))
     list(engine.run(prompts, slots=3, max_new_tokens=40, sampling=GREEDY, every=40, take=take))
-    for row, prompt in zip(found, prompts, strict=True):
+    for row, prompt in zip(actual, prompts, strict=True):
         expected = model.generate(**theirs(prompt), do_sample=False, max_new_tokens=40)[0]
         expected = expected[len(prompt.ids) :].tolist()
         assert len(expected) == 40 or expected[-1] == 2

@@ -20,9 +20,9 @@ CONFIG = LoRAConfig(rank=3, alpha=5.0, dropout=0.0)
 
 def linear(inputs: tuple[int, ...], outputs: tuple[int, ...], config: LoRAConfig) -> Linear:
     init = Init(rngs=nnx.Rngs(0))
-    made = Linear(inputs, outputs, init=init, kernel=None, use_bias=False, lora=config)
-    made.lora.b[...] = jax.random.normal(jax.random.key(1), made.lora.b.shape)
-    return made
+    layer = Linear(inputs, outputs, init=init, kernel=None, use_bias=False, lora=config)
+    layer.lora.b[...] = jax.random.normal(jax.random.key(1), layer.lora.b.shape)
+    return layer
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [((6,), (8,)), ((6,), (2, 4)), ((2, 3), (8,))])
@@ -69,9 +69,11 @@ def test_every_matmul_of_the_layers_has_one_and_nothing_else():
     abstract = nnx.eval_shape(
         lambda: Llama(TextConfig.tiny(), init=Init(rngs=nnx.Rngs(0)), lora=LoRAConfig(rank=4))
     )
-    found = flatten(nnx.to_pure_dict(nnx.state(abstract, nnx.Param)))
-    kernels = {path for path in found if path.startswith("layers/") and path.endswith("/kernel")}
-    adapters = {path for path in found if is_adapter(path)}
+    parameters = flatten(nnx.to_pure_dict(nnx.state(abstract, nnx.Param)))
+    kernels = {
+        path for path in parameters if path.startswith("layers/") and path.endswith("/kernel")
+    }
+    adapters = {path for path in parameters if is_adapter(path)}
     assert len(kernels) == 7
     assert adapters == {
         f"{path.removesuffix('/kernel')}/lora/{which}" for path in kernels for which in "ab"

@@ -63,8 +63,8 @@ def tile(array: np.ndarray, multiple: int = 8) -> np.ndarray:
     return np.resize(array, (-(-len(array) // multiple) * multiple, *array.shape[1:]))
 
 
-def close(found: jax.Array, expected: np.ndarray, tolerance: float) -> None:
-    np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=tolerance)
+def close(actual: jax.Array, expected: np.ndarray, tolerance: float) -> None:
+    np.testing.assert_allclose(np.asarray(actual), expected, rtol=0, atol=tolerance)
 
 
 def test_mbtf(loaded: Loaded, tensors: Tensors):
@@ -122,7 +122,7 @@ def test_loss_and_gradients(loaded: Loaded, source, tensors: Tensors, compiler_o
     gradient_of = jax.jit(jax.value_and_grad(mean_loss), compiler_options=compiler_options)
     loss, gradients = gradient_of(parameters, loaded.batch)
     close(loss, tensors["loss"][0], 1e-5)
-    found = flatten(nnx.to_pure_dict(gradients))
+    actual = flatten(nnx.to_pure_dict(gradients))
     wanted = {
         name.removeprefix("grad.").replace("model.mm_", "mm_"): gradient
         for name, gradient in tensors.items()
@@ -130,7 +130,7 @@ def test_loss_and_gradients(loaded: Loaded, source, tensors: Tensors, compiler_o
     }
     compared = 0
     for entry in table(source.config, vocabulary=source.vocabulary):
-        gradient = np.asarray(found[entry.native])
+        gradient = np.asarray(actual[entry.native])
         if entry.native.startswith("vision/"):
             assert not gradient.any(), f"a gradient entered the frozen tower at {entry.native}"
             continue

@@ -252,9 +252,9 @@ def test_random_parameters_are_made_in_place(axes: dict[str, int]) -> None:
     expected = np.asarray(kernel(ShardingRules.none()))
     assert len(np.unique(expected)) > 0.9 * expected.size
     with jax.set_mesh(make_mesh(**axes)):
-        found = kernel(ShardingRules.default())
-    assert_shards(found, (3, 64 // axes["fsdp"], 8 // axes["tensor"], 8))
-    np.testing.assert_array_equal(found, expected)
+        actual = kernel(ShardingRules.default())
+    assert_shards(actual, (3, 64 // axes["fsdp"], 8 // axes["tensor"], 8))
+    np.testing.assert_array_equal(actual, expected)
 
 
 def test_loss_and_gradients(on_mesh: OnMesh) -> None:
@@ -277,22 +277,22 @@ def test_logits_and_activations(on_mesh: OnMesh) -> None:
     def forward(model: Llava, batch: Batch) -> dict[str, jax.Array]:
         images, spliced = model.encode(batch.pixels), model.insert(batch)
         hidden = model.text(spliced, marks=marks_of(batch))
-        found = {"images": images, "spliced": spliced, "hidden": hidden}
-        found["logits"] = model.text.logits(hidden)
-        seen.update({name: jax.typeof(array).sharding.spec for name, array in found.items()})
-        return found
+        actual = {"images": images, "spliced": spliced, "hidden": hidden}
+        actual["logits"] = model.text.logits(hidden)
+        seen.update({name: jax.typeof(array).sharding.spec for name, array in actual.items()})
+        return actual
 
-    found = jax.jit(forward)(on_mesh.model, on_mesh.batch)
+    actual = jax.jit(forward)(on_mesh.model, on_mesh.batch)
     real = np.asarray(on_mesh.batch.segments) > 0
-    logits = np.asarray(found["logits"])
+    logits = np.asarray(actual["logits"])
     np.testing.assert_allclose(
         logits[real], expected_of(on_mesh.name).logits[real], rtol=0, atol=2e-5
     )
     rows, width = on_mesh.rows, on_mesh.model.config.text.width
-    assert_shards(found["images"], (rows, 2 * on_mesh.model.config.tokens_per_image, width))
-    assert_shards(found["spliced"], (rows, LENGTH, width))
-    assert_shards(found["hidden"], (rows, LENGTH, width))
-    assert_shards(found["logits"], (rows, LENGTH, 600 // on_mesh.axes["tensor"]))
+    assert_shards(actual["images"], (rows, 2 * on_mesh.model.config.tokens_per_image, width))
+    assert_shards(actual["spliced"], (rows, LENGTH, width))
+    assert_shards(actual["hidden"], (rows, LENGTH, width))
+    assert_shards(actual["logits"], (rows, LENGTH, 600 // on_mesh.axes["tensor"]))
     # Known while tracing, too: an explicit mesh leaves nothing to the compiler's choice.
     for name, spec in seen.items():
         channels = "tensor" if name == "logits" else None
@@ -331,13 +331,13 @@ def alone(name: str) -> Engine:
 
 @pytest.mark.parametrize(("name", "axes"), CASES)
 def test_generated_tokens(name: str, axes: str) -> None:
-    asked = [GREEDY]
+    samplings = [GREEDY]
     if axes.startswith("data"):  # Once: it compiles everything anew.
-        asked.append(Sampling(temperature=0.8, top_k=50, top_p=0.9, seed=3))
+        samplings.append(Sampling(temperature=0.8, top_k=50, top_p=0.9, seed=3))
     weights, mesh = expected_of(name).weights, make_mesh(**MESHES[axes])
     with jax.set_mesh(mesh):
         spread = Engine(loaded(CONFIGS[name], weights, ShardingRules.default()), mesh=mesh)
-    for sampling in asked:
+    for sampling in samplings:
         expected = generated(alone(name), sampling)
         assert len(set(itertools.chain(*expected))) > 20
         assert generated(spread, sampling) == expected

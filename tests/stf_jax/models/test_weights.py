@@ -68,8 +68,8 @@ def test_patch_rows_are_row_column_channel(width: int, patch: int, dtype: np.dty
     for row in range(patch):
         for column in range(patch):
             for channel in range(3):
-                found = native[(row * patch + column) * 3 + channel]
-                assert found.tobytes() == kernel[:, channel, row, column].tobytes()
+                actual = native[(row * patch + column) * 3 + channel]
+                assert actual.tobytes() == kernel[:, channel, row, column].tobytes()
 
 
 @pytest.mark.parametrize("side", [2, 3])

@@ -86,12 +86,14 @@ def test_an_operand_that_is_a_part_of_a_tuple() -> None:
 
 def test_collectives_once_a_turn_and_by_their_group() -> None:
     work = analyze(MODULE, devices=4)
-    found = {one.kind: (one, times) for one, times in work.collectives.items()}
-    assert found.keys() == {"all-gather", "all-reduce"}
-    gather, times = found["all-gather"]
+    actual = {
+        collective.kind: (collective, times) for collective, times in work.collectives.items()
+    }
+    assert actual.keys() == {"all-gather", "all-reduce"}
+    gather, times = actual["all-gather"]
     assert (times, gather.bytes, gather.group, gather.beside) == (5, 8 * 8 * 2, 4, math.inf)
     assert gather.traffic == 8 * 8 * 2 * 3 / 4
-    total, times = found["all-reduce"]
+    total, times = actual["all-reduce"]
     assert (times, total.bytes, total.group, total.beside) == (5, 16 * 32 * 4, 2, 0)
     assert total.traffic == 16 * 32 * 4 * 2 / 2
     assert largest_gather(MODULE) == 64
@@ -147,9 +149,9 @@ def test_matmuls_of_a_compiled_program(layers: int) -> None:
 
     x, w = jnp.zeros((3, 8, 16)), jnp.zeros((layers, 3, 16, 16))
     text = jax.jit(jax.grad(lambda x, w: function(x, w).sum())).lower(x, w).compile().as_text()
-    one = 2 * 3 * 8 * 16 * 16
+    matmul = 2 * 3 * 8 * 16 * 16
     # The gradient of the input alone: forward and one matmul back.
-    assert analyze(text, devices=1).flops == pytest.approx(2 * layers * one)
+    assert analyze(text, devices=1).flops == pytest.approx(2 * layers * matmul)
 
 
 BETWEEN_SLICES = """HloModule jit_step, is_scheduled=true
@@ -176,15 +178,15 @@ ENTRY %main (p: f32[16,8]) -> f32[16,8] {
 """  # noqa: E501
 
 
-def test_what_goes_between_slices_is_told_from_the_rest() -> None:
+def test_collectives_between_slices_are_recognized() -> None:
     """As the compiler writes it for two slices of v5e:2x2."""
     work = analyze(BETWEEN_SLICES, devices=4, slices=2, one_turn=True)
-    found = {(one.dcn, one.kind): one for one in work.collectives}
-    assert found.keys() == {(True, "all-reduce"), (True, "all-gather"), (False, "all-reduce")}
-    total = found[True, "all-reduce"]
+    actual = {(collective.dcn, collective.kind): collective for collective in work.collectives}
+    assert actual.keys() == {(True, "all-reduce"), (True, "all-gather"), (False, "all-reduce")}
+    total = actual[True, "all-reduce"]
     assert (total.bytes, total.group, total.traffic) == (2**16, 2, 2**16)
     # Of what is gathered a half comes from the other slice.
-    assert found[True, "all-gather"].traffic == 256 * 2 / 2
+    assert actual[True, "all-gather"].traffic == 256 * 2 / 2
     with pytest.raises(UnreadableProgram, match=r"recv\.1 goes between slices"):
         analyze(BETWEEN_SLICES.replace("ALL_REDUCE", "PIGEON"), devices=4, slices=2, one_turn=True)
 

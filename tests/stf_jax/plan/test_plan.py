@@ -83,7 +83,7 @@ def test_a_small_model_on_each_generation(ask: Ask, config: str, topology: str) 
     assert 0 < plan["arguments"] < plan["peak"] < 2**28 < plan["limit"]
     assert 0 < plan["mfu"] < 0.1
     assert plan["hardware_flops"] * 4 > sum(plan["model_flops"].values())
-    traffic = {one["kind"]: one for one in plan["traffic"]}
+    traffic = {item["kind"]: item for item in plan["traffic"]}
     assert traffic.keys() & {"all-reduce", "reduce-scatter"}
     gathers = traffic["all-gather"]
     # v6e leaves them to its SparseCore, and has other work meanwhile.
@@ -99,7 +99,7 @@ def test_two_slices(ask: Ask, config: str) -> None:
     plan = json.loads(done.stdout)
     assert (plan["topology"], plan["chips"]) == ("2xv5e:2x2", 8)
     assert plan["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
-    between = {one["kind"]: one for one in plan["traffic"] if one["kind"].startswith("DCN")}
+    between = {item["kind"]: item for item in plan["traffic"] if item["kind"].startswith("DCN")}
     assert between.keys() == {"DCN all-reduce"}
     # A quarter of each gradient in bfloat16; those of norms and biases are whole, and in float32.
     parameters = parameter_count(Llava.abstract(tiny_config()))
@@ -107,7 +107,7 @@ def test_two_slices(ask: Ask, config: str) -> None:
     assert trained * 2 / 4 < between["DCN all-reduce"]["bytes"] < trained * 4
     assert plan["dcn_seconds"] == pytest.approx(between["DCN all-reduce"]["bytes"] / 3.125e9)
     assert plan["step_seconds"] > plan["dcn_seconds"]
-    assert any(one["kind"] == "all-gather" for one in plan["traffic"])
+    assert any(item["kind"] == "all-gather" for item in plan["traffic"])
 
 
 @needs_compiler
@@ -121,7 +121,7 @@ def test_the_programs_that_answer(ask: Ask, inference: str, topology: str) -> No
     assert plan["mesh"] == {"data": 1, "fsdp": 1, "tensor": chips}
     # 4 tokens an image, 36 before it and 20 or 40 behind it, 30 new ones: 110 positions at most.
     assert (plan["slots"], plan["context"]) == (16, 128)
-    phases = [(one["name"], one["rows"], one["length"]) for one in plan["phases"]]
+    phases = [(phase["name"], phase["rows"], phase["length"]) for phase in plan["phases"]]
     assert phases == [("prefill", 4, 64), ("insert", 4, 24), ("insert", 4, 48), ("decode", 16, 1)]
     text = tiny_config().text
     vectors = 2 * text.layers * text.kv_heads * text.head_dim
@@ -130,12 +130,12 @@ def test_the_programs_that_answer(ask: Ask, inference: str, topology: str) -> No
     # Every chip has the marks of every slot: position, segment and kind.
     marks = 16 * 128 * 3 * 4
     assert cache / chips + marks < plan["cache"] < cache / chips + marks + 16 * 4 * 70
-    for one in plan["phases"]:
-        assert plan["weights"] + plan["cache"] < one["needed"] < 2**28 < plan["limit"]
-        assert one["seconds"] >= one["memory_seconds"] > 0
-        assert one["hardware_flops"] > 0
-        assert one["kernel_seconds"] > 0 if one["name"] == "prefill" else True
-        assert any(part["kind"] == "all-reduce" for part in one["traffic"]) == (chips > 1)
+    for phase in plan["phases"]:
+        assert plan["weights"] + plan["cache"] < phase["needed"] < 2**28 < plan["limit"]
+        assert phase["seconds"] >= phase["memory_seconds"] > 0
+        assert phase["hardware_flops"] > 0
+        assert phase["kernel_seconds"] > 0 if phase["name"] == "prefill" else True
+        assert any(part["kind"] == "all-reduce" for part in phase["traffic"]) == (chips > 1)
     # Decoding does a matmul with every weight of the language model for each slot.
     parameters = parameter_count(Llava.abstract(tiny_config()).text)
     matmuls = 2 * 16 * (parameters - text.padded_vocab_size * text.width) / chips

@@ -50,25 +50,25 @@ def test_the_estimate() -> None:
 
 
 def test_only_what_divides_is_tried() -> None:
-    asked: list[tuple[str, ...]] = []
+    calls: list[tuple[str, ...]] = []
 
     def ask(overrides: tuple[str, ...]) -> Plan:
-        asked.append(overrides)
+        calls.append(overrides)
         if "--mesh.tensor=4" in overrides:
             raise ValueError("the mesh does not divide the model")
         if "--remat=none" in overrides:
             return DOES_NOT
-        return dataclasses.replace(FITS, cycles_seconds=0.1 * len(asked))
+        return dataclasses.replace(FITS, cycles_seconds=0.1 * len(calls))
 
     tried = list(sweep(CONFIG, chips=16, ask=ask))
     # 32 rows over 16 chips are one or two micro-batches; over 8 and 4 too.
-    assert len(asked) == len(tried) == 3 * 2 * 4
-    assert asked[0][:3] == ("--mesh.data=1", "--mesh.fsdp=16", "--mesh.tensor=1")
-    kept = best(tried, count=3)
-    assert [plan.step_seconds for _, plan in kept] == sorted(
+    assert len(calls) == len(tried) == 3 * 2 * 4
+    assert calls[0][:3] == ("--mesh.data=1", "--mesh.fsdp=16", "--mesh.tensor=1")
+    best_plans = best(tried, count=3)
+    assert [plan.step_seconds for _, plan in best_plans] == sorted(
         plan.step_seconds for _, plan in tried if plan is not None and plan.fits
     )[:3]
-    assert "estimated step" in render_sweep(kept)
+    assert "estimated step" in render_sweep(best_plans)
     assert render_sweep([]) == "nothing fits; use a larger slice"
 
 
@@ -85,11 +85,11 @@ def test_only_what_divides_is_tried() -> None:
     ],
 )
 def test_what_would_make_it_fit(enough: str, changes: list[tuple[str, ...]], advice: str) -> None:
-    found = training_changes(
+    actual = training_changes(
         CONFIG, chips=16, ask=lambda overrides: FITS if enough in overrides else DOES_NOT
     )
-    assert found == changes
-    assert render_changes(DOES_NOT, found) == advice
+    assert actual == changes
+    assert render_changes(DOES_NOT, actual) == advice
 
 
 PREFILL = Phase(
@@ -151,7 +151,7 @@ def test_the_estimate_of_answers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "changes", "asked"),
+    ("limit", "changes", "calls"),
     [
         # 18 GiB with 5 of cache: half of it leaves 15.5.
         (16, [("--slots=32",), ("--cache_dtype=int8",)], ["--slots=32", "--cache_dtype=int8"]),
@@ -160,7 +160,7 @@ def test_the_estimate_of_answers() -> None:
     ],
 )
 def test_what_would_make_an_engine_fit(
-    limit: int, changes: list[tuple[str, ...]], asked: list[str]
+    limit: int, changes: list[tuple[str, ...]], calls: list[str]
 ) -> None:
     too_large, seen = dataclasses.replace(ANSWERS, limit=limit * 2**30), list[str]()
 
@@ -170,7 +170,7 @@ def test_what_would_make_an_engine_fit(
 
     assert not too_large.fits
     assert inference_changes(too_large, ask=ask) == changes
-    assert seen == asked
+    assert seen == calls
     if not changes:
         advice = render_changes(too_large, changes)
         assert "the weights take 10.00 GiB a chip" in advice

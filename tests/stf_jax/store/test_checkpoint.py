@@ -56,9 +56,9 @@ def test_read_back(written: Path) -> None:
     assert native.config == CONFIG
     assert native.shapes.keys() == ARRAYS.keys()
     for name, array in ARRAYS.items():
-        found = native.read(name)
-        assert (found.shape, found.dtype) == (array.shape, array.dtype)
-        assert found.tobytes() == array.tobytes()
+        actual = native.read(name)
+        assert (actual.shape, actual.dtype) == (array.shape, array.dtype)
+        assert actual.tobytes() == array.tobytes()
     assert [path.name for path in written.parent.iterdir()] == ["model"]
 
 
@@ -129,15 +129,15 @@ def test_restore_onto_a_mesh(shape: tuple[int, ...], axes: tuple[str, ...], writ
         "text/head/kernel": jax.ShapeDtypeStruct((64, 32), np.float32, sharding=sharding),
         "vision/bias": jax.ShapeDtypeStruct((8,), np.float16),
     }
-    found = flatten(open_native(written).restore(unflatten(wanted)))
-    assert found.keys() == wanted.keys()
-    kernel = found["text/head/kernel"]
+    actual = flatten(open_native(written).restore(unflatten(wanted)))
+    assert actual.keys() == wanted.keys()
+    kernel = actual["text/head/kernel"]
     assert kernel.sharding == sharding
     assert kernel.dtype == np.float32
     assert len({str(shard.index) for shard in kernel.addressable_shards}) == 8
     np.testing.assert_array_equal(kernel, ARRAYS["text/head/kernel"].astype(np.float32))
-    assert len(found["vision/bias"].devices()) == 1
-    np.testing.assert_array_equal(found["vision/bias"], ARRAYS["vision/bias"])
+    assert len(actual["vision/bias"].devices()) == 1
+    np.testing.assert_array_equal(actual["vision/bias"], ARRAYS["vision/bias"])
 
 
 def test_restore_lists_everything_that_does_not_fit(written: Path) -> None:

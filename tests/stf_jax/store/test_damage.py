@@ -76,22 +76,22 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_one_byte_of_a_native_checkpoint(native: Path, tmp_path: Path) -> None:
     rng = random.Random(3)
-    found = 0
+    found_errors = 0
     for trial in range(TRIALS):
         path = tmp_path / str(trial)
         shutil.copytree(native, path)
         flip(path, rng)
         try:
             opened = open_native(path)
-            like = {name: host_like(one.shape, np.float32) for name, one in ARRAYS.items()}
+            like = {name: host_like(array.shape, np.float32) for name, array in ARRAYS.items()}
             loaded = opened.load(like)
         # Orbax and its storage have their own errors for what they find themselves.
         except (ValueError, OSError, KeyError):
-            found += 1
+            found_errors += 1
             continue
         for name, array in ARRAYS.items():
             np.testing.assert_array_equal(loaded[name], array.astype(np.float32), err_msg=name)
-    assert found > TRIALS // 2
+    assert found_errors > TRIALS // 2
 
 
 @pytest.mark.parametrize("name", [*ARRAYS])
@@ -106,7 +106,7 @@ def test_one_bit_of_an_array_is_found_by_its_name(
     data[-1] ^= 1 << bit
     chunk.write_bytes(data)
     opened = open_native(tmp_path / "model")
-    other = next(one for one in ARRAYS if one != name)
+    other = next(other for other in ARRAYS if other != name)
     np.testing.assert_array_equal(opened.read(other), ARRAYS[other])
     line = rf"^{tmp_path}/model is damaged \({name} is not what was written\); copy or import it"
     with pytest.raises(CheckpointError, match=line):
@@ -175,7 +175,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def is_same(left: TrainState, right: TrainState) -> bool:
     pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
-    return all(np.array_equal(one, other) for one, other in pairs)
+    return all(np.array_equal(first, second) for first, second in pairs)
 
 
 def test_one_byte_of_a_run(run: Path, tmp_path: Path) -> None:

@@ -46,8 +46,8 @@ class Run:
 
 
 def same(left: TrainState, right: TrainState) -> None:
-    for one, other in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    for first, second in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_array_equal(np.asarray(first), np.asarray(second))
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_restored_on_another_mesh(run: Callable[..., Run], tmp_path: Path):
                 other = run()
                 other.state = checkpoints.restore(other.state, report=pytest.fail)
                 same(other.state, expected)
-                found = other.go(2)
+                actual = other.go(2)
             else:
                 with jax.set_mesh(make_mesh(**axes)):
                     other = run(on_mesh=True)
@@ -100,8 +100,8 @@ def test_restored_on_another_mesh(run: Callable[..., Run], tmp_path: Path):
                     assert kernel.sharding == before
                     assert kernel.addressable_shards[0].data.shape == (64, 128)
                     same(other.state, expected)
-                    found = other.go(2)
-        np.testing.assert_allclose(found, losses, rtol=1e-5)
+                    actual = other.go(2)
+        np.testing.assert_allclose(actual, losses, rtol=1e-5)
 
 
 def test_another_config_is_refused_with_every_difference(run: Callable[..., Run], tmp_path: Path):

@@ -71,9 +71,9 @@ def test_same_losses_packed_and_unpacked(config: Config) -> None:
     packed = config(data={"batch_size": 18})
     single = config(data={"batch_size": 48, "packing": "single"})
     np.testing.assert_allclose(losses(single), losses(packed), rtol=1e-5)
-    fills = [metrics(one)[0]["fill"] for one in (packed, single)]
+    fills = [metrics(run)[0]["fill"] for run in (packed, single)]
     assert fills[0] > 2.5 * fills[1]
-    counts = [[record["supervised_tokens"] for record in metrics(one)] for one in (packed, single)]
+    counts = [[record["supervised_tokens"] for record in metrics(run)] for run in (packed, single)]
     assert counts[0] == counts[1]
 
 
@@ -162,9 +162,9 @@ def test_adapters_are_merged(config: Config, native: Path, spy: type[Spy]) -> No
     spy.before.clear()
     assert set(open_model(run.out).shapes) == set(open_native(native).shapes)
     (merged,) = losses(config(model=run.out, steps=1, **whole))
-    found = losses(run)
-    np.testing.assert_allclose(merged, found[3], rtol=1e-5)
-    assert abs(found[3] - found[2]) > 1e-3
+    actual = losses(run)
+    np.testing.assert_allclose(merged, actual[3], rtol=1e-5)
+    assert abs(actual[3] - actual[2]) > 1e-3
 
 
 @pytest.mark.parametrize("mode", ["stop", "skip"])
@@ -214,8 +214,8 @@ def test_dropout_follows_the_step(config: Config) -> None:
 
 
 def test_bfloat16_goes_down_too(config: Config) -> None:
-    found = losses(config(dtype="bfloat16", remat="full", mesh={"fsdp": 8}))
-    assert found[-1] < 0.9 * found[0]
+    actual = losses(config(dtype="bfloat16", remat="full", mesh={"fsdp": 8}))
+    assert actual[-1] < 0.9 * actual[0]
 
 
 def test_profile(config: Config) -> None:

@@ -154,7 +154,7 @@ def test_a_damaged_checkpoint(config: Config, capsys: pytest.CaptureFixture[str]
     expected = records(run)
     last, newest = (Path(run.out, "checkpoints", name) for name in "32")
     last.rename(last.with_name(".set-aside"))
-    largest = max(newest.rglob("*"), key=lambda one: one.stat().st_size)
+    largest = max(newest.rglob("*"), key=lambda file: file.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:100])
     assert train(run) == "finished"
     said = capsys.readouterr().err
@@ -171,7 +171,9 @@ def test_the_only_checkpoint_is_damaged(config: Config) -> None:
     train(run)
     (only,) = Path(run.out, "checkpoints").glob("[0-9]*")
     only.rename(only.with_name("2"))
-    largest = max(Path(run.out, "checkpoints", "2").rglob("*"), key=lambda one: one.stat().st_size)
+    largest = max(
+        Path(run.out, "checkpoints", "2").rglob("*"), key=lambda file: file.stat().st_size
+    )
     largest.write_bytes(largest.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"/2 is damaged \(.*\), and there is no other; delete it"):
         train(run)

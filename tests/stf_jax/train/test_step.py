@@ -93,8 +93,8 @@ def test_curves_of_the_reference(reference_batch, source, weights, curves, stage
 def test_learning_rates_of_the_reference(curves, stage: str):
     expected = curves[stage]["learning_rate"]
     rates = schedule(max(expected), steps=len(expected), warmup_ratio=0.03)
-    found = [float(rates(step)) for step in range(len(expected))]
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    actual = [float(rates(step)) for step in range(len(expected))]
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
 def test_accumulation_changes_nothing(reference_batch, source, weights):
