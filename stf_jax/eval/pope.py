@@ -15,7 +15,7 @@ _NO = frozenset(("No", "not", "no"))
 
 
 def says_yes(text: str) -> bool:
-    """Whether the first sentence holds no word of denial; whatever denies nothing is a yes."""
+    """Whether the first sentence has no word of denial; every other answer is a yes."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return _NO.isdisjoint(words)
 

@@ -52,7 +52,7 @@ class Decoding:
 
 
 class Answerer(Protocol):
-    """Whatever answers questions.
+    """Anything that answers questions.
 
     Attributes:
       model_id: goes into every answer's line.

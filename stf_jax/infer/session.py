@@ -16,8 +16,8 @@ _LEAST = 16
 class Session:
     """Answers prompts one after another, each of which mostly repeats the one before.
 
-    Whatever a prompt has in common with what the cache holds, counted from the start, is not
-    computed again; with a new image all of it is.
+    The first tokens that a prompt shares with the cache are not computed again. A new image
+    makes the session compute all of them.
 
     Args:
         program: of the model.

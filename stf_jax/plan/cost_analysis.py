@@ -43,20 +43,22 @@ class CostAnalysis:
     collectives: Counter[Collective]
 
 
-def analyze(text: str, *, devices: int, slices: int = 1, one_turn: bool = False) -> CostAnalysis:
+def analyze(
+    text: str, *, devices: int, slices: int = 1, one_iteration: bool = False
+) -> CostAnalysis:
     """Sums over the call graph of an optimized module.
 
     Args:
         text: `as_text()` of a compiled program.
         devices: that it runs on, in each slice.
         slices: of them.
-        one_turn: sums over one turn of the program's only loop instead.
+        one_iteration: sums over one iteration of the program's only loop instead.
 
     Raises:
         UnreadableProgram: a loop whose trip count cannot be seen, or not just one.
     """
     entry, computations = parse(text)
-    if one_turn:
+    if one_iteration:
         entry = _only_loop(computations[entry])
     cycles: Counter[tuple[str, str]] = Counter()
     kernels: Counter[tuple[Instruction, tuple[str, ...]]] = Counter()

@@ -14,7 +14,7 @@ _TOP = 12
 
 
 def estimate_cost(
-    text: str, memory: Any, topology: Topology, *, one_turn: bool = False
+    text: str, memory: Any, topology: Topology, *, one_iteration: bool = False
 ) -> dict[str, Any]:
     """Estimates the fields of a `Cost`.
 
@@ -22,14 +22,14 @@ def estimate_cost(
         text: the optimized module.
         memory: `memory_analysis()` of the executable.
         topology: that it was compiled for.
-        one_turn: the times are those of one turn of the program's only loop.
+        one_iteration: the times are those of one iteration of the program's only loop.
 
     Raises:
         UnreadableProgram: the compiler's text is not as expected.
     """
     chip = topology.chip
     totals = analyze(
-        text, devices=topology.chips_per_slice, slices=topology.slices, one_turn=one_turn
+        text, devices=topology.chips_per_slice, slices=topology.slices, one_iteration=one_iteration
     )
     in_kernels = sum(
         kernel_flops(kernel.name, shapes) * times

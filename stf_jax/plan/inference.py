@@ -103,7 +103,7 @@ def _compile(phase: Phase, lowered: Any, plan: InferencePlan, topology: Topology
     if isinstance(compiled, int):
         return dataclasses.replace(phase, needed=max(compiled, plan.limit + 1))
     cost = estimate_cost(
-        text, compiled.memory_analysis(), topology, one_turn=phase.name == "decode"
+        text, compiled.memory_analysis(), topology, one_iteration=phase.name == "decode"
     )
     # The engine holds weights, slots and prefixes all the time, arguments or not; old prefixes
     # until there are new ones.

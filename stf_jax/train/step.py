@@ -119,7 +119,7 @@ def make_step(
 
         zero = jax.tree.map(jnp.zeros_like, state.parameters)
         parts = (batch, weights, jnp.arange(len(weights)))
-        # A loop of one turn would keep the compiler from seeing through it.
+        # A loop of one iteration would keep the compiler from seeing through it.
         alone = len(weights) == 1
         (loss, gradient), _ = jax.lax.scan(micro, (jnp.float32(0), zero), parts, unroll=alone)
         norm = optax.tree.norm(gradient)

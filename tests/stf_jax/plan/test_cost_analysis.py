@@ -84,7 +84,7 @@ def test_an_operand_that_is_a_part_of_a_tuple() -> None:
     assert analyze(PARTS, devices=1).flops == 2 * 16 * 4 * 32
 
 
-def test_collectives_once_a_turn_and_by_their_group() -> None:
+def test_collectives_once_an_iteration_and_by_their_group() -> None:
     work = analyze(MODULE, devices=4)
     actual = {
         collective.kind: (collective, times) for collective, times in work.collectives.items()
@@ -180,7 +180,7 @@ ENTRY %main (p: f32[16,8]) -> f32[16,8] {
 
 def test_collectives_between_slices_are_recognized() -> None:
     """As the compiler writes it for two slices of v5e:2x2."""
-    work = analyze(BETWEEN_SLICES, devices=4, slices=2, one_turn=True)
+    work = analyze(BETWEEN_SLICES, devices=4, slices=2, one_iteration=True)
     actual = {(collective.dcn, collective.kind): collective for collective in work.collectives}
     assert actual.keys() == {(True, "all-reduce"), (True, "all-gather"), (False, "all-reduce")}
     total = actual[True, "all-reduce"]
@@ -188,14 +188,16 @@ def test_collectives_between_slices_are_recognized() -> None:
     # Of what is gathered a half comes from the other slice.
     assert actual[True, "all-gather"].traffic == 256 * 2 / 2
     with pytest.raises(UnreadableProgram, match=r"recv\.1 goes between slices"):
-        analyze(BETWEEN_SLICES.replace("ALL_REDUCE", "PIGEON"), devices=4, slices=2, one_turn=True)
+        analyze(
+            BETWEEN_SLICES.replace("ALL_REDUCE", "PIGEON"), devices=4, slices=2, one_iteration=True
+        )
 
 
-def test_one_turn_of_the_only_loop() -> None:
-    work = analyze(MODULE, devices=4, one_turn=True)
+def test_one_iteration_of_the_only_loop() -> None:
+    work = analyze(MODULE, devices=4, one_iteration=True)
     assert work.cycles == {("decoder/dot_general", "f32[16,32]"): 100}
     with pytest.raises(UnreadableProgram, match="has 0"):
-        analyze("ENTRY %main (p: f32[]) -> f32[] {\n}\n", devices=1, one_turn=True)
+        analyze("ENTRY %main (p: f32[]) -> f32[] {\n}\n", devices=1, one_iteration=True)
 
 
 def test_a_collective_whose_start_is_elsewhere_is_not_guessed() -> None:
