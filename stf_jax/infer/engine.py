@@ -104,7 +104,11 @@ class Engine:
             free, taken, seen = deque(range(slots)), dict[int, int](), np.zeros(slots, int)
             groups = _groups(prompts, share=share)
             feed = _Feed(self.program, prompts, groups, rows, readers=readers)
+            # Three steps, until every prompt has its answer: fill the free slots, decode, hand out
+            # the new tokens. `taken` is the prompt of each slot at work, `seen` its tokens so far.
             while taken or feed.more:
+                # An insert costs the same for one question as for `rows`. So it waits until there
+                # are slots for all that wait, up to `rows`.
                 while free and feed.more:
                     feed.refill()
                     if len(free) < (count := min(rows, len(feed.waiting))):
@@ -114,7 +118,8 @@ class Engine:
                     state = self.program.insert(state, feed.prefixes, questions, limits)
                     for prompt, _, slot in chosen:
                         taken[slot], seen[slot] = prompt, 0
-                # With nobody waiting, only when all are finished.
+                # Decode until enough slots are finished for a full insert; if no question waits,
+                # until all are finished.
                 enough = min(rows, len(feed.waiting) or rows) if feed.more else slots
                 state = self.program.decode(
                     state,
@@ -123,15 +128,15 @@ class Engine:
                     every=min(every, limits.max_new_tokens),
                     enough=enough,
                 )
-                # While the devices decode.
+                # The host reads the next images while the devices decode.
                 feed.refill()
                 tokens, counts, finished = jax.device_get(
                     (state.tokens, state.counts, state.finished)
                 )
                 for slot, prompt in list(taken.items()):
-                    goes_on = take(prompt, tokens[slot, seen[slot] : counts[slot]])
+                    is_wanted = take(prompt, tokens[slot, seen[slot] : counts[slot]])
                     seen[slot] = counts[slot]
-                    if finished[slot] or not goes_on:
+                    if finished[slot] or not is_wanted:
                         del taken[slot]
                         free.append(slot)
                         yield prompt

@@ -213,7 +213,8 @@ class Program:
         greedy: bool,
     ) -> Slots:
         spec = self._rules.tokens
-        # No more than is there travels from the prefixes to the slots.
+        # Copy each question's prefix out of the shared cache, without slots that would be empty.
+        # Compute the question against it, and put all that results into the question's slot.
         room = min(prefixes.slots + questions.ids.shape[1], slots.cache.slots)
         cache = prefixes.rows(
             questions.prefixes, spec=self._rules.cache, marks=self._rules.tokens
@@ -299,6 +300,7 @@ class Program:
                 lengths=jnp.ones_like(slots.counts),
                 cache=slots.cache,
             )
+            # Slots that are finished compute as the others do, and keep what they have.
             chosen = self._choose(logits, slots.counts, limits, greedy=greedy)
             going = ~slots.finished
             is_next = (jnp.arange(slots.tokens.shape[1]) == slots.counts[:, None]) & going[:, None]
