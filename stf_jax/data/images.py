@@ -87,7 +87,7 @@ def load_image(
             )
         source = Image.fromarray(source)
     if isinstance(source, Image.Image):
-        return _to_rgb(source, name, apply_orientation)
+        return _load_rgb(source, name, apply_orientation)
     if isinstance(source, bytes):
         data = source
     elif isinstance(source, str | Path):
@@ -116,7 +116,7 @@ def load_image(
     with image:
         if min_edge is not None:
             _shrink(image, min_edge, min_longest_edge)
-        return _to_rgb(image, name, apply_orientation)
+        return _load_rgb(image, name, apply_orientation)
 
 
 def open_header(file: BinaryIO) -> Image.Image:
@@ -151,7 +151,7 @@ def _shrink(image: Image.Image, min_edge: int, min_longest_edge: int) -> None:
             return
 
 
-def _to_rgb(image: Image.Image, name: str, apply_orientation: bool) -> Image.Image:
+def _load_rgb(image: Image.Image, name: str, apply_orientation: bool) -> Image.Image:
     width, height = image.size
     if width == 0 or height == 0:
         raise ImageError(f"{name}: the image is {width}x{height}; leave it out")
