@@ -11,6 +11,8 @@ from stf_jax.cli.train import add_hosts
 from stf_jax.cli.verbs import FLOATS, Verbs, add_verb, path
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from stf_jax.eval.questions import Answerer
     from stf_jax.eval.runner import Result
     from stf_jax.infer.config import InferenceConfig
@@ -19,12 +21,14 @@ if TYPE_CHECKING:
 # Other than those of a mistake, so that a script can tell.
 INCOMPLETE = 3
 
-_ALL = "all"
+_ALL, _LOSS = "all", "loss"
 
 
 def add_eval(verbs: Verbs) -> None:
     """Adds `eval`."""
-    parser = add_verb(verbs, "eval", _eval, "the paper's nine benchmarks under its own protocol")
+    parser = add_verb(
+        verbs, "eval", _eval, "the paper's nine benchmarks, or a loss on held-out data"
+    )
     parser.epilog = (
         f"Exit status: 0 if every question has an answer, {INCOMPLETE} if not. "
         "An evaluation that was stopped continues when it is called again."
@@ -32,7 +36,8 @@ def add_eval(verbs: Verbs) -> None:
     parser.add_argument(
         "benchmark",
         metavar="BENCHMARK",
-        help="vqav2, gqa, vizwiz, scienceqa, textvqa, pope, mme, mmbench, mmbench-cn or all",
+        help="vqav2, gqa, vizwiz, scienceqa, textvqa, pope, mme, mmbench, mmbench-cn or all; or "
+        "loss, the mean over the supervised tokens of a dataset",
     )
     parser.add_argument(
         "model",
@@ -45,7 +50,8 @@ def add_eval(verbs: Verbs) -> None:
         "--data",
         metavar="DIR",
         type=lambda text: Path(path(text)),
-        help="where LLaVA's Evaluation.md puts the benchmarks: playground/data/eval",
+        help="where LLaVA's Evaluation.md puts the benchmarks: playground/data/eval; for loss, "
+        "a folder made by stf-jax data build",
     )
     parser.add_argument(
         "--path",
@@ -88,6 +94,9 @@ def add_eval(verbs: Verbs) -> None:
     parser.add_argument(
         "--vision-tower", metavar="DIR", type=path, help="CLIP, for a PyTorch directory"
     )
+    parser.add_argument(
+        "--template", metavar="NAME", help="for loss: form of the conversations (the run's, or v1)"
+    )
     add_hosts(parser)
     parser.add_argument("--json", action="store_true", help="one object a benchmark")
 
@@ -95,6 +104,10 @@ def add_eval(verbs: Verbs) -> None:
 def _eval(options: argparse.Namespace) -> int:
     from stf_jax.eval.report import render
 
+    if options.benchmark == _LOSS:
+        return _eval_loss(options)
+    if options.template is not None:
+        raise ValueError("--template is for loss alone: a benchmark has its own, the reference's")
     results = _score(options) if options.answers else _ask(options)
     if options.json:
         lines = [json.dumps(result.to_json(), ensure_ascii=False) for result in results]
@@ -104,6 +117,29 @@ def _eval(options: argparse.Namespace) -> int:
     if results:
         sys.stdout.write(f"{text}\n")
     return INCOMPLETE if any(result.score.missing for result in results) else 0
+
+
+def _eval_loss(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from stf_jax.eval.loss import held_out_loss
+
+    if options.model is None or options.data is None:
+        raise ValueError("give MODEL and --data DIR, a folder made by 'stf-jax data build'")
+    for name in ("path", "out", "answers", "limit", "slots", "cache_dtype", "coordinator"):
+        if getattr(options, name):
+            raise ValueError(f"--{name.replace('_', '-')} means nothing for loss; leave it out")
+    config = _config(options)
+    result = held_out_loss(
+        options.model,
+        options.data,
+        template=options.template,
+        mesh=_make_mesh(config.mesh),
+        dtype=config.dtype,
+        vision_tower=options.vision_tower,
+    )
+    sys.stdout.write(f"{json.dumps(asdict(result)) if options.json else result}\n")
+    return 0
 
 
 def _score(options: argparse.Namespace) -> "list[Result]":
@@ -164,18 +200,12 @@ def _answerer(options: argparse.Namespace, config: "InferenceConfig") -> "Answer
 
     from stf_jax.eval.generation import ModelAnswerer
     from stf_jax.infer.load import load
-    from stf_jax.parallel.sharding import make_mesh
 
     dtype: Any = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    mesh = None
-    if config.mesh is not None:
-        # Each host has its own.
-        devices = jax.local_devices()
-        mesh = make_mesh(devices=devices, **config.mesh.sizes(len(devices)))
     model = load(
         options.model,
         dtype=dtype,
-        mesh=mesh,
+        mesh=_make_mesh(config.mesh),
         vision_tower=options.vision_tower,
         cache_dtype=config.cache_dtype,
     )
@@ -185,6 +215,18 @@ def _answerer(options: argparse.Namespace, config: "InferenceConfig") -> "Answer
         slots=config.slots,
         dtype=dtype,
     )
+
+
+def _make_mesh(config: "MeshConfig | None") -> "Mesh | None":
+    import jax
+
+    from stf_jax.parallel.sharding import make_mesh
+
+    if config is None:
+        return None
+    # Each host has its own.
+    devices = jax.local_devices()
+    return make_mesh(devices=devices, **config.sizes(len(devices)))
 
 
 def _config(options: argparse.Namespace) -> "InferenceConfig":

@@ -16,6 +16,9 @@ from stf_jax.train.optimizer import OptimizerConfig, Stage
 from stf_jax.train.step import LossNormalization
 from stf_jax.util.files import expand
 
+# The learning rates of all steps are computed at the start, and the rows of all epochs counted.
+_MOST_STEPS, _MOST_EPOCHS = 10**7, 10**4
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
@@ -27,6 +30,30 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep < 1:
             raise ValueError("checkpoint.every and checkpoint.keep must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Held-out examples, whose loss is computed before the first step, between steps, at the end.
+
+    Attributes:
+        dataset: folder made by `stf-jax data build`, with the template of `data`.
+        every: steps between.
+        batches: of the dataset's, the first so many; null for all.
+    """
+
+    dataset: str
+    every: int = 500
+    batches: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dataset", expand(self.dataset))
+        if self.every < 1:
+            raise ValueError(f"validation.every is {self.every}; it must be at least 1")
+        if self.batches is not None and self.batches < 1:
+            raise ValueError(
+                f"validation.batches is {self.batches}; give 1 or more, or null for all"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +83,7 @@ class TrainConfig:
         seed: of adapters and dropout; `data.seed` decides the order of the examples.
         lora: read in stage "lora" only.
         mesh: null for one device without a mesh.
+        validation: null for none.
     """
 
     model: str
@@ -77,6 +105,7 @@ class TrainConfig:
     lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
     mesh: MeshConfig | None = dataclasses.field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    validation: ValidationConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("model", "out"):
@@ -87,8 +116,12 @@ class TrainConfig:
             for name in least
             if getattr(self, name) < 1
         ]
-        if self.steps is not None and self.steps < 1:
-            problems.append(f"steps is {self.steps}; give 1 or more, or null for whole epochs")
+        if self.epochs > _MOST_EPOCHS:
+            problems.append(f"epochs is {self.epochs}; it must be at most {_MOST_EPOCHS}")
+        if self.steps is not None and not 1 <= self.steps <= _MOST_STEPS:
+            problems.append(
+                f"steps is {self.steps}; give 1 to {_MOST_STEPS}, or null for whole epochs"
+            )
         if self.profile is not None and not 0 <= self.profile[0] < self.profile[1]:
             problems.append(
                 f"profile is {self.profile}; give the first step, and one after the last"

@@ -21,8 +21,9 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
+from stf_jax.data.config import DataConfig, DatasetSource
 from stf_jax.data.pipeline import TrainingData, TrainingStep
-from stf_jax.data.processors import read_processors
+from stf_jax.data.processors import Processors, read_processors
 from stf_jax.models import flops
 from stf_jax.models.layers import Init
 from stf_jax.models.llava import Llava
@@ -40,6 +41,7 @@ from stf_jax.train.optimizer import Parameters, schedule
 from stf_jax.train.program import TrainProgram, make_program
 from stf_jax.train.screen import first_screen
 from stf_jax.train.step import Metrics, TrainState, init_state
+from stf_jax.train.validation import sum_losses
 from stf_jax.util.errors import explain_memory
 from stf_jax.util.files import absolute, write_text
 
@@ -69,12 +71,8 @@ def train(config: TrainConfig) -> Ending:
     _check_architecture(config, first)
     files = extra_files(first.extras)
     processors = read_processors(first.extras / "hf", files, config=first.config)
-    data = TrainingData(
-        config.data,
-        tokenizer=processors.tokenizer,
-        image_processor=processors.image_processor,
-        tokens_per_image=processors.tokens_per_image,
-    )
+    data = _open_data(config.data, processors)
+    held_out = _open_held_out(config, processors)
     steps = config.steps or data.num_steps(config.epochs)
     mesh = _mesh(config)
     with contextlib.ExitStack() as stack:
@@ -114,8 +112,9 @@ def train(config: TrainConfig) -> Ending:
             "remat full, a larger mesh or fewer images_per_row"
         ):
             step = program.compile()
+            loss = None if held_out is None else program.compile_loss()
         checkpoints.wait()
-        _say(first_screen(config, first, data, program, step, steps=steps, start=start))
+        _say(first_screen(config, first, data, held_out, program, step, steps=steps, start=start))
         log = stack.enter_context(
             contextlib.closing(
                 MetricsLog(
@@ -128,7 +127,9 @@ def train(config: TrainConfig) -> Ending:
                 )
             )
         )
-        run = _Run(config, data, program, step, frozen, checkpoints, log, interruption)
+        run = _Run(
+            config, data, held_out, program, step, loss, frozen, checkpoints, log, interruption
+        )
         return run.go(state, start=start, stop=steps)
 
 
@@ -138,8 +139,10 @@ class _Run:
 
     config: TrainConfig
     data: TrainingData
+    held_out: TrainingData | None
     program: TrainProgram
     step: Any
+    loss: Any
     frozen: Parameters
     checkpoints: Checkpoints
     log: MetricsLog
@@ -159,6 +162,7 @@ class _Run:
                     self.checkpoints.wait()
                     _say(f"interrupted after step {number}; start it again to continue")
                     return "interrupted"
+                self.validate(number, state, report, stop=stop)
                 training_step = next(batches)
                 placed = self.program.layout.place(training_step.batch)
                 if number == profile[0]:
@@ -174,9 +178,29 @@ class _Run:
                     report.write()
                     self.checkpoints.save(number + 1, state)
         self.checkpoints.wait()
+        self.validate(stop, state, report, stop=stop)
         if self.data.lost:
             _say(f"left out, since they could not be read: {', '.join(self.data.lost)}")
         return "finished"
+
+    def validate(self, number: int, state: TrainState, report: "_Report", *, stop: int) -> None:
+        """Records the loss of the held-out examples before step `number`, where that is due.
+
+        It is a function of the state, so that a resumed run records the same.
+        """
+        section = self.config.validation
+        if self.held_out is None or section is None or (number % section.every and number < stop):
+            return
+        report.write()
+        result = sum_losses(
+            self.loss,
+            (state.parameters, self.frozen),
+            self.held_out,
+            layout=self.program.layout,
+            batches=section.batches,
+        )
+        self.log.write_validation(number, result)
+        report.restart_clock()
 
 
 class _Report:
@@ -192,6 +216,10 @@ class _Report:
         rates = schedule(rate, steps=steps, warmup_ratio=config.optimizer.warmup_ratio)
         self._rates = np.asarray(jax.jit(rates)(jnp.arange(steps)))
         self._positions = config.data.batch_size * config.data.sequence_length
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """What came before does not count as time of the next step."""
         self._last = time.perf_counter()
 
     def write(self) -> None:
@@ -267,12 +295,34 @@ def _absolute(config: TrainConfig) -> TrainConfig:
         dataclasses.replace(source, path=os.fspath(absolute(source.path)))
         for source in config.data.datasets
     )
+    validation = config.validation and dataclasses.replace(
+        config.validation, dataset=os.fspath(absolute(config.validation.dataset))
+    )
     return dataclasses.replace(
         config,
+        validation=validation,
         model=os.fspath(absolute(config.model)),
         out=os.fspath(absolute(config.out)),
         data=dataclasses.replace(config.data, datasets=datasets),
     )
+
+
+def _open_data(config: DataConfig, processors: Processors) -> TrainingData:
+    return TrainingData(
+        config,
+        tokenizer=processors.tokenizer,
+        image_processor=processors.image_processor,
+        tokens_per_image=processors.tokens_per_image,
+    )
+
+
+def _open_held_out(config: TrainConfig, processors: Processors) -> TrainingData | None:
+    """The held-out examples, packed whatever the training's rows are: their mean is the same."""
+    if config.validation is None:
+        return None
+    source = DatasetSource(path=config.validation.dataset)
+    held_out = dataclasses.replace(config.data, datasets=(source,), packing="packed")
+    return _open_data(held_out, processors)
 
 
 def _check_out(out: epath.Path) -> None:

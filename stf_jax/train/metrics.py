@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from stf_jax.store.run import METRICS, TENSORBOARD
-from stf_jax.util.files import write_text
+from stf_jax.train.validation import HeldOutLoss
+from stf_jax.util.files import decode_text, explain_file, parse_json, read_bytes, write_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,17 +99,34 @@ class MetricsLog:
             return
         values = dataclasses.asdict(record)
         # JSON has no word for what is not finite.
-        line = json.dumps({k: v if math.isfinite(v) else None for k, v in values.items()}) + "\n"
-        if self._file is None:
-            self._lines.append(line)
-        else:
-            self._file.write(line)
-            self._file.flush()
+        self._append({k: v if math.isfinite(v) else None for k, v in values.items()})
         if self._board is not None:
             for name in ("loss", "grad_norm", "learning_rate", "supervised_tokens", "fill"):
                 if math.isfinite(values[name]):
                     self._board.add_scalar(f"train/{name}", values[name], record.step)
         self._show(record)
+
+    def write_validation(self, step: int, result: HeldOutLoss) -> None:
+        """Records the loss of held-out examples before a step, as that of the step's own is."""
+        if not self._writes:
+            return
+        loss = result.loss if math.isfinite(result.loss) else None
+        self._append({"step": step, "validation_loss": loss, "validation_tokens": result.tokens})
+        if self._board is not None and loss is not None:
+            self._board.add_scalar("validation/loss", loss, step)
+        text = f"step {step}/{self._stop}  validation {result}"
+        if self._progress is not None:
+            self._progress.console.print(text, highlight=False)
+        else:
+            sys.stderr.write(f"{text}\n")
+
+    def _append(self, values: dict[str, Any]) -> None:
+        line = json.dumps(values) + "\n"
+        if self._file is None:
+            self._lines.append(line)
+        else:
+            self._file.write(line)
+            self._file.flush()
 
     def flush(self) -> None:
         """Brings the file up to date where it cannot be appended to, as on gs://."""
@@ -148,10 +166,13 @@ def _lines_before(path: epath.Path, start: int) -> list[str]:
     if not path.exists():
         return []
     lines = []
-    for line in path.read_text().splitlines(keepends=True):
+    with explain_file(path, fix="move it away"):
+        data = read_bytes(path)
+    for line in data.split(b"\n")[:-1]:
         try:
-            if line.endswith("\n") and json.loads(line)["step"] < start:
-                lines.append(line)
+            text = decode_text(line)
+            if parse_json(text)["step"] < start:
+                lines.append(f"{text}\n")
         except (ValueError, KeyError, TypeError):
             continue
     return lines

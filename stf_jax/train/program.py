@@ -20,7 +20,7 @@ from stf_jax.store.checkpoint import flatten
 from stf_jax.systems.base import LlavaConfig, check_divisible
 from stf_jax.train.config import TrainConfig
 from stf_jax.train.optimizer import Parameters, make_optimizer, split_trained
-from stf_jax.train.step import Step, TrainState, init_state, make_step
+from stf_jax.train.step import Loss, Step, TrainState, init_state, make_loss, make_step
 
 # What each kind of device needs so that collectives run beside matmuls.
 _OVERLAP = {
@@ -63,6 +63,7 @@ class TrainProgram:
 
     Attributes:
         step: jitted.
+        loss: of held-out examples, jitted.
         optimizer: that it updates with.
         state: what it changes.
         frozen: the parameters that it leaves alone.
@@ -71,6 +72,7 @@ class TrainProgram:
     """
 
     step: Step
+    loss: Loss
     optimizer: optax.GradientTransformation
     state: TrainState
     frozen: Parameters
@@ -84,11 +86,20 @@ class TrainProgram:
             options: of the compiler's, besides those that the chip asks for.
         """
         lowered: Any = self.step.lower(self.state, self.frozen, self.batch)  # type: ignore[attr-defined]
+        return lowered.compile({**self._chip_options, **options})
+
+    def compile_loss(self) -> Any:
+        """The loss as an executable, of the same shapes and shardings."""
+        parameters = self.state.parameters
+        lowered: Any = self.loss.lower(parameters, self.frozen, self.batch)  # type: ignore[attr-defined]
+        return lowered.compile(self._chip_options)
+
+    @property
+    def _chip_options(self) -> dict[str, str]:
         mesh = self.layout.mesh
         devices = jax.devices() if mesh is None else mesh.devices.flat
         tokens = self.layout.rows_per_device * self.batch.ids.shape[-1]
-        chip = compiler_options(devices[0].device_kind, tokens=tokens)
-        return lowered.compile({**chip, **options})
+        return compiler_options(devices[0].device_kind, tokens=tokens)
 
 
 def make_program(
@@ -123,6 +134,9 @@ def make_program(
     rules = ShardingRules.none() if mesh is None else ShardingRules.default()
     lora = config.lora if config.stage == "lora" else None
     network = Llava.abstract(model, rules=rules, lora=lora)
+    steady = None if lora is None else dataclasses.replace(lora, dropout=0.0)
+    without_dropout = network if steady == lora else Llava.abstract(model, rules=rules, lora=steady)
+    normalize = (image_processor or ImageProcessor()).normalize
     parameters = flatten(nnx.to_pure_dict(nnx.state(network, nnx.Param)))
     trained, frozen = split_trained(parameters, config.stage)
     dtype = jnp.dtype(config.dtype)
@@ -134,11 +148,12 @@ def make_program(
         remat=config.remat,
         dtype=dtype,
         seed=config.seed,
-        normalize_pixels=(image_processor or ImageProcessor()).normalize,
+        normalize_pixels=normalize,
     )
     state = jax.eval_shape(lambda parameters: init_state(parameters, optimizer), trained)
     return TrainProgram(
         step=step,
+        loss=make_loss(without_dropout, dtype=dtype, normalize_pixels=normalize),
         optimizer=optimizer,
         state=jax.tree.map(lambda leaf: _on(leaf, leaf.dtype, mesh), state),
         frozen={path: _on(leaf, dtype, mesh) for path, leaf in frozen.items()},

@@ -21,6 +21,7 @@ def first_screen(
     config: TrainConfig,
     first: NativeCheckpoint,
     data: TrainingData,
+    held_out: TrainingData | None,
     program: TrainProgram,
     compiled: Any,
     *,
@@ -37,6 +38,7 @@ def first_screen(
         "frozen": _count(program.frozen),
         "data": _data(plan),
         "left out": _left_out(plan),
+        "validation": "" if held_out is None else _validation(config, held_out),
         "batch": _batch(config, plan),
         "steps": f"{steps:,}" + ("" if config.steps else f", {config.epochs} epoch(s)"),
         "mesh": _mesh(program),
@@ -71,6 +73,16 @@ def _data(plan: DataPlan) -> str:
     return (
         f"{plan.examples_per_epoch:,} examples an epoch in {plan.rows:,} rows, "
         f"{100 * plan.fill:.1f} % full, {plan.tokens:,} tokens"
+    )
+
+
+def _validation(config: TrainConfig, held_out: TrainingData) -> str:
+    section, plan = config.validation, held_out.plan()
+    assert section is not None
+    most = f", of them the first {section.batches}" if section.batches else ""
+    return (
+        f"every {section.every} steps, {plan.examples:,} held-out examples in {plan.steps:,} "
+        f"batches{most}"
     )
 
 

@@ -51,6 +51,7 @@ class Metrics:
 
 
 Step = Callable[[TrainState, Parameters, Batch], tuple[TrainState, Metrics]]
+Loss = Callable[[Parameters, Parameters, Batch], tuple[Array, Array]]
 
 
 def make_step(
@@ -142,6 +143,36 @@ def make_step(
         return new, metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def make_loss(
+    model: Llava,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    normalize_pixels: Callable[[Array], Array] = lambda pixels: pixels,
+) -> Loss:
+    """The jitted (trained, frozen, batch [A, B, ...]) -> sum of the losses, supervised tokens.
+
+    Args:
+        model: abstract, without dropout; gives the structure.
+        dtype: of the forward pass.
+        normalize_pixels: makes the model's pixels of the batch's.
+    """
+    graph = nnx.graphdef(model)
+
+    def loss(trained: Parameters, frozen: Parameters, batch: Batch) -> tuple[Array, Array]:
+        leaves = {path: leaf.astype(dtype) for path, leaf in {**trained, **frozen}.items()}
+        network = nnx.merge(graph, unflatten(leaves))
+
+        def micro(carry: tuple[Array, Array], rows: Batch) -> tuple[tuple[Array, Array], None]:
+            rows = dataclasses.replace(rows, pixels=normalize_pixels(rows.pixels))
+            total, count = network.loss(rows)
+            return (carry[0] + total, carry[1] + count), None
+
+        nothing = jnp.float32(0), jnp.int32(0)
+        return jax.lax.scan(micro, nothing, batch, unroll=len(batch.ids) == 1)[0]
+
+    return jax.jit(loss)
 
 
 def init_state(parameters: Parameters, optimizer: optax.GradientTransformation) -> TrainState:

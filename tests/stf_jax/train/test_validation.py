@@ -1,0 +1,185 @@
+"""The loss of held-out examples: what it is, and that it changes nothing."""
+
+import dataclasses
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from stf_jax.cli.main import main
+from stf_jax.convert.stored_model import load_processors, open_any
+from stf_jax.data.builder import build
+from stf_jax.data.config import DataConfig, DatasetSource
+from stf_jax.data.pipeline import TrainingData, TrainingStep
+from stf_jax.models.llava import Llava
+from stf_jax.train import loop
+from stf_jax.train.config import TrainConfig
+from stf_jax.train.loop import train
+from tests.corpus import write_corpus
+
+Config = Callable[..., TrainConfig]
+
+
+@pytest.fixture(scope="module")
+def held_out(native: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty examples, more than one batch of packed rows holds."""
+    folder = tmp_path_factory.mktemp("held_out")
+    corpus = write_corpus(folder, 30)
+    processors = load_processors(native)
+    build(
+        [corpus.json],
+        folder / "dataset",
+        images=corpus.images,
+        tokenizer=processors.tokenizer,
+        image_processor=processors.image_processor,
+        workers=0,
+    )
+    return folder / "dataset"
+
+
+def records(config: TrainConfig) -> tuple[list[float], dict[int, float]]:
+    """The losses of the steps, and those of the held-out examples by step."""
+    lines = (Path(config.out) / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    return (
+        [record["loss"] for record in found if "loss" in record],
+        {record["step"]: record["validation_loss"] for record in found if "loss" not in record},
+    )
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, held_out: Path, *, step: int) -> None:
+    """Sends SIGTERM when a step's batch of the training data is made."""
+    validation = str(held_out)
+
+    class Interrupted(TrainingData):
+        def batches(self, **arguments: Any) -> Iterator[TrainingStep]:
+            for made in super().batches(**arguments):
+                if made.step == step and self.config.datasets[0].path != validation:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield made
+
+    monkeypatch.setattr(loop, "TrainingData", Interrupted)
+
+
+def mean_by_hand(path: Path | str, held_out: Path) -> float:
+    """From the logits of one example at a time, in double precision."""
+    processors, opened = load_processors(path), open_any(path)
+    config = DataConfig(
+        datasets=(DatasetSource(path=str(held_out)),),
+        sequence_length=384,
+        batch_size=1,
+        packing="single",
+        workers=0,
+    )
+    data = TrainingData(
+        config,
+        tokenizer=processors.tokenizer,
+        image_processor=processors.image_processor,
+        tokens_per_image=processors.tokens_per_image,
+    )
+    network = Llava.abstract(opened.config)
+    nnx.update(network, opened.restore(nnx.to_pure_dict(nnx.state(network))))
+    forward = nnx.jit(lambda network, batch: network(batch))
+    total, count = 0.0, 0
+    for step in data.batches(stop_step=data.steps_per_epoch):
+        pixels = processors.image_processor.normalize(step.batch.pixels)
+        batch = dataclasses.replace(step.batch, pixels=pixels)
+        logits = np.asarray(forward(network, batch), np.float64)[0, :-1]
+        labels = np.asarray(batch.labels)[0, 1:]
+        at = np.flatnonzero(labels != -100)
+        chosen = logits[at, labels[at]]
+        total += (np.logaddexp.reduce(logits[at], axis=1) - chosen).sum()
+        count += len(at)
+    return total / count
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, Any]:
+    """Filled by the first test."""
+    return {}
+
+
+def test_the_steps_of_a_run_that_validates_are_the_same_to_the_bit(
+    config: Config, held_out: Path, whole: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = {"dataset": str(held_out), "every": 2}
+    run, without = config(validation=section), config()
+    assert train(run) == train(without) == "finished"
+    shown = capsys.readouterr().err
+    assert "every 2 steps, 30 held-out examples in 2 batches" in shown
+    assert "step 4/5  validation loss " in shown
+    losses, validation = records(run)
+    assert records(without) == (losses, {})
+    assert [*validation] == [0, 2, 4, 5]
+    assert len({*validation.values()}) == 4
+    whole.update(run=run, section=section, losses=losses, validation=validation)
+
+
+def test_it_is_the_mean_over_every_supervised_token_of_the_model_as_it_is(
+    held_out: Path, native: Path, whole: dict[str, Any]
+) -> None:
+    validation = whole["validation"]
+    np.testing.assert_allclose(validation[0], mean_by_hand(native, held_out), rtol=1e-5)
+    np.testing.assert_allclose(validation[5], mean_by_hand(whole["run"].out, held_out), rtol=1e-5)
+
+
+def test_a_finished_model_has_the_loss_that_its_run_ended_with(
+    held_out: Path, whole: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    mesh = "data=2,fsdp=2,tensor=2"
+    out = whole["run"].out
+    assert main(["eval", "loss", out, "--data", str(held_out), "--mesh", mesh, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    np.testing.assert_allclose(found["loss"], whole["validation"][5], rtol=1e-5)
+    assert found["examples"] == 30
+    assert main(["eval", "loss", out, "--data", str(held_out), "--limit", "3"]) == 1
+    assert "--limit means nothing for loss; leave it out" in capsys.readouterr().err
+
+
+def test_it_is_the_same_to_the_bit_after_a_resumption(
+    config: Config, held_out: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config(validation=whole["section"])
+    with monkeypatch.context() as patched:
+        interrupt(patched, held_out, step=2)
+        assert train(run) == "interrupted"
+    assert [*records(run)[1]] == [0, 2]
+    assert train(run) == "finished"
+    assert records(run) == (whole["losses"], whole["validation"])
+
+
+def test_it_is_the_same_on_any_mesh_and_without_dropout(
+    config: Config, whole: dict[str, Any]
+) -> None:
+    run = config(
+        stage="lora",
+        lora={"rank": 4, "dropout": 0.5},
+        mesh={"data": 2, "fsdp": 2, "tensor": 2},
+        validation=whole["section"],
+        steps=1,
+    )
+    assert train(run) == "finished"
+    # Adapters are zero to begin with.
+    np.testing.assert_allclose(records(run)[1][0], whole["validation"][0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"every": 0}, "validation.every is 0; it must be at least 1"),
+        ({"batches": 0}, "validation.batches is 0; give 1 or more, or null for all"),
+        ({"dataset": "nowhere"}, "nowhere.*no such folder"),
+    ],
+)
+def test_it_is_refused_before_the_model_is_read(
+    config: Config, section: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "make_program", None)
+    with pytest.raises(ValueError, match=message):
+        train(config(validation={"dataset": "here"} | section))
