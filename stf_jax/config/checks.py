@@ -4,12 +4,13 @@ import math
 from typing import Any
 
 
-def check_positive(config: Any, *names: str) -> None:
-    """Refuses a field below 1."""
+def check_positive(config: Any, *names: str, most: int = 2**31 - 1) -> None:
+    """Refuses a field below 1 or above `most`, which no model or machine has."""
     for name in names:
         value = getattr(config, name)
-        if value < 1:
-            raise ValueError(f"{type(config).__name__}.{name} is {value}; it must be at least 1")
+        if not 1 <= value <= most:
+            bound = "at least 1" if value < 1 else f"at most {most}"
+            raise ValueError(f"{type(config).__name__}.{name} is {value}; it must be {bound}")
 
 
 def check_above_zero(config: Any, *names: str) -> None:

@@ -5,6 +5,8 @@ from typing import Literal, Self
 
 from stf_jax.config.checks import check_above_zero, check_positive
 
+MOST_LAYERS = 4096
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
@@ -50,7 +52,9 @@ class TextConfig:
     pad_id: int = 0
 
     def __post_init__(self) -> None:
-        check_positive(self, "vocab_size", "width", "mlp_width", "layers", "heads", "kv_heads")
+        check_positive(self, "vocab_size", "width", "mlp_width", "heads", "kv_heads")
+        # Each has names of its own.
+        check_positive(self, "layers", most=MOST_LAYERS)
         check_positive(self, "head_dim", "max_positions")
         check_above_zero(self, "norm_eps", "rope_theta")
         if self.heads % self.kv_heads:

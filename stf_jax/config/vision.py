@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal, Self
 
 from stf_jax.config.checks import check_above_zero, check_positive
+from stf_jax.config.text import MOST_LAYERS
 
 Activation = Literal["quick_gelu", "gelu"]
 
@@ -22,7 +23,9 @@ class VisionConfig:
     activation: Activation = "quick_gelu"
 
     def __post_init__(self) -> None:
-        check_positive(self, "image_size", "patch_size", "width", "mlp_width", "layers", "heads")
+        check_positive(self, "patch_size", "width", "mlp_width", "heads")
+        check_positive(self, "image_size", most=2**14)
+        check_positive(self, "layers", most=MOST_LAYERS)
         check_above_zero(self, "norm_eps")
         if self.image_size % self.patch_size:
             raise ValueError(

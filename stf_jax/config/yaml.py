@@ -11,7 +11,12 @@ import jsonargparse
 import yaml
 from etils import epath
 
+from stf_jax.util.files import read_text
+
 Config = TypeVar("Config")
+
+_FIX = "see configs/ for some"
+_MOST = 2**20  # bytes
 
 
 def read_yaml(path: epath.PathLike) -> Mapping[str, Any]:
@@ -20,11 +25,13 @@ def read_yaml(path: epath.PathLike) -> Mapping[str, Any]:
     Raises:
         ValueError: it cannot be read, or is no config.
     """
+    text = read_text(path, fix=_FIX, most=_MOST)
     try:
-        tree: Any = yaml.load(epath.Path(path).read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise ValueError(f"{path}: cannot be read ({reason})") from error
+        tree: Any = yaml.load(text, _Loader)
+    # A number or a date may be none, too.
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: cannot be read ({reason}); {_FIX}") from error
     if not isinstance(tree, Mapping):
         raise ValueError(f"{path}: not a config; see configs/ for some")
     return tree
@@ -50,7 +57,7 @@ def load_config(cls: type[Config], path: epath.PathLike, overrides: Sequence[str
         raise ValueError("\n".join(_describe_unknown(key, known, path) for key in unknown))
     try:
         # The text and not its path, which may be a URL.
-        text = epath.Path(path).read_text(encoding="utf-8")
+        text = read_text(path, fix=_FIX, most=_MOST)
         parsed = parser.parse_args([f"--config={text}", *overrides])
         del parsed["config"]
         return cls(**vars(parser.instantiate(parsed)))
@@ -78,7 +85,12 @@ def plain(message: str) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's own would let the last of two equal keys win."""
+    """YAML's own would let the last of two equal keys win, and an alias stand for any amount."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "an alias (*) is not read; write it out")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]

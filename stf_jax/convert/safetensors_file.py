@@ -19,7 +19,7 @@ from etils import epath
 
 from stf_jax.convert.dtypes import SAFETENSORS, SAFETENSORS_NAMES, Array, DType
 from stf_jax.util.errors import CheckpointError
-from stf_jax.util.files import file_size
+from stf_jax.util.files import decode_json, file_size
 
 _LFS = b"version https://git-lfs"
 _LONGEST_HEADER = 100 * 2**20
@@ -69,7 +69,7 @@ class SafetensorsFile:
             if length > min(size, _LONGEST_HEADER):
                 raise CheckpointError(f"{self.path} is not a safetensors file, or is truncated")
             try:
-                header = json.loads(file.read(length))
+                header = decode_json(file.read(length))
                 header.pop("__metadata__", None)
                 entries = {name: _entry(name, value, self.path) for name, value in header.items()}
             except (ValueError, AttributeError, KeyError, TypeError) as error:

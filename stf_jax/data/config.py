@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Literal
 
-from stf_jax.data.conversation import get_template
 from stf_jax.data.images import Mode
+from stf_jax.data.templates import get_template
 from stf_jax.util.files import expand
 
 Packing = Literal["packed", "grouped", "single"]
@@ -67,13 +67,16 @@ class DataConfig:
     max_lost: int = 100
 
     def __post_init__(self) -> None:
-        least = {
-            "sequence_length": 2, "batch_size": 1, "images_per_row": 0, "workers": 0, "max_lost": 0,
+        # A plan's memory grows with each; nobody has more.
+        bounds = {
+            "sequence_length": (2, 2**20), "batch_size": (1, 2**20), "images_per_row": (0, 2**12),
+            "workers": (0, 2**10), "max_lost": (0, 2**31),
         }  # fmt: skip
         problems = [
-            f"{name} is {getattr(self, name)}; it must be at least {low}"
-            for name, low in least.items()
-            if getattr(self, name) < low
+            f"{name} is {value}; it must be at {f'least {low}' if value < low else f'most {high}'}"
+            for name, (low, high) in bounds.items()
+            for value in [getattr(self, name)]
+            if not low <= value <= high
         ]
         if self.packing not in ("packed", "grouped", "single"):
             problems.append(f"packing is {self.packing!r}; it must be packed, grouped or single")
@@ -81,4 +84,8 @@ class DataConfig:
             problems.append(f"image_mode is {self.image_mode!r}; it must be pad or crop")
         if problems:
             raise ValueError("; ".join(problems))
-        get_template(self.template)
+        if get_template(self.template).label_rule is None and self.strict_labels:
+            raise ValueError(
+                f"strict_labels are the reference's, which has no template {self.template!r}; "
+                "leave them out"
+            )

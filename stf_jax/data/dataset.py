@@ -16,9 +16,10 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from stf_jax.data.forms import shorten
 from stf_jax.data.index import Index, index_name
+from stf_jax.data.templates import Template
 from stf_jax.data.tokenizer import Tokenizer
 from stf_jax.util.errors import first_line
-from stf_jax.util.files import expand, write_whole
+from stf_jax.util.files import expand, read_json, write_whole
 
 NAME = "llava"
 SPLIT = "train"
@@ -89,8 +90,8 @@ class Dataset:
         path = self.path / "features.json"
         known = set(_class_names(features().to_json()))
         try:
-            named = set(_class_names(json.loads(path.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, RecursionError) as error:
+            named = set(_class_names(read_json(path)))
+        except (ValueError, RecursionError) as error:
             raise DatasetError(f"{path}: missing or damaged; copy it again") from error
         if strangers := sorted(named - known):
             raise DatasetError(
@@ -152,7 +153,7 @@ class Dataset:
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}
 
-    def index(self, tokenizer: Tokenizer, template: str) -> Index:
+    def index(self, tokenizer: Tokenizer, template: Template) -> Index:
         """The index made with this tokenizer and template.
 
         Raises:
@@ -162,8 +163,8 @@ class Dataset:
         if not path.is_file():
             others = sorted(file.name.split("-")[1] for file in self.path.glob("index-*.npz"))
             raise DatasetError(
-                f"{self.path}: no index for template {template!r} with this tokenizer (there is "
-                f"one for {', '.join(others) or 'none'}); 'stf-jax data build' with them adds it"
+                f"{self.path}: no index for template {template.name!r} with this tokenizer (there "
+                f"is one for {', '.join(others) or 'none'}); 'stf-jax data build' with them adds it"
             )
         index = Index.load(path)
         if len(index) != len(self):
@@ -173,7 +174,7 @@ class Dataset:
             )
         return index
 
-    def index_path(self, tokenizer: Tokenizer, template: str) -> Path:
+    def index_path(self, tokenizer: Tokenizer, template: Template) -> Path:
         """Where the index for this tokenizer and template is, or belongs."""
         return self.path / index_name(tokenizer, template)
 

@@ -21,13 +21,15 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from stf_jax.data.forms import shorten
 from stf_jax.util.errors import first_line
-from stf_jax.util.files import expand
+from stf_jax.util.files import expand, read_bytes
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # Pillow itself refuses files above this; padding and resizing may not go beyond it either.
 MAX_PIXELS = 178_956_970
+# Of a file: as many, uncompressed, and their frame.
+MAX_BYTES = 3 * MAX_PIXELS + 2**20
 
 # Formats of photographs and screenshots. Pillow knows more, and some of those run other programs:
 # an EPS under any name goes to Ghostscript.
@@ -77,7 +79,8 @@ def load_image(
         name = shorten(str(source)) if isinstance(source, str | Path) else "the image"
     if isinstance(source, str) and source.startswith(("data:", "http://", "https://")):
         raise ImageError(
-            f"{name}: neither base64 nor a URL is read; give a path, or the bytes of the file"
+            f"{name}: neither base64 nor a URL is read; give a path or the bytes of the file, or "
+            "allow URLs where it may be fetched (--allow-urls; in Python allow_urls=True)"
         )
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
@@ -126,7 +129,7 @@ def open_header(file: BinaryIO) -> Image.Image:
 
 def _read(path: Path, name: str) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path, most=MAX_BYTES)
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file; check the path or fetch the image") from None
     except IsADirectoryError:

@@ -10,12 +10,13 @@ from typing import Literal
 
 import numpy as np
 
-from stf_jax.data.conversation import Template
 from stf_jax.data.encoding import EncodedConversation, encode_conversation
 from stf_jax.data.forms import FormError, find_markers, read_form, shorten
-from stf_jax.data.images import ImageError, ImageProcessor, load_image, open_header
+from stf_jax.data.images import MAX_BYTES, ImageError, ImageProcessor, load_image, open_header
 from stf_jax.data.sources import RawExample
+from stf_jax.data.templates import Template
 from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID, Tokenizer
+from stf_jax.util.files import read_bytes
 
 Kind = Literal[
     "entry", "conversation", "missing image", "bad image", "marker", "nothing to learn",
@@ -202,9 +203,10 @@ class Inspector:
             else (f"{name} is there as {file.name}, which is used")
         )
         try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise _Unfit("bad image", f"{file}: cannot be read ({error.strerror})") from error
+            data = read_bytes(file, most=MAX_BYTES)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise _Unfit("bad image", f"{file}: cannot be read ({reason})") from error
         try:
             check_image(data, name=str(file), image_processor=self.image_processor)
         except ImageError as error:

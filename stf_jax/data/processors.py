@@ -11,11 +11,14 @@ from etils import epath
 
 from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
-from stf_jax.data.conversation import IMAGE_MARKER
 from stf_jax.data.images import ImageProcessor
+from stf_jax.data.templates import IMAGE_MARKER
 from stf_jax.data.tokenizer import Tokenizer, load_tokenizer
 from stf_jax.util.errors import CheckpointError
-from stf_jax.util.files import read_json
+from stf_jax.util.files import check_file, explain_file, read_json
+
+# Bytes; tokenizers of 256,000 tokens have 33 million.
+_MOST = 2**28
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,8 +111,7 @@ def read_image_processor(path: epath.Path, files: Mapping[str, epath.Path]) -> I
 
     As in LLaVA's second stage and its evaluation it pads, unless the config says otherwise.
     """
-    found = find_image_settings(files)
-    if found is None:
+    if "preprocessor_config.json" not in files:
         raise CheckpointError(
             f"{path} has no preprocessor_config.json; copy it there from the vision tower"
         )
@@ -120,34 +122,12 @@ def read_image_processor(path: epath.Path, files: Mapping[str, epath.Path]) -> I
         raise CheckpointError(
             f"{path} was trained with image_aspect_ratio {ratio!r}; supported: 'pad', 'square'"
         )
-    file, settings = found
+    file = files["preprocessor_config.json"]
+    content = read_json(file, error=CheckpointError)
     try:
-        return ImageProcessor.from_hf(settings, mode="pad" if ratio == "pad" else "crop")
+        return ImageProcessor.from_hf(content, mode="pad" if ratio == "pad" else "crop")
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: {error}") from error
-
-
-def find_image_settings(
-    files: Mapping[str, epath.Path],
-) -> tuple[epath.Path, Mapping[str, Any]] | None:
-    """The file that holds the image processor's settings, and these; None where there is none.
-
-    As in transformers 5, what stands in processor_config.json counts before
-    preprocessor_config.json, which releases before it wrote.
-
-    Raises:
-        CheckpointError: a damaged file.
-    """
-    whole, alone = files.get("processor_config.json"), files.get("preprocessor_config.json")
-    if whole is not None:
-        settings = read_json(whole, error=CheckpointError).get("image_processor")
-        if isinstance(settings, Mapping):
-            return whole, settings
-        if settings is not None:
-            raise CheckpointError(
-                f"{whole}: image_processor is {settings!r}; give an object, {{...}}"
-            )
-    return None if alone is None else (alone, read_json(alone, error=CheckpointError))
 
 
 def unusable(path: epath.Path, files: Mapping[str, epath.Path]) -> list[str]:
@@ -167,5 +147,7 @@ def _local(files: Mapping[str, epath.Path], wanted: Any) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as directory:
         for name, file in files.items():
             if wanted(name):
+                with explain_file(file, CheckpointError, "copy it again"):
+                    check_file(file, most=_MOST)
                 file.copy(Path(directory, name), overwrite=True)
         yield Path(directory)

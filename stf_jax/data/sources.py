@@ -6,6 +6,7 @@ list, and may be packed by gzip.
 
 import dataclasses
 import gzip
+import io
 import json
 import os
 import zlib
@@ -14,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from stf_jax.data.forms import TURN_KEYS
-from stf_jax.util.files import decode_text, parse_json
+from stf_jax.util.files import check_file, decode_text, explain_file, parse_json, read_bytes
 
 # Longer ids are cut: they only name an example.
 _ID_LENGTH = 100
+# Text shrinks to a tenth or so; what shrinks to less was made to fill the memory.
+_GZIP_RATIO, _GZIP_LEAST = 200, 2**26
+_GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,14 +117,19 @@ def _is_object(line: str) -> bool:
 
 def _read_text(path: Path) -> str:
     try:
-        data = path.read_bytes()
-        if data.startswith(b"\x1f\x8b"):
-            data = gzip.decompress(data)
+        with explain_file(path, fix="check the path"):
+            check_file(path)
+            with path.open("rb") as file:
+                # What is no text at all may be of any size.
+                begins = file.read(4096)
+            if b"\0" in begins and not begins.startswith((_GZIP, _PARQUET)):
+                raise ValueError("not UTF-8 (zero bytes)")
+            data = read_bytes(path)
+        if data.startswith(_GZIP):
+            data = _unpack(data, path)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: a damaged gzip file ({error}); fetch it again") from error
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    if data.startswith(b"PAR1"):
+    if data.startswith(_PARQUET):
         raise ValueError(
             f"{path}: Parquet is not read; make JSON lines of it: pip install pandas pyarrow, then "
             f"pandas.read_parquet({path.name!r}).to_json('train.jsonl', orient='records', "
@@ -130,6 +139,18 @@ def _read_text(path: Path) -> str:
         return decode_text(data)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; convert it") from error
+
+
+def _unpack(data: bytes, path: Path) -> bytes:
+    most = max(_GZIP_RATIO * len(data), _GZIP_LEAST)
+    with gzip.open(io.BytesIO(data)) as file:
+        unpacked = file.read(most + 1)
+    if len(unpacked) > most:
+        raise ValueError(
+            f"{path}: unpacks to more than {_GZIP_RATIO} times its size, which no text does; fetch "
+            "it again"
+        )
+    return unpacked
 
 
 def _decode_values(text: str) -> Iterator[Any]:

@@ -13,6 +13,7 @@ from typing import IO, Any, Self
 from stf_jax.eval.answers import answer_line, count_answers
 from stf_jax.eval.hosts import Hosts
 from stf_jax.eval.questions import Question, Reply
+from stf_jax.util.files import check_file, explain_file, read_bytes, read_jsonl
 
 _PART = re.compile(r"answers\.part-(\d+)\.jsonl")
 
@@ -136,7 +137,9 @@ class AnswerLog:
 
 def _lock(path: Path) -> IO[str]:
     """Opens a file to append to it, and keeps other processes out."""
-    file = path.open("a", encoding="utf-8")
+    with explain_file(path, fix="give another --out"):
+        check_file(path)
+        file = path.open("a", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -152,9 +155,14 @@ def _lock(path: Path) -> IO[str]:
 
 def _read(part: Path) -> list[list[Any]]:
     """[number, text, mark] of a part's replies; a kill may have cut its last line short."""
-    data = part.read_bytes()
-    os.truncate(part, data.rfind(b"\n") + 1)
-    return [json.loads(line) for line in data.splitlines(keepends=True) if line[-1:] == b"\n"]
+    fix = "give another --out, or delete that file"
+    with explain_file(part, fix=fix):
+        os.truncate(part, read_bytes(part).rfind(b"\n") + 1)
+    lines = read_jsonl(part, fix=fix)
+    for number, line in lines.items():
+        if not isinstance(line, list) or list(map(type, line)) != [int, str, str]:
+            raise ValueError(f"{part}: line {number} is no reply; {fix}")
+    return list(lines.values())
 
 
 def share(questions: Sequence[Question], hosts: Hosts) -> list[Question]:

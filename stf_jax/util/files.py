@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets
+import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,13 +19,57 @@ from stf_jax.util.errors import CheckpointError
 
 _FIX = "fix it or fetch it again"
 
+# Bytes. No config or index has more; parsed, JSON takes some ten times its size.
+_MOST_JSON = 2**26
+_MOST_TEXT = 2**29
+
 # JSON can name half a surrogate pair, such as \ud800 alone, which no UTF-8 can hold.
 _HALF = re.compile(r"[\ud800-\udfff]")
 _ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
+def check_file(path: epath.PathLike, *, most: int | None = None) -> None:
+    """Refuses a pipe or a device, which may have no end, and a file of more than `most` bytes.
+
+    What is not there passes, and what is on gs://.
+
+    Raises:
+        ValueError: it is one, in a few words.
+    """
+    if "://" in os.fspath(path):
+        return
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        raise ValueError("a pipe or a device where a file is expected")
+    if most is not None and found.st_size > most:
+        raise ValueError(f"{found.st_size:,} bytes, where {most:,} are expected at most")
+
+
+def read_bytes(path: epath.PathLike, *, most: int | None = None) -> bytes:
+    """All of a file.
+
+    Args:
+        path: local or on gs://.
+        most: bytes that it may have; None for any number.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: a pipe, a device, or more than `most` bytes; in a few words.
+    """
+    path = epath.Path(path)
+    check_file(path, most=most)
+    return path.read_bytes()
+
+
 def read_text(
-    path: epath.PathLike, *, error: type[ValueError] = ValueError, fix: str = _FIX
+    path: epath.PathLike,
+    *,
+    error: type[ValueError] = ValueError,
+    fix: str = _FIX,
+    most: int = _MOST_TEXT,
 ) -> str:
     """The text of a UTF-8 file, without its byte order mark.
 
@@ -32,12 +77,13 @@ def read_text(
         path: local or on gs://.
         error: what is raised, with one line that names the file.
         fix: ends that line.
+        most: bytes that the file may have.
 
     Raises:
         ValueError: or `error`, if the file cannot be read or is not UTF-8.
     """
-    with _explain(path, error, fix):
-        return decode_text(epath.Path(path).read_bytes())
+    with explain_file(path, error, fix):
+        return decode_text(read_bytes(path, most=most))
 
 
 def read_json(
@@ -46,15 +92,16 @@ def read_json(
     *,
     error: type[ValueError] = ValueError,
     fix: str = _FIX,
+    most: int = _MOST_JSON,
 ) -> Any:
-    """The content of a JSON file, which must be a `kind` (dict or list).
+    """The content of a JSON file, a `kind` (dict or list) of at most `most` bytes.
 
     Raises:
         ValueError: or `error`, as `read_text`; also for no JSON, JSON of another kind, and text
             that is no valid unicode.
     """
-    with _explain(path, error, fix):
-        return decode_json(epath.Path(path).read_bytes(), kind)
+    with explain_file(path, error, fix):
+        return decode_json(read_bytes(path, most=most), kind)
 
 
 def read_jsonl(
@@ -66,8 +113,8 @@ def read_jsonl(
         ValueError: or `error`, as `read_json`.
     """
     lines: dict[int, Any] = {}
-    with _explain(path, error, fix):
-        text = decode_text(epath.Path(path).read_bytes())
+    with explain_file(path, error, fix):
+        text = decode_text(read_bytes(path, most=_MOST_TEXT))
         # Not splitlines(), which would also cut at the odd line separators inside a string.
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
@@ -120,7 +167,9 @@ def parse_json(text: str) -> Any:
 
 
 @contextlib.contextmanager
-def _explain(path: epath.PathLike, error: type[ValueError], fix: str) -> Iterator[None]:
+def explain_file(
+    path: epath.PathLike, error: type[ValueError] = ValueError, fix: str = _FIX
+) -> Iterator[None]:
     """Within it, an error about a file becomes one line with its name and the fix."""
     try:
         yield
@@ -183,6 +232,8 @@ def write_json(path: epath.PathLike, content: Any, *, indent: int | None = None)
 def sha256(path: epath.PathLike) -> str:
     """SHA-256 of a file; or of a local folder's JSON and text files with their names."""
     path = epath.Path(path)
+    with explain_file(path):
+        check_file(path)
     if not path.is_dir():
         digest = hashlib.sha256()
         with path.open("rb") as file:
