@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stf_jax.cli.verbs import FLOATS, Verbs, add_verb, path
+from stf_jax.cli.verbs import FLOATS, Verbs, add_allow_urls, add_verb, check_output, path
 
 if TYPE_CHECKING:
     from stf_jax.infer.chat import Chat
@@ -35,6 +35,7 @@ def add_chat(verbs: Verbs) -> None:
         type=path,
         help="an image for the first question; may be given several times",
     )
+    add_allow_urls(parser)
     parser.add_argument("--template", default="v1", metavar="NAME", help="(v1)")
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="(512)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
@@ -51,6 +52,7 @@ def _chat(options: argparse.Namespace) -> None:
     from stf_jax.infer.load import load
     from stf_jax.infer.sampling import Sampling
 
+    check_output()
     sampling = Sampling(temperature=options.temperature, top_p=options.top_p, seed=options.seed)
     model = load(options.model, dtype=options.dtype, vision_tower=options.vision_tower)
     chat = Chat(
@@ -58,6 +60,7 @@ def _chat(options: argparse.Namespace) -> None:
         template=options.template,
         max_new_tokens=options.max_new_tokens,
         sampling=sampling,
+        allow_urls=options.allow_urls,
     )
     for image in options.image:
         chat.show(image)

@@ -5,12 +5,12 @@ import dataclasses
 import json
 import sys
 
-from stf_jax.cli.verbs import FLOATS, Verbs, add_verb, path
+from stf_jax.cli.verbs import FLOATS, Verbs, add_allow_urls, add_verb, check_output, path
 
 
 def add_generate(verbs: Verbs) -> None:
     """Adds the verb."""
-    from stf_jax.data.conversation import TEMPLATES
+    from stf_jax.data.templates import TEMPLATES
 
     parser = add_verb(verbs, "generate", _generate, "ask a model about images")
     parser.add_argument(
@@ -27,6 +27,7 @@ def add_generate(verbs: Verbs) -> None:
         type=path,
         help="an image; may be given several times",
     )
+    add_allow_urls(parser)
     parser.add_argument(
         "--prompt",
         required=True,
@@ -65,6 +66,7 @@ def _generate(options: argparse.Namespace) -> None:
     from stf_jax.infer.model import Request
     from stf_jax.infer.sampling import Sampling
 
+    check_output()
     sampling = Sampling(
         temperature=options.temperature,
         top_p=options.top_p,
@@ -88,6 +90,7 @@ def _generate(options: argparse.Namespace) -> None:
         max_new_tokens=options.max_new_tokens,
         sampling=sampling,
         stop=options.stop,
+        allow_urls=options.allow_urls,
         on_text=None if options.json else show,
     )
     if options.json:

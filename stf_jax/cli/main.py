@@ -3,6 +3,7 @@
 import argparse
 import glob
 import importlib.util
+import io
 import os
 import sys
 import traceback
@@ -19,6 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not tpus and importlib.util.find_spec("libtpu"):
         # Installed for `plan`, libtpu would look for a TPU at length, and complain.
         os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if glob.glob("/dev/nvidia*") else "cpu")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name that the terminal cannot show is no reason to lose a report.
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if "overrides" in options:

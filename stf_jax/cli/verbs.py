@@ -5,6 +5,8 @@ for.
 """
 
 import argparse
+import codecs
+import sys
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -18,6 +20,28 @@ def path(text: str) -> str:
     from stf_jax.util.files import expand
 
     return expand(text)
+
+
+def add_allow_urls(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that lets an image be a URL."""
+    parser.add_argument(
+        "--allow-urls",
+        action="store_true",
+        help="an image may be a URL, which is fetched; not from this machine or its network",
+    )
+
+
+def check_output() -> None:
+    """Refuses a stdout that cannot hold every text, before a text is computed at length.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    if not codecs.lookup(encoding).name.startswith(("utf", "gb18030")):
+        raise ValueError(
+            f"stdout is {encoding}, which cannot hold every text; set PYTHONIOENCODING=utf-8"
+        )
 
 
 def add_verb(

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stf_jax.data.conversation import get_template
 from stf_jax.data.dataset import (
     SOURCE_FILE,
     Dataset,
@@ -30,11 +29,13 @@ from stf_jax.data.dataset import (
     write_metadata,
     write_shard,
 )
+from stf_jax.data.fit import fit_template
 from stf_jax.data.images import ImageProcessor
 from stf_jax.data.index import Index, index_name
 from stf_jax.data.inspection import Finding, Inspection, Inspector, Measures, measure
 from stf_jax.data.pool import map_in_processes
 from stf_jax.data.sources import RawExample, read_examples
+from stf_jax.data.templates import Template
 from stf_jax.data.tokenizer import Tokenizer
 from stf_jax.data.validator import CheckReport, Progress, Tally, check_folder, default_workers
 from stf_jax.util.files import expand, read_json, sha256, write_json
@@ -147,7 +148,7 @@ def build(
       out: the folder to make. What is unfinished lies in `out` + ".partial".
       images: the folder that the image paths start from.
       tokenizer: of the model to be trained.
-      template: to be trained with; one of `conversation.TEMPLATES`.
+      template: to be trained with; one of `templates.TEMPLATES`.
       image_processor: default CLIP's at 336 px, padding; it decides which images are too thin.
       tokens_per_image: for the report's lengths.
       sequence_length: for the report.
@@ -156,11 +157,11 @@ def build(
       progress: called with (examples done, of how many).
 
     Raises:
-      ValueError: unreadable files, no such folder, an unknown template, or no example fit to train
-        on.
+      ValueError: unreadable files, no such folder, a template that is unknown or does not fit the
+        tokenizer, or no example fit to train on.
       DatasetError: `out` or its partial folder was made from something else.
     """
-    template = get_template(template).name
+    fitted = fit_template(template, tokenizer)
     out = Path(expand(out))
     files = [expand(path) for path in files]
     images = None if images is None else expand(images)
@@ -174,7 +175,7 @@ def build(
     inspector = Inspector(
         images=images,
         tokenizer=tokenizer,
-        template=get_template(template),
+        template=fitted,
         image_processor=image_processor or ImageProcessor(),
     )
     source: dict[str, Any] = {"files": [sha256(path) for path in files]}
@@ -183,13 +184,13 @@ def build(
         if images is not None:
             _refuse_other_images(out, files, inspector)
         shutil.rmtree(partial_path(out), ignore_errors=True)
-        return _add_index(out, tokenizer=tokenizer, template=template, workers=workers)
+        return _add_index(out, tokenizer=tokenizer, template=fitted, workers=workers)
     examples = read_examples(files)
     folder = partial_path(out)
     processor = inspector.image_processor
     source |= {
         "shard": examples_per_shard,
-        "index": index_name(tokenizer, template),
+        "index": index_name(tokenizer, fitted),
         "processor": [processor.mode, processor.shortest_edge],
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -268,7 +269,7 @@ def _finish(
 class _MeasureStored:
     dataset: Dataset
     tokenizer: Tokenizer
-    template: str
+    template: Template
 
     def __call__(self, numbers: range) -> list[tuple[str, Measures]]:
         results = []
@@ -278,7 +279,7 @@ class _MeasureStored:
                 measures = measure(
                     stored.conversation,
                     tokenizer=self.tokenizer,
-                    template=get_template(self.template),
+                    template=self.template,
                     num_images=len(stored.images),
                 )
             except ValueError:
@@ -287,7 +288,7 @@ class _MeasureStored:
         return results
 
 
-def _add_index(out: Path, *, tokenizer: Tokenizer, template: str, workers: int) -> BuildReport:
+def _add_index(out: Path, *, tokenizer: Tokenizer, template: Template, workers: int) -> BuildReport:
     dataset = Dataset(out)
     path = dataset.index_path(tokenizer, template)
     if not path.is_file():

@@ -1,71 +1,9 @@
-"""Prompt templates, and the rendering of a LLaVA conversation into text.
-
-A template is a handful of strings laid between questions and replies:
-
-    opening  question  before_reply  reply_start  reply  reply_end  before_question  question ...
-                                     ^------- supervised -------^
-
-Under `v1`, for instance (the template of LLaVA-1.5's second stage and of its benchmarks):
-
-    A chat between ... questions. USER: <image>
-    How many cats? ASSISTANT: Two.</s>USER: ...
-                             ^-------^
-"""
+"""The rendering of a LLaVA conversation, and of a prompt, into text by a template."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
 
-IMAGE_MARKER = "<image>"
-
-
-class LabelRule(Enum):
-    """How the PyTorch reference computes labels for a template (only `strict` mode uses it)."""
-
-    V1 = "v1"
-    LLAMA_2 = "llama_2"
-    CHATML = "chatml"
-    PLAIN = "plain"
-    V0 = "v0"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Template:
-    """The text round questions and replies.
-
-    Attributes:
-      name: the key in `TEMPLATES`.
-      system: the system text, which `opening` contains.
-      opening: all text before the first question.
-      before_question: text before each later question.
-      before_reply: text between a question and the supervised part of its reply.
-      reply_start: start of the supervised part, before the reply's own text.
-      reply_end: end of the supervised part, after the reply's own text.
-      closing: unsupervised text after the last turn of a training conversation.
-      opening_to_reply: replaces `opening` where a reply comes first; None drops such a reply.
-      image_marker: what `<image>` becomes.
-      question_is_image: training drops a question's words and keeps its `<image>` (captioning).
-      open_when_empty: an empty last reply is left open, without `reply_end`.
-      stop_strings: texts other than the tokenizer's EOS at which a reply ends.
-      label_rule: the reference's way to labels.
-      training: the template to train with, where that is another one.
-    """
-
-    name: str
-    system: str = ""
-    opening: str = ""
-    before_question: str = ""
-    before_reply: str
-    reply_start: str = ""
-    reply_end: str
-    closing: str = ""
-    opening_to_reply: str | None = None
-    image_marker: str = IMAGE_MARKER
-    question_is_image: bool = False
-    open_when_empty: bool = True
-    stop_strings: tuple[str, ...] = ()
-    label_rule: LabelRule
-    training: "Template | None" = None
+from stf_jax.data.templates import IMAGE_MARKER, Template
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,164 +22,18 @@ class TextPiece:
     supervised: bool
 
 
-def _vicuna(name: str, system: str, image_marker: str = IMAGE_MARKER) -> Template:
-    return Template(
-        name=name,
-        system=system,
-        opening=f"{system} USER: ",
-        before_question="USER: ",
-        before_reply=" ASSISTANT:",
-        reply_start=" ",
-        reply_end="</s>",
-        image_marker=image_marker,
-        label_rule=LabelRule.V1,
-    )
+@dataclass(frozen=True, kw_only=True)
+class PromptText:
+    """A prompt in a template's form.
 
+    Attributes:
+      text: all of it.
+      typed: what of it a person or the model wrote: characters [start, end), ascending. Special
+        tokens are text there.
+    """
 
-def _llama_2(name: str, system: str, before_question: str) -> Template:
-    return Template(
-        name=name,
-        system=system,
-        opening=f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n" if system else "[INST] ",
-        before_question=before_question,
-        before_reply=" [/INST]",
-        reply_start=" ",
-        reply_end=" </s>",
-        label_rule=LabelRule.LLAMA_2,
-    )
-
-
-def _chatml(name: str, system: str) -> Template:
-    return Template(
-        name=name,
-        system=system,
-        opening=f"<|im_start|>system\n{system}<|im_end|><|im_start|>user\n",
-        before_question="<|im_start|>user\n",
-        before_reply="<|im_end|><|im_start|>assistant\n",
-        reply_end="<|im_end|>",
-        stop_strings=("<|im_end|>",),
-        label_rule=LabelRule.CHATML,
-    )
-
-
-_POLITE = "The assistant gives helpful, detailed, and polite answers to the"
-_USER_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    f"{_POLITE} user's questions."
-)
-_HUMAN_SYSTEM = (
-    "A chat between a curious human and an artificial intelligence assistant. "
-    f"{_POLITE} human's questions."
-)
-_VISUAL_CONTENT = (
-    "able to understand the visual content that the user provides, and assist the user "
-    "with a variety of tasks using natural language."
-)
-
-# The worked example that Vicuna v0 puts before the first question of every prompt.
-_V0_EXAMPLE = (
-    "Human: What are the key differences between renewable and non-renewable energy sources?"
-    "###Assistant: "
-    "Renewable energy sources are those that can be replenished naturally in a relatively short "
-    "amount of time, such as solar, wind, hydro, geothermal, and biomass. Non-renewable energy "
-    "sources, on the other hand, are finite and will eventually be depleted, such as coal, oil, "
-    "and natural gas. Here are some key differences between renewable and non-renewable energy "
-    "sources:\n"
-    "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable "
-    "energy sources are finite and will eventually run out.\n"
-    "2. Environmental impact: Renewable energy sources have a much lower environmental impact than "
-    "non-renewable sources, which can lead to air and water pollution, greenhouse gas emissions, "
-    "and other negative effects.\n"
-    "3. Cost: Renewable energy sources can be more expensive to initially set up, but they "
-    "typically have lower operational costs than non-renewable sources.\n"
-    "4. Reliability: Renewable energy sources are often more reliable and can be used in more "
-    "remote locations than non-renewable sources.\n"
-    "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to "
-    "different situations and needs, while non-renewable sources are more rigid and inflexible.\n"
-    "6. Sustainability: Renewable energy sources are more sustainable over the long term, while "
-    "non-renewable sources are not, and their depletion can lead to economic and social "
-    "instability.\n###"
-)
-
-_V0_TRAINING = Template(
-    name="v0",
-    system=_HUMAN_SYSTEM,
-    opening=f"{_HUMAN_SYSTEM}\n\n### Human: ",
-    opening_to_reply=f"{_HUMAN_SYSTEM}\n\n### Assistant:",
-    before_question=" Human: ",
-    before_reply="\n### Assistant:",
-    reply_start=" ",
-    reply_end="\n###",
-    closing=" ",
-    open_when_empty=False,
-    label_rule=LabelRule.V0,
-)
-
-_ALL = (
-    _vicuna("v1", _USER_SYSTEM),
-    _vicuna("llava_v1", _HUMAN_SYSTEM),
-    _vicuna(
-        "v1_mmtag",
-        "A chat between a curious user and an artificial intelligence assistant. "
-        f"The assistant is {_VISUAL_CONTENT}"
-        "The visual content will be provided with the following format: "
-        "<Image>visual content</Image>.",
-        image_marker=f"<Image>{IMAGE_MARKER}</Image>",
-    ),
-    Template(
-        name="v0",
-        system=_HUMAN_SYSTEM,
-        opening=f"{_HUMAN_SYSTEM}###{_V0_EXAMPLE}Human: ",
-        before_question="Human: ",
-        before_reply="###Assistant:",
-        reply_start=" ",
-        reply_end="###",
-        stop_strings=("###",),
-        label_rule=LabelRule.V0,
-        training=_V0_TRAINING,
-    ),
-    Template(
-        name="plain",
-        before_reply="\n",
-        reply_end="\n",
-        stop_strings=("\n",),
-        label_rule=LabelRule.PLAIN,
-        training=Template(
-            name="plain",
-            before_reply="",
-            reply_end="\n",
-            question_is_image=True,
-            open_when_empty=False,
-            label_rule=LabelRule.PLAIN,
-        ),
-    ),
-    _llama_2(
-        "llava_llama_2",
-        f"You are a helpful language and vision assistant. You are {_VISUAL_CONTENT}",
-        before_question="<s>[INST] ",
-    ),
-    _llama_2("mistral_instruct", "", before_question="[INST] "),
-    _chatml(
-        "mpt",
-        "A conversation between a user and an LLM-based AI assistant. "
-        "The assistant gives helpful and honest answers.",
-    ),
-    _chatml("chatml_direct", "Answer the questions."),
-)
-
-TEMPLATES: Mapping[str, Template] = {template.name: template for template in _ALL} | {
-    "vicuna_v1": _ALL[0]
-}
-
-
-def get_template(name: str) -> Template:
-    """The template called `name`; ValueError listing the names if there is none."""
-    try:
-        return TEMPLATES[name]
-    except KeyError:
-        raise ValueError(
-            f"unknown template {name!r}: choose one of {', '.join(sorted(TEMPLATES))}"
-        ) from None
+    text: str
+    typed: tuple[tuple[int, int], ...] = ()
 
 
 def take_system(
@@ -400,8 +192,8 @@ def render_conversation(
 
 def render_prompt(
     question: str, *, template: Template, history: Sequence[tuple[str, str]] = ()
-) -> str:
-    """Text of a prompt that ends where the model's reply begins.
+) -> PromptText:
+    """A prompt that ends where the model's reply begins.
 
     `<image>` stays where the caller put it (benchmarks and chats put it first, with a newline).
 
@@ -413,14 +205,23 @@ def render_prompt(
     Raises:
       ValueError: an empty question.
     """
-    text = template.opening
+    text, typed = template.opening, []
+
+    def add(words: str) -> None:
+        nonlocal text
+        words = words.replace(IMAGE_MARKER, template.image_marker)
+        typed.append((len(text), len(text) + len(words)))
+        text += words
+
     for earlier, reply in history:
         _check_question(earlier)
-        text += earlier + template.before_reply + template.reply_start + reply
+        add(earlier)
+        text += template.before_reply + template.reply_start
+        add(reply)
         text += template.reply_end + template.before_question
     _check_question(question)
-    text += question + template.before_reply
-    return text.replace(IMAGE_MARKER, template.image_marker)
+    add(question)
+    return PromptText(text=text + template.before_reply, typed=tuple(typed))
 
 
 def _check_question(question: str) -> None:

@@ -5,15 +5,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from stf_jax.data.conversation import (
-    Template,
-    TextPiece,
-    place_images,
-    read_turns,
-    render_turns,
-    take_system,
-)
+from stf_jax.data.conversation import TextPiece, place_images, read_turns, render_turns, take_system
 from stf_jax.data.reference_labels import reference_labels
+from stf_jax.data.templates import Template
 from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID, Tokenizer, chunks, ids_with_images
 
 
@@ -58,7 +52,7 @@ def encode_conversation(
       tokenizer: from `load_tokenizer`.
       conversation: `{"from": "human" | "gpt", "value": text}` in the order spoken; one from
         "system" in front of them takes the place of the template's own system text.
-      template: one of `conversation.TEMPLATES`.
+      template: from `fit_template`.
       num_images: images that go with it; 0 makes `<image>` ordinary text.
       max_length: cut after so many tokens, an image counting as one; None for no cut.
       strict: labels by the PyTorch reference's rule, with its faults; see `reference_labels`.
@@ -71,7 +65,8 @@ def encode_conversation(
     pieces = render_turns(turns, template)
     ids, labels = _encode_pieces(tokenizer, pieces, with_images=num_images > 0)
     mismatch = False
-    if strict:
+    # The reference has no labels for templates that it does not have.
+    if strict and template.label_rule is not None:
         labels, mismatch = reference_labels(
             ids,
             turns=turns,

@@ -12,7 +12,7 @@ with a turn from "system" in front where there is one, and the names of the imag
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from stf_jax.data.conversation import IMAGE_MARKER
+from stf_jax.data.templates import IMAGE_MARKER
 
 TURN_KEYS = ("conversations", "messages", "conversation")
 IMAGE_KEYS = ("image", "images", "image_path", "image_paths", "image_file", "image_files")

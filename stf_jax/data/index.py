@@ -9,6 +9,7 @@ from typing import Self
 import numpy as np
 
 from stf_jax.data.inspection import Measures
+from stf_jax.data.templates import Template, get_template
 from stf_jax.data.tokenizer import Tokenizer
 from stf_jax.util.files import write_whole
 
@@ -80,10 +81,16 @@ class Index:
             raise ValueError(f"{path}: damaged ({error}); delete it and build again") from error
 
 
-def index_name(tokenizer: Tokenizer, template: str) -> str:
-    """The file of the index for a tokenizer and a template; a dataset may have several."""
-    content = "\n".join(
-        [tokenizer.backend.to_str(), str(tokenizer.bos_id), str(tokenizer.marks_start)]
-    )
-    digest = hashlib.sha256(content.encode()).hexdigest()[:12]
-    return f"index-{template}-{digest}.npz"
+def index_name(tokenizer: Tokenizer, template: Template) -> str:
+    """The file of the index for a tokenizer and a template; a dataset may have several.
+
+    Args:
+      tokenizer: that the lengths are counted in.
+      template: as `fit_template` spells it for this tokenizer.
+    """
+    content = [tokenizer.backend.to_str(), str(tokenizer.bos_id), str(tokenizer.marks_start)]
+    # Only where it is not LLaMA's, so that the names of older releases stay.
+    if template != get_template(template.name):
+        content += [template.reply_end, template.before_question]
+    digest = hashlib.sha256("\n".join(content).encode()).hexdigest()[:12]
+    return f"index-{template.name}-{digest}.npz"

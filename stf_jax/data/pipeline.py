@@ -22,13 +22,14 @@ from PIL import Image
 
 from stf_jax.data.batch import Batch
 from stf_jax.data.config import DataConfig
-from stf_jax.data.conversation import get_template
 from stf_jax.data.dataset import Dataset, DatasetError
+from stf_jax.data.fit import fit_template
 from stf_jax.data.images import ImageProcessor
 from stf_jax.data.index import Index
 from stf_jax.data.planner import Planner
 from stf_jax.data.pool import end_with_parent
 from stf_jax.data.rows import Lost, Row, RowMaker, RowSource
+from stf_jax.data.templates import Template
 from stf_jax.data.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ class TrainingData:
     Raises:
       DatasetError: a line for each dataset that is missing, unfinished, or has no index for the
         tokenizer and the template.
-      ValueError: no dataset, or no example that fits.
+      ValueError: no dataset, a template that does not fit the tokenizer, or no example that fits.
     """
 
     def __init__(
@@ -115,7 +116,8 @@ class TrainingData:
         tokens_per_image: int,
     ):
         self.config = config
-        datasets, indices = _open(config, tokenizer)
+        template = fit_template(config.template, tokenizer)
+        datasets, indices = _open(config, tokenizer, template)
         self._prints = [dataset.fingerprint for dataset in datasets]
         columns = _Columns.of(indices, config, tokens_per_image)
         sizes = [len(index) for index in indices]
@@ -147,7 +149,7 @@ class TrainingData:
             starts=starts,
             names=_prefixes(datasets),
             tokenizer=tokenizer,
-            template=get_template(config.template),
+            template=template,
             image_processor=dataclasses.replace(
                 image_processor, mode=config.image_mode, fast=config.fast_images
             ),
@@ -321,14 +323,16 @@ def _start_worker(worker: int, workers: int) -> None:
     Image.core.set_blocks_max(_IMAGE_BLOCKS)  # type: ignore[attr-defined]
 
 
-def _open(config: DataConfig, tokenizer: Tokenizer) -> tuple[list[Dataset], list[Index]]:
+def _open(
+    config: DataConfig, tokenizer: Tokenizer, template: Template
+) -> tuple[list[Dataset], list[Index]]:
     if not config.datasets:
         raise ValueError("datasets is empty; name at least one folder made by 'stf-jax data build'")
     datasets, indices, problems = [], [], []
     for source in config.datasets:
         try:
             dataset = Dataset(source.path)
-            indices.append(dataset.index(tokenizer, get_template(config.template).name))
+            indices.append(dataset.index(tokenizer, template))
             datasets.append(dataset)
         except ValueError as error:
             problems.append(str(error))

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from stf_jax.data.conversation import LabelRule, Template, Turn
+from stf_jax.data.conversation import Turn
+from stf_jax.data.templates import LabelRule, Template
 from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID
 
 Encode = Callable[[str], list[int]]

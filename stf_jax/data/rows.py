@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stf_jax.data.conversation import Template
 from stf_jax.data.dataset import Dataset, DatasetError
 from stf_jax.data.encoding import EncodedConversation, encode_conversation, expand_conversation
 from stf_jax.data.images import ImageError, ImageProcessor
 from stf_jax.data.planner import Planner
+from stf_jax.data.templates import Template
 from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID, Tokenizer
 
 

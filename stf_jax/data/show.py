@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from stf_jax.data.conversation import IMAGE_MARKER, get_template
 from stf_jax.data.dataset import Dataset, DatasetError
 from stf_jax.data.encoding import encode_conversation, expand_conversation
+from stf_jax.data.fit import fit_template
 from stf_jax.data.images import ImageProcessor
+from stf_jax.data.templates import IMAGE_MARKER
 from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID, Tokenizer
 
 
@@ -82,7 +83,7 @@ def show(
       dataset: folder made by `build`.
       example: its place, or its id; a text that is no id but a number is a place too.
       tokenizer: of the model.
-      template: one of `conversation.TEMPLATES`.
+      template: one of `templates.TEMPLATES`.
       image_processor: default CLIP's at 336 px, padding.
       tokens_per_image: placeholders for each image.
       sequence_length: cut there.
@@ -91,7 +92,8 @@ def show(
 
     Raises:
       DatasetError: no such dataset or example.
-      ValueError: a conversation that the template cannot take, or an image that cannot be read.
+      ValueError: a template that does not fit the tokenizer, a conversation that it cannot take,
+        or an image that cannot be read.
     """
     opened = Dataset(dataset)
     number = _find(opened, example)
@@ -99,7 +101,7 @@ def show(
     encoded = encode_conversation(
         tokenizer,
         stored.conversation,
-        template=get_template(template),
+        template=fit_template(template, tokenizer),
         num_images=len(stored.images),
         max_length=sequence_length,
         strict=strict_labels,

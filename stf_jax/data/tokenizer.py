@@ -6,8 +6,10 @@ between two `<image>` are tokenized each on its own. transformers 5 is close but
 pre-tokenizer leaves out the mark where a text starts with a space), so the mark is put here.
 """
 
+import copy
+import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ import numpy as np
 import tokenizers
 from tokenizers import normalizers, pre_tokenizers
 
-from stf_jax.data.conversation import IMAGE_MARKER
+from stf_jax.data.conversation import PromptText
+from stf_jax.data.templates import IMAGE_MARKER
 from stf_jax.util.files import read_json
 
 IMAGE_TOKEN_ID = -200
@@ -39,7 +42,7 @@ class Tokenizer:
       model_max_length: longest sequence that the model is meant for; None if not stated.
       marks_start: whether a word-start mark goes in front of each text and of nothing else, as
         sentencepiece tokenizers with `legacy: false` have it.
-      special_ids: left out of decoded text.
+      special_ids: tokens that are no text, and are left out of decoded text.
     """
 
     backend: tokenizers.Tokenizer = field(repr=False)
@@ -51,9 +54,37 @@ class Tokenizer:
     marks_start: bool
     special_ids: frozenset[int]
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, special tokens in it recognized, without BOS. `<image>` means nothing."""
-        return self.encode_with_spans(text)[0]
+    def encode(self, text: str, *, typed: Sequence[tuple[int, int]] = ()) -> list[int]:
+        """Ids of `text` without BOS, special tokens in it recognized. `<image>` means nothing.
+
+        Args:
+          text: to be encoded.
+          typed: stretches of characters [start, end) in which special tokens are text.
+        """
+        ids, spans = self.encode_with_spans(text)
+        pairs = zip(spans, ids, strict=True)
+        special = [(span, token) for span, token in pairs if token in self.special_ids]
+        written = [
+            (span, token)
+            for span, token in special
+            if not any(start < span[1] and span[0] < end for start, end in typed)
+        ]
+        if len(written) == len(special):
+            return ids
+        # Between the template's own special tokens none is recognized.
+        ids, at = [], 0
+        for (start, end), token in [*written, ((len(text), len(text)), None)]:
+            if stretch := text[at:start]:
+                mark = self.marks_start and not at
+                marked = _mark(stretch, begins=mark) if self.marks_start else stretch
+                ids += self._text_backend.encode(marked, add_special_tokens=False).ids
+            ids += [] if token is None else [token]
+            at = end
+        return ids
+
+    def is_special(self, token: str) -> bool:
+        """Whether a text is one special token."""
+        return self.backend.token_to_id(token) in self.special_ids
 
     def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of `text` without BOS, and for each the characters [start, end) it comes from.
@@ -63,7 +94,7 @@ class Tokenizer:
         """
         if not text:
             return [], []
-        marked = _WORD_START + text.replace(_WORD_START, " ") if self.marks_start else text
+        marked = _mark(text, begins=True) if self.marks_start else text
         try:
             encoding = self.backend.encode(marked, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):
@@ -88,6 +119,18 @@ class Tokenizer:
     @property
     def _mark_id(self) -> int | None:
         return self.backend.token_to_id(_WORD_START)
+
+    @functools.cached_property
+    def _text_backend(self) -> tokenizers.Tokenizer:
+        """Recognizes no special token."""
+        backend = copy.deepcopy(self.backend)
+        backend.encode_special_tokens = True
+        return backend
+
+
+def _mark(text: str, *, begins: bool) -> str:
+    """A stretch of text with a word-start mark where a text begins; typed marks are spaces."""
+    return (_WORD_START if begins else "") + text.replace(_WORD_START, " ")
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
@@ -157,7 +200,11 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         # transformers writes a huge number where no length is stated.
         model_max_length=longest if longest < 10**9 else None,
         marks_start=marks_start,
-        special_ids=frozenset(loaded.all_special_ids),
+        special_ids=frozenset(loaded.all_special_ids).union(
+            token_id
+            for token_id, token in backend.get_added_tokens_decoder().items()
+            if token.special
+        ),
     )
 
 
@@ -173,12 +220,15 @@ def _normalize_like_sentencepiece(backend: tokenizers.Tokenizer, *, marks_start:
     backend.pre_tokenizer = None
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
+def encode_prompt(tokenizer: Tokenizer, prompt: PromptText | str) -> np.ndarray:
     """Ids int32 [T] of a prompt: BOS, then the text, each `<image>` as `IMAGE_TOKEN_ID`.
 
-    A LLaMA 2 prompt's own leading `<s>` is none: templates give text without it.
+    A LLaMA 2 prompt's own leading `<s>` is none: templates give text without it. Special tokens in
+    what was typed are text; a plain string counts as all the template's.
     """
-    return np.array(ids_with_images(tokenizer, text), np.int32)
+    if isinstance(prompt, str):
+        prompt = PromptText(text=prompt)
+    return np.array(ids_with_images(tokenizer, prompt.text, typed=prompt.typed), np.int32)
 
 
 def expand_images(ids: np.ndarray, *, tokens_per_image: int) -> np.ndarray:
@@ -194,11 +244,18 @@ def chunks(text: str, *, with_images: bool = True) -> Iterator[tuple[int, str]]:
         start += len(chunk) + len(IMAGE_MARKER)
 
 
-def ids_with_images(tokenizer: Tokenizer, text: str, *, with_images: bool = True) -> list[int]:
+def ids_with_images(
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    typed: Sequence[tuple[int, int]] = (),
+    with_images: bool = True,
+) -> list[int]:
     """`encode_prompt` as a list; without images `<image>` is ordinary text."""
     ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     for start, chunk in chunks(text, with_images=with_images):
         if start:
             ids.append(IMAGE_TOKEN_ID)
-        ids.extend(tokenizer.encode(chunk))
+        spans = [(first - start, last - start) for first, last in typed]
+        ids.extend(tokenizer.encode(chunk, typed=spans))
     return ids

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from stf_jax.data.conversation import get_template
+from stf_jax.data.fit import fit_template
 from stf_jax.data.images import ImageProcessor
 from stf_jax.data.inspection import Finding, Inspection, Inspector
 from stf_jax.data.pool import map_in_processes
@@ -191,7 +191,7 @@ def check(
       files: JSON lists or JSON lines.
       images: the folder that the image paths start from.
       tokenizer: of the model to be trained.
-      template: to be trained with; one of `conversation.TEMPLATES`.
+      template: to be trained with; one of `templates.TEMPLATES`.
       image_processor: default CLIP's at 336 px, padding.
       tokens_per_image: for lengths.
       sequence_length: to count what is longer.
@@ -199,14 +199,15 @@ def check(
       progress: called with (examples done, of how many).
 
     Raises:
-      ValueError: files that cannot be read at all, a folder that is not there, an unknown template.
+      ValueError: files that cannot be read at all, a folder that is not there, a template that is
+        unknown or does not fit the tokenizer.
     """
     images = None if images is None else expand(images)
     check_folder(images)
     inspector = Inspector(
         images=images,
         tokenizer=tokenizer,
-        template=get_template(template),
+        template=fit_template(template, tokenizer),
         image_processor=image_processor or ImageProcessor(),
     )
     examples = read_examples([expand(path) for path in files])

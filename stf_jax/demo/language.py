@@ -24,8 +24,8 @@ from jaxtyping import Array, Float, Int
 
 from stf_jax.config.text import TextConfig
 from stf_jax.data.batch import Batch
-from stf_jax.data.conversation import get_template
 from stf_jax.data.encoding import encode_conversation, expand_conversation
+from stf_jax.data.templates import get_template
 from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID, Tokenizer
 from stf_jax.demo import scenes
 from stf_jax.demo.scenes import CAPTIONS, GRID, KINDS, MOST, NAMES, Scene

@@ -4,7 +4,9 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from stf_jax.data.conversation import get_template, render_prompt
+from stf_jax.data.conversation import render_prompt
+from stf_jax.data.fit import fit_template
+from stf_jax.data.templates import Template
 from stf_jax.eval.questions import Decoding, Question, Reply
 from stf_jax.infer.model import Model
 from stf_jax.infer.prompts import Prompt, make_prompt, read_pixels
@@ -46,18 +48,19 @@ class ModelAnswerer:
           ValueError: naming every question that is longer than the context, before the first reply.
           ImageError: an image that cannot be read.
         """
-        prompts = [self._prompt(question, decoding) for question in questions]
+        template = fit_template(decoding.template, self._model.tokenizer)
+        prompts = [self._prompt(question, template) for question in questions]
         self._check_lengths(questions, prompts)
         for index, answer in self._model.answer(
             prompts,
-            stops=get_template(decoding.template).stop_strings,
+            template=template,
             max_new_tokens=decoding.max_new_tokens,
             sampling=GREEDY,
             slots=self._slots,
         ):
             yield Reply(number=questions[index].number, text=answer.text)
 
-    def _prompt(self, question: Question, decoding: Decoding) -> Prompt:
+    def _prompt(self, question: Question, template: Template) -> Prompt:
         pixels = partial(
             read_pixels,
             question.images,
@@ -66,7 +69,7 @@ class ModelAnswerer:
             unnamed=f"the image of {question.question_id}",
         )
         return make_prompt(
-            render_prompt(question.prompt, template=get_template(decoding.template)),
+            render_prompt(question.prompt, template=template),
             pixels,
             tokenizer=self._model.tokenizer,
             tokens_per_image=self._model.config.tokens_per_image,

@@ -11,7 +11,7 @@ from typing import Any
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
-from stf_jax.data.conversation import IMAGE_MARKER
+from stf_jax.data.templates import IMAGE_MARKER
 from stf_jax.infer.load import load
 from stf_jax.infer.model import Request
 from stf_jax.infer.sampling import GREEDY, Sampling

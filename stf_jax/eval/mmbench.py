@@ -3,10 +3,11 @@
 import base64
 import csv
 import functools
+import io
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from stf_jax.eval.answers import AnswerRecord, by_id, pair
 from stf_jax.eval.benchmark import Benchmark, Paths, Score
 from stf_jax.eval.files import check_fields
 from stf_jax.eval.questions import OPTION_LETTER, Decoding, Question, image_prompt
-from stf_jax.util.files import name_some, write_whole
+from stf_jax.util.files import name_some, read_text, write_whole
 
 _LETTERS = "ABCD"
 _ROTATION = 1_000_000
@@ -31,6 +32,8 @@ _EMPTY = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", 
 }
 # A bare letter, or one with a mark behind it; "A dog" names no option.
 _LETTER = re.compile(r"\(?([A-D])(?:[.):,]|$)")
+# In the place of an image: the index of the row that has it. No image's base64 is as short.
+_POINTER = re.compile(r"\d{1,20}")
 
 _LOCAL = "the circular accuracy by letters; the server has a language model read other answers"
 
@@ -39,10 +42,10 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     """The lines of the TSV; `index` is a number, an empty cell None."""
     # An image in base64 is longer than csv's default limit for a cell.
     csv.field_size_limit(sys.maxsize)
+    text = read_text(path)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file, dialect="excel-tab", restval=""))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), dialect="excel-tab", restval=""))
+    except csv.Error as error:
         raise ValueError(f"{path}: cannot be read as TSV ({error}); fetch it again") from error
     if not rows:
         raise ValueError(f"{path}: empty; fetch it again")
@@ -66,10 +69,18 @@ def _is_absent(cell: str | None) -> bool:
 
 def _read(paths: Paths, *, ending: str) -> list[Question]:
     path = paths["questions"]
-    return [_question(path, n, row, ending) for n, row in enumerate(_rows(path))]
+    rows = _rows(path)
+    images = {str(row["index"]): row["image"] for row in rows}
+    return [_question(path, n, row, images, ending) for n, row in enumerate(rows)]
 
 
-def _question(path: Path, number: int, row: dict[str, Any], ending: str) -> Question:
+def _question(
+    path: Path,
+    number: int,
+    row: dict[str, Any],
+    images: Mapping[str, str | None],
+    ending: str,
+) -> Question:
     options: list[str] = []
     for letter in _LETTERS:
         if _is_absent(row[letter]):
@@ -80,8 +91,17 @@ def _question(path: Path, number: int, row: dict[str, Any], ending: str) -> Ques
     lines = [] if _is_absent(row["hint"]) else [row["hint"]]
     lines += [row["question"], *(f"{a}. {b}" for a, b in zip(_LETTERS, options, strict=False))]
     text = "\n".join(lines)
+    cell = row["image"]
+    if _POINTER.fullmatch(cell):
+        # Rotations of a question may name the row that holds their image.
+        named, cell = cell, images.get(cell)
+        if cell is None or _POINTER.fullmatch(cell):
+            raise ValueError(
+                f"{path}: the image of index {row['index']} is that of index {named}, which "
+                "has none itself; fetch it again"
+            )
     try:
-        image = base64.b64decode(row["image"], validate=True)
+        image = base64.b64decode(cell, validate=True)
     except ValueError as error:
         raise ValueError(
             f"{path}: the image of index {row['index']} is no base64 ({error}); fetch it again"

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stf_jax.data.conversation import get_template, render_prompt
+from stf_jax.data.conversation import render_prompt
+from stf_jax.data.templates import get_template
 from stf_jax.eval.benchmark import Benchmark, Paths
 from stf_jax.eval.questions import Answerer, Question
 from stf_jax.util.files import read_json, sha256, write_json
@@ -33,7 +34,7 @@ def describe(
         "benchmark": benchmark.name,
         "follows": _FOLLOWS,
         "template": decoding.template,
-        "first_prompt": prompt,
+        "first_prompt": prompt.text,
         "decoding": {"method": "greedy", "max_new_tokens": decoding.max_new_tokens},
         "model": {"model_id": answerer.model_id, **answerer.describe()},
         "files": hashes({role: paths[role] for role in benchmark.to_ask if role != "images"}),

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from stf_jax.data.conversation import IMAGE_MARKER
+from stf_jax.data.templates import IMAGE_MARKER
 from stf_jax.eval.files import check_kinds, read_jsonl
 from stf_jax.util.files import name_some
 

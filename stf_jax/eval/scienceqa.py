@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stf_jax.data.conversation import IMAGE_MARKER
+from stf_jax.data.templates import IMAGE_MARKER
 from stf_jax.eval.answers import AnswerRecord, by_id, pair
 from stf_jax.eval.benchmark import Benchmark, Paths, Score
 from stf_jax.eval.files import check_fields, check_kinds

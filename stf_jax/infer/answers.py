@@ -32,9 +32,9 @@ class Answer:
 class AnswerBuilder:
     """Takes one row's ids as they come and gives the text that is settled."""
 
-    def __init__(self, tokenizer: Tokenizer, *, eos_ids: Iterable[int], stops: Sequence[str]):
+    def __init__(self, tokenizer: Tokenizer, *, stop_ids: Iterable[int], stops: Sequence[str]):
         self._decoder, self._stops = StreamDecoder(tokenizer), StopStrings(stops)
-        self._eos_ids = frozenset(eos_ids)
+        self._stop_ids = frozenset(stop_ids)
         self._text: list[str] = []
         self.token_ids: list[int] = []
         self.finished = False
@@ -69,7 +69,7 @@ class AnswerBuilder:
 
     def _push_one(self, token_id: int) -> str:
         self.token_ids.append(token_id)
-        if token_id in self._eos_ids:
+        if token_id in self._stop_ids:
             self.finished = True
             return ""
         text = self._stops.push(self._decoder.push(token_id))

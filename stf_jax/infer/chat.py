@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stf_jax.data.conversation import IMAGE_MARKER, get_template, render_prompt
+from stf_jax.data.conversation import render_prompt
+from stf_jax.data.fit import fit_template
 from stf_jax.data.images import ImageSource
+from stf_jax.data.templates import IMAGE_MARKER
 from stf_jax.infer.program import Limits, limit_new_tokens
 from stf_jax.infer.prompts import Prompt, make_prompt, read_pixels
 from stf_jax.infer.sampling import GREEDY, Sampling
@@ -42,9 +44,10 @@ class Chat:
       template: the form of the conversation.
       max_new_tokens: where an answer is cut.
       sampling: greedy by default.
+      allow_urls: whether an image may be a URL, which is fetched.
 
     Raises:
-      ValueError: an unknown template, or no tokens wanted.
+      ValueError: a template that is unknown or does not fit the tokenizer, or no tokens wanted.
     """
 
     def __init__(
@@ -54,8 +57,10 @@ class Chat:
         template: str = "v1",
         max_new_tokens: int = 512,
         sampling: Sampling = GREEDY,
+        allow_urls: bool = False,
     ):
-        self._model, self._template = model, get_template(template)
+        self._allow_urls = allow_urls
+        self._model, self._template = model, fit_template(template, model.tokenizer)
         most = limit_new_tokens(max_new_tokens, room=model.config.text.max_positions)
         self._limits = Limits(sampling=sampling, max_new_tokens=most)
         self._session = Session(model.engine.program)
@@ -89,7 +94,7 @@ class Chat:
             raise ValueError("the question is empty; ask something")
         shown = self.images + self._pending
         prompt = self._prompt(turn, shown)
-        answer = self._model.make_builder(self._template.stop_strings)
+        answer = self._model.make_builder(self._template)
         stream = self._session.stream(prompt, limits=self._limits, every=_EVERY)
         try:
             for ids in stream:
@@ -126,4 +131,9 @@ class Chat:
         )
 
     def _read_pixels(self, *images: ImageSource) -> np.ndarray:
-        return read_pixels(images, self._model.image_processor, upright=True)
+        return read_pixels(
+            images,
+            self._model.image_processor,
+            upright=True,
+            allow_urls=self._allow_urls,
+        )

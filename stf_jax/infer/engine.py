@@ -23,6 +23,7 @@ from stf_jax.infer.sampling import Sampling
 from stf_jax.models.cache import CacheDType, KVCache
 from stf_jax.models.llava import Llava
 from stf_jax.util.errors import explain_memory
+from stf_jax.util.files import name_some
 
 # Takes a prompt's number and its new ids; returns whether the answer is to continue.
 Take = Callable[[int, Int[np.ndarray, "new"]], bool]
@@ -145,15 +146,27 @@ class Engine:
         """Checks every prompt; returns the limit, no higher than the context."""
         room = self.config.text.max_positions
         most = limit_new_tokens(max_new_tokens, room=room)
-        longest = max((len(prompt.ids) for prompt in prompts), default=0)
-        if longest >= room:
+        too_long = [n for n, prompt in enumerate(prompts) if len(prompt.ids) >= room]
+        if too_long:
+            lengths = [len(prompts[number].ids) for number in too_long]
             raise ValueError(
-                f"a prompt of {longest} tokens, images included, leaves no room for an answer in "
-                f"the model's context of {room}; shorten it or give fewer images"
+                f"{_name_prompts(too_long, prompts)} of {name_some(lengths)} tokens, images "
+                f"included, leaves no room for an answer in the model's context of {room}; shorten "
+                "it or give fewer images"
             )
-        if any(prompt.ids[-1] == IMAGE_TOKEN_ID for prompt in prompts):
-            raise ValueError("a prompt ends in an image; put text behind it")
+        open_ended = [n for n, one in enumerate(prompts) if one.ids[-1] == IMAGE_TOKEN_ID]
+        if open_ended:
+            raise ValueError(
+                f"{_name_prompts(open_ended, prompts)} ends in an image; put text behind it"
+            )
         return most
+
+
+def _name_prompts(numbers: Sequence[int], prompts: Sequence[Prompt]) -> str:
+    """Which of the prompts are meant, counted from 1."""
+    if len(prompts) == 1:
+        return "the prompt"
+    return f"prompt {name_some([number + 1 for number in numbers])} of {len(prompts)},"
 
 
 def batch_sizes(slots: int, *, multiple: int) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """`load`: a native checkpoint or a PyTorch directory, from disk to devices, leaf by leaf."""
 
+import dataclasses
 from typing import Literal, get_args
 
 import jax
@@ -58,7 +59,7 @@ def load(
         )
     processors = opened.processors()
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    network = _abstract(opened.config, mesh, dtype)
+    network = _abstract(_stop_at(opened.config, processors.tokenizer.eos_id), mesh, dtype)
     nnx.update(network, opened.restore(nnx.to_pure_dict(nnx.state(network))))
     return Model(
         network,
@@ -67,6 +68,15 @@ def load(
         mesh=mesh,
         cache_dtype=cache_dtype,
     )
+
+
+def _stop_at(config: LlavaConfig, eos_id: int) -> LlavaConfig:
+    """Stops at the tokenizer's own end of text, too, which is what training teaches."""
+    eos_ids = config.text.eos_ids
+    if eos_id in eos_ids:
+        return config
+    text = dataclasses.replace(config.text, eos_ids=(*eos_ids, eos_id))
+    return dataclasses.replace(config, text=text)
 
 
 def _abstract(config: LlavaConfig, mesh: Mesh | None, dtype: DTypeName) -> Llava:

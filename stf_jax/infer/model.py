@@ -13,8 +13,10 @@ from functools import partial
 import numpy as np
 from jax.sharding import Mesh
 
-from stf_jax.data.conversation import IMAGE_MARKER, Template, get_template, render_prompt
-from stf_jax.data.images import ImageProcessor, ImageSource
+from stf_jax.data.conversation import render_prompt
+from stf_jax.data.fit import fit_template, stop_ids
+from stf_jax.data.images import ImageError, ImageProcessor, ImageSource
+from stf_jax.data.templates import IMAGE_MARKER, Template
 from stf_jax.data.tokenizer import Tokenizer
 from stf_jax.infer.answers import Answer, AnswerBuilder
 from stf_jax.infer.engine import Engine
@@ -69,6 +71,7 @@ class Model:
         stop: str | Sequence[str] = (),
         on_text: Callable[[int, str], None] | None = None,
         slots: int = 16,
+        allow_urls: bool = False,
     ) -> list[Answer]:
         """Answers requests, in order; those about the same images share work.
 
@@ -78,18 +81,19 @@ class Model:
 
         Args:
             requests: of any length and number of images.
-            template: the form of the prompt; see `stf_jax.data.conversation.TEMPLATES`.
+            template: the form of the prompt; see `stf_jax.data.templates.TEMPLATES`.
             max_new_tokens: where an answer is cut.
             sampling: greedy by default.
             stop: strings that end an answer, besides the template's own.
             on_text: called with a request's index and its new text, as text comes.
             slots: how many answers are in the making at a time; what memory has room for.
+            allow_urls: whether an image may be a URL, which is fetched; see `fetch`.
 
         Raises:
             ImageError: an image that cannot be used.
             TypeError: no list of requests.
-            ValueError: an unknown template, an empty prompt, one that is too long, or more or fewer
-                `<image>` than images.
+            ValueError: a template that is unknown or does not fit the tokenizer, an empty prompt,
+                one that is too long, or more or fewer `<image>` than images.
         """
         if isinstance(requests, Request | str):
             raise TypeError("generate takes a list: write generate([Request(prompt=...)])")
@@ -102,16 +106,24 @@ class Model:
                 )
         if not requests:
             return []
-        form = get_template(template)
-        stops = (*form.stop_strings, *([stop] if isinstance(stop, str) else stop))
-        prompts = [self._prompt(request, form) for request in requests]
+        form = fit_template(template, self.tokenizer)
+        prompts = []
+        for number, request in enumerate(requests, start=1):
+            try:
+                prompts.append(self._prompt(request, form, allow_urls=allow_urls))
+            except ValueError as error:
+                if len(requests) == 1:
+                    raise
+                kind = ImageError if isinstance(error, ImageError) else ValueError
+                raise kind(f"request {number} of {len(requests)}: {error}") from error
         answers = dict(
             self.answer(
                 prompts,
+                template=form,
                 slots=min(slots, len(prompts)),
                 max_new_tokens=max_new_tokens,
                 sampling=sampling,
-                stops=stops,
+                stop=[stop] if isinstance(stop, str) else stop,
                 on_text=on_text,
             )
         )
@@ -121,26 +133,28 @@ class Model:
         self,
         prompts: Sequence[Prompt],
         *,
-        stops: Sequence[str],
+        template: Template,
         max_new_tokens: int,
         sampling: Sampling,
         slots: int,
+        stop: Sequence[str] = (),
         on_text: Callable[[int, str], None] | None = None,
     ) -> Iterator[tuple[int, Answer]]:
         """Yields the number of a prompt and its answer, in the order in which they are complete.
 
         Args:
             prompts: their pixels may be made when they are needed, in other threads.
-            stops: strings that end an answer.
+            template: of the prompts, from `fit_template`; it says what ends an answer.
             max_new_tokens: as for `generate`, and likewise the others.
             sampling: likewise.
             slots: likewise.
+            stop: likewise.
             on_text: likewise.
 
         Raises:
             ValueError: as `generate`.
         """
-        builders = defaultdict[int, AnswerBuilder](partial(self.make_builder, stops))
+        builders = defaultdict[int, AnswerBuilder](partial(self.make_builder, template, stop))
         _ = builders[0]  # Stops that cannot be are refused now, before the first token.
 
         def emit(number: int, text: str) -> None:
@@ -151,6 +165,8 @@ class Model:
             emit(number, builders[number].push(ids))
             return not builders[number].finished
 
+        # The devices themselves stop at the model's own end of text alone.
+        stops = template.stop_strings or stop or self._stop_ids(template) - self._own_stop_ids
         for number in self.engine.run(
             prompts,
             slots=slots,
@@ -163,11 +179,22 @@ class Model:
             emit(number, builder.finish())
             yield number, builder.build(prompts[number])
 
-    def make_builder(self, stops: Sequence[str]) -> AnswerBuilder:
-        """A builder that turns this model's ids into text."""
-        return AnswerBuilder(self.tokenizer, eos_ids=self.config.text.eos_ids, stops=stops)
+    def make_builder(self, template: Template, stop: Sequence[str] = ()) -> AnswerBuilder:
+        """What turns this model's ids into text, to where the template or a string ends it."""
+        return AnswerBuilder(
+            self.tokenizer,
+            stop_ids=self._stop_ids(template) | self._own_stop_ids,
+            stops=(*template.stop_strings, *stop),
+        )
 
-    def _prompt(self, request: Request, template: Template) -> Prompt:
+    def _stop_ids(self, template: Template) -> frozenset[int]:
+        return stop_ids(template, self.tokenizer)
+
+    @property
+    def _own_stop_ids(self) -> frozenset[int]:
+        return frozenset(self.config.text.eos_ids)
+
+    def _prompt(self, request: Request, template: Template, *, allow_urls: bool) -> Prompt:
         """Text to ids with a placeholder for each vision token, images to pixels."""
         images, question = request.images, request.prompt
         if images is None:
@@ -188,7 +215,7 @@ class Model:
             )
         if not request.prompt.replace(IMAGE_MARKER, "").strip():
             raise ValueError("the prompt is empty; ask something")
-        pixels = read_pixels(images, self.image_processor, upright=True)
+        pixels = read_pixels(images, self.image_processor, upright=True, allow_urls=allow_urls)
         return make_prompt(
             render_prompt(question, template=template),
             pixels,

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from stf_jax.data.batch import Batch
+from stf_jax.data.conversation import PromptText
+from stf_jax.data.fetch import URL_SCHEMES, fetch
 from stf_jax.data.images import ImageError, ImageProcessor, ImageSource, load_image
 from stf_jax.data.tokenizer import (
     IGNORED_LABEL,
@@ -51,7 +53,7 @@ class Prompt:
 
 
 def make_prompt(
-    text: str,
+    text: PromptText,
     pixels: np.ndarray | Callable[[], np.ndarray],
     *,
     tokenizer: Tokenizer,
@@ -61,7 +63,7 @@ def make_prompt(
     """`text`, in a template's form, as ids with placeholders for every image.
 
     Args:
-        text: with an `<image>` for each image.
+        text: from `render_prompt`, with an `<image>` for each image.
         pixels: from `read_pixels`, or what calls it when they are needed.
         tokenizer: of the model.
         tokens_per_image: of the model.
@@ -77,6 +79,7 @@ def read_pixels(
     *,
     upright: bool,
     unnamed: str = "the image",
+    allow_urls: bool = False,
 ) -> np.ndarray:
     """What the tower sees of images: float32 [images, size, size, 3].
 
@@ -85,6 +88,7 @@ def read_pixels(
         image_processor: of the model.
         upright: turn a photograph as its owner sees it; LLaVA's own code ignores EXIF.
         unnamed: what errors call an image that is no file.
+        allow_urls: whether an image may be a URL.
 
     Raises:
         ImageError: an image that cannot be used, by its name.
@@ -93,6 +97,8 @@ def read_pixels(
     pixels = np.zeros((len(images), size, size, 3), np.float32)
     for image, out in zip(images, pixels, strict=True):
         name = str(image) if isinstance(image, str | Path) else unnamed
+        if allow_urls and isinstance(image, str) and image.startswith(URL_SCHEMES):
+            image = fetch(image)
         loaded = load_image(image, name=name, apply_orientation=upright)
         try:
             out[...] = image_processor.pixels(loaded)

@@ -1,6 +1,7 @@
 """The command line as a user runs it: the reference's answers, and one clear line for a mistake."""
 
 import dataclasses
+import io
 import json
 import shutil
 import subprocess
@@ -74,7 +75,9 @@ def test_every_option_arrives(
     monkeypatch.setattr("stf_jax.infer.load.load", load)
     options = "--temperature 0.7 --top-p 0.8 --top-k 5 --seed 6 --max-new-tokens 7 --template plain"
     more = "--stop one --stop two --dtype bfloat16 --vision-tower clip --json --image b.png"
-    assert main([*ask("model", "a.png", "Why?"), *options.split(), *more.split()]) == 0
+    assert (
+        main([*ask("model", "a.png", "Why?"), *options.split(), *more.split(), "--allow-urls"]) == 0
+    )
     assert json.loads(capsys.readouterr().out) == dataclasses.asdict(answer)
     assert seen == {
         "path": "model",
@@ -86,7 +89,18 @@ def test_every_option_arrives(
         "template": "plain",
         "stop": ["one", "two"],
         "on_text": None,
+        "allow_urls": True,
     }
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+def test_a_stdout_that_cannot_hold_every_text_is_refused_before_the_model_is_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="latin-1"))
+    more = ["--prompt", "Why?"] if verb == "generate" else []
+    assert main([verb, "no model", *more]) == 1
+    assert "stdout is latin-1, which cannot hold every text; set" in capsys.readouterr().err
 
 
 @pytest.mark.portable

@@ -17,11 +17,11 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from stf_jax.data.builder import BuildReport, build
-from stf_jax.data.conversation import get_template
 from stf_jax.data.dataset import Dataset, DatasetError, Stored
 from stf_jax.data.encoding import encode_conversation
 from stf_jax.data.images import ImageProcessor, load_image
 from stf_jax.data.show import show
+from stf_jax.data.templates import get_template
 from stf_jax.data.tokenizer import Tokenizer
 
 Build = Callable[..., BuildReport]
@@ -90,7 +90,7 @@ def test_processes_write_the_same(corpus: Any, run: Build, tmp_path: Path) -> No
 def test_the_index_holds_the_lengths_of_training(
     corpus: Any, dataset: Path, tokenizer: Tokenizer
 ) -> None:
-    index = Dataset(dataset).index(tokenizer, "v1")
+    index = Dataset(dataset).index(tokenizer, get_template("v1"))
     assert index.ids.tolist() == [entry["id"] for entry in corpus.entries]
     for number, entry in enumerate(corpus.entries):
         count = "".join(turn["value"] for turn in entry["conversations"]).count("<image>")
@@ -120,7 +120,7 @@ def test_unfit_examples_are_skipped_and_counted(
     kept = expected(corpus)
     del kept[14:21], kept[3]
     assert content(tmp_path / "out") == kept
-    assert len(Dataset(tmp_path / "out").index(tokenizer, "v1")) == 52
+    assert len(Dataset(tmp_path / "out").index(tokenizer, get_template("v1"))) == 52
     assert "8 skipped" in report.render()
 
 
@@ -236,12 +236,12 @@ def test_another_template_only_adds_an_index(
     run()
     out = tmp_path / "out"
     with pytest.raises(DatasetError, match=r"no index for template 'plain' .* one for v1"):
-        Dataset(out).index(tokenizer, "plain")
+        Dataset(out).index(tokenizer, get_template("plain"))
     shards = {path: path.stat().st_mtime_ns for path in out.glob("*array_record*")}
     report = run(template="plain")
     assert {path: path.stat().st_mtime_ns for path in out.glob("*array_record*")} == shards
     assert report.check is None
-    index = Dataset(out).index(tokenizer, "plain")
+    index = Dataset(out).index(tokenizer, get_template("plain"))
     captions = [
         isinstance(entry.get("image"), str) and len(entry["conversations"]) == 2
         for entry in corpus.entries
@@ -250,7 +250,10 @@ def test_another_template_only_adds_an_index(
     assert report.unfit_for_index == captions.count(False)
     assert f"{captions.count(False)} examples do not fit" in report.render()
     # Under its other name a template is the same.
-    assert run(template="vicuna_v1").index == Dataset(out).index_path(tokenizer, "v1").name
+    assert (
+        run(template="vicuna_v1").index
+        == Dataset(out).index_path(tokenizer, get_template("v1")).name
+    )
 
 
 def test_nothing_fit_is_an_error(run: Build, tmp_path: Path) -> None:
@@ -302,7 +305,7 @@ def test_show_decodes_an_example_back(
     question = entry["conversations"][2]["value"]
     assert f"[[ {replies[0]}</s>]]USER: {question} ASSISTANT:[[" in shown.render()
     assert shown.number == number
-    index = Dataset(dataset).index(tokenizer, "v1")
+    index = Dataset(dataset).index(tokenizer, get_template("v1"))
     assert shown.tokens == index.tokens(4)[number]
     # The first image, as the tower sees it.
     pixels = image_processor.pixels(load_image(corpus.images / names[0]))

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stf_jax.data.conversation import get_template, render_conversation
+from stf_jax.data.conversation import render_conversation
 from stf_jax.data.forms import FormError, read_form
 from stf_jax.data.sources import read_examples
+from stf_jax.data.templates import get_template
 from stf_jax.data.tokenizer import Tokenizer
 from stf_jax.data.validator import CheckReport, check
 

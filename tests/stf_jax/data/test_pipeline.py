@@ -17,11 +17,11 @@ import pytest
 
 from stf_jax.data.batch import Batch
 from stf_jax.data.config import DataConfig, DatasetSource
-from stf_jax.data.conversation import get_template
 from stf_jax.data.dataset import DatasetError
 from stf_jax.data.encoding import encode_conversation, expand_conversation
 from stf_jax.data.images import ImageProcessor, load_image
 from stf_jax.data.pipeline import TrainingStep
+from stf_jax.data.templates import get_template
 from stf_jax.data.tokenizer import Tokenizer
 from tests.stf_jax.data.steps import K, Make, ids_of
 

@@ -13,9 +13,9 @@ import pytest
 
 from stf_jax.data.builder import build
 from stf_jax.data.config import DatasetSource
-from stf_jax.data.conversation import get_template
 from stf_jax.data.dataset import Dataset, DatasetError, write_shard
 from stf_jax.data.encoding import encode_conversation, expand_conversation
+from stf_jax.data.templates import get_template
 from stf_jax.data.tokenizer import Tokenizer
 from tests.stf_jax.data.steps import K, Make, ids_of
 

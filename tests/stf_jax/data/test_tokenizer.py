@@ -10,11 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-import tokenizers
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers
 
 from stf_jax.data.detokenizer import StreamDecoder
 from stf_jax.data.tokenizer import (
@@ -24,6 +22,7 @@ from stf_jax.data.tokenizer import (
     expand_images,
     load_tokenizer,
 )
+from tests.stf_jax.data.byte_level import write_byte_level
 
 SPECIALS = {"<unk>": 0, "<s>": 1, "</s>": 2}
 SPLIT_SPECIALS = re.compile("(<unk>|<s>|</s>)")
@@ -169,6 +168,28 @@ def test_prompts_match_the_reference(reference: Path) -> None:
         assert ids.tolist() == expected["input_ids"], name
 
 
+@settings(deadline=None)
+@given(before=texts, typed=texts, after=texts)
+def test_special_tokens_that_are_typed_are_text(
+    reference: Path, before: str, typed: str, after: str
+) -> None:
+    directory = reference / "llava-stf"
+    start, end = len(before), len(before) + len(typed)
+    found = loaded(directory).encode(f"{before}{typed}{after}", typed=[(start, end)])
+    # Sentencepiece itself has no text for a special token: it takes its characters.
+    parts = [*SPLIT_SPECIALS.split(before), *SPLIT_SPECIALS.split(after)]
+    middle = len(SPLIT_SPECIALS.split(before)) - 1
+    parts[middle : middle + 2] = [f"{parts[middle]}{typed}{parts[middle + 1]}"]
+    expected: list[int] = []
+    for number, part in enumerate(parts):
+        if number != middle and part in SPECIALS:
+            expected.append(SPECIALS[part])
+        elif part:
+            mark = "" if expected or any(parts[:number]) else "▁"
+            expected += model(directory).encode(mark + part.replace("▁", " "))
+    assert found == expected
+
+
 @pytest.mark.parametrize(
     ("text", "images"), [("<image>", 1), ("<image><image>a", 2), ("a<image>", 1), ("", 0)]
 )
@@ -215,22 +236,8 @@ def test_missing_and_damaged_tokenizers_are_named(directory: Path, tmp_path: Pat
         load_tokenizer(tmp_path)
 
 
-def byte_level(target: Path) -> Path:
-    """A tokenizer of the GPT-2 kind: one token for each byte, no BOS, no word-start mark."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(
-        models.BPE(vocab={symbol: at for at, symbol in enumerate(alphabet)}, merges=[])
-    )
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|end|>"
-    ).save_pretrained(target)
-    return target
-
-
 def test_a_byte_level_tokenizer_is_read_as_it_stands(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(byte_level(tmp_path))
+    tokenizer = load_tokenizer(write_byte_level(tmp_path))
     text = " né 停"
     assert (tokenizer.bos_id, tokenizer.marks_start) == (None, False)
     assert tokenizer.model_max_length is None
@@ -243,7 +250,7 @@ def test_a_byte_level_tokenizer_is_read_as_it_stands(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_without_end_is_refused(tmp_path: Path) -> None:
-    byte_level(tmp_path)
+    write_byte_level(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
     del config["eos_token"]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -296,5 +303,5 @@ def test_streamed_bytes_are_the_whole_text(
 ) -> None:
     directory = tmp_path_factory.getbasetemp() / "byte_level"
     if not directory.exists():
-        byte_level(directory)
+        write_byte_level(directory)
     assert "".join(stream(loaded(directory), ids)) == loaded(directory).backend.decode(ids)

@@ -182,7 +182,8 @@ def torch_answers(folder: Path, questions: list[HeldOut], folder_of_images: Path
     from safetensors.torch import load_file
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-    from stf_jax.data.conversation import get_template, render_prompt
+    from stf_jax.data.conversation import render_prompt
+    from stf_jax.data.templates import get_template
     from stf_jax.data.tokenizer import IMAGE_TOKEN_ID, encode_prompt, load_tokenizer
     from stf_jax.demo.evaluation import LONGEST_ANSWER
 

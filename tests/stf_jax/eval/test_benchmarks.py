@@ -235,6 +235,21 @@ def test_mmbench_questions(data: Path) -> None:
     assert questions("mmbench-cn", data)[0].prompt.endswith("\nB. dog\n请直接回答选项字母。")
 
 
+def test_mmbench_rows_may_name_the_row_that_has_their_image(data: Path) -> None:
+    expected = questions("mmbench", data)
+    rows = mmbench_rows()
+    path = data / "mmbench" / "mmbench_dev_20230712.tsv"
+    rows[2]["image"] = "5"
+    write_tsv(path, rows)
+    assert questions("mmbench", data) == expected
+    for pointer in ("9", "1000005"):
+        rows[2]["image"] = pointer
+        write_tsv(path, rows)
+        message = f"image of index 1000005 is that of index {pointer}, which has none itself"
+        with pytest.raises(ValueError, match=message):
+            questions("mmbench", data)
+
+
 def test_mmbench_scores(data: Path) -> None:
     result = run("mmbench", data, {5: "A", 8: "C. =sea", 1000005: "A. dog"})
     assert result.score.figures == {

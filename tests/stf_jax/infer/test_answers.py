@@ -16,7 +16,7 @@ def tokenizer(reference: Path) -> Tokenizer:
 
 
 def builder(tokenizer: Tokenizer, *stops: str) -> AnswerBuilder:
-    return AnswerBuilder(tokenizer, eos_ids=(2,), stops=stops)
+    return AnswerBuilder(tokenizer, stop_ids=(2,), stops=stops)
 
 
 @pytest.mark.parametrize("pieces", [1, 100])

@@ -10,8 +10,9 @@ import pytest
 
 import stf_jax
 from stf_jax.cli.chat import add_chat
-from stf_jax.data.conversation import get_template, render_prompt
+from stf_jax.data.conversation import render_prompt
 from stf_jax.data.images import ImageError, load_image
+from stf_jax.data.templates import get_template
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID, encode_prompt, expand_images
 from stf_jax.infer.chat import Chat
 from stf_jax.infer.prompts import Prompt

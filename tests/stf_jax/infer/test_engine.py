@@ -245,9 +245,9 @@ def test_the_cache_is_no_longer_than_the_context(monkeypatch: pytest.MonkeyPatch
 
 def test_prompt_too_long(engine: Engine) -> None:
     with pytest.raises(
-        ValueError, match="a prompt of 120 tokens, images included, leaves no room"
+        ValueError, match="prompt 2, 4 of 4, of 120, 121 tokens, images included, leaves no room"
     ) as e:
-        answers(engine, [prompt(5), prompt(CONTEXT)])
+        answers(engine, [prompt(5), prompt(CONTEXT), prompt(5), prompt(CONTEXT + 1)])
     assert "context of 120; shorten it or give fewer images" in str(e.value)
     assert len(answers(engine, [prompt(CONTEXT - 1)])[0]) <= 2
 

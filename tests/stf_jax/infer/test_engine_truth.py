@@ -14,8 +14,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import stf_jax
-from stf_jax.data.conversation import get_template, render_prompt
+from stf_jax.data.conversation import render_prompt
 from stf_jax.data.images import load_image
+from stf_jax.data.templates import get_template
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID, encode_prompt, expand_images
 from stf_jax.infer import engine as engine_module
 from stf_jax.infer import prompts as prompts_module

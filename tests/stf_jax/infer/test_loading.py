@@ -75,12 +75,15 @@ def test_generation_config_says_what_ends_an_answer(
     (whole,) = stf_jax.load(source).generate([request], max_new_tokens=8)
     last = whole.token_ids[4]
     assert last not in whole.token_ids[:4]
-    edit(source / "generation_config.json", eos_token_id=[2, last])
+    edit(source / "generation_config.json", eos_token_id=last)
     model = source
     if native:
         model = tmp_path / "native"
         import_checkpoint(source, model)
-    (answer,) = stf_jax.load(model).generate([request], max_new_tokens=8)
+    loaded = stf_jax.load(model)
+    # And the tokenizer's own end, which training teaches.
+    assert loaded.config.text.eos_ids == (last, 2)
+    (answer,) = loaded.generate([request], max_new_tokens=8)
     assert answer.token_ids == whole.token_ids[:5]
     assert answer.finish_reason == "stop"
 

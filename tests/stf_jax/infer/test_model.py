@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 import stf_jax
+from stf_jax.data.fit import fit_template
 from stf_jax.data.images import ImageError
+from stf_jax.infer import prompts
 from stf_jax.infer.model import Model, Request
 from stf_jax.util.errors import CheckpointError
 
@@ -65,3 +67,45 @@ def test_no_images_is_none(model: Model) -> None:
 def test_a_list_of_something_else(one: object, model: Model) -> None:
     with pytest.raises(TypeError, match=rf"list of Request, not of {type(one).__name__}: write"):
         model.generate([Request(prompt="What?"), one])
+
+
+def test_the_request_that_is_wrong_is_named(model: Model) -> None:
+    right = Request(prompt="What?")
+    with pytest.raises(ValueError, match=r"^request 2 of 3: the prompt is empty; ask something$"):
+        model.generate([right, Request(prompt=" "), right])
+    with pytest.raises(ImageError, match=r"^request 3 of 3: photo.jpg: no such file"):
+        model.generate([right, right, Request(prompt="What?", images="photo.jpg")])
+
+
+def test_a_url_is_fetched_only_where_that_is_allowed(
+    model: Model, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, url = reference / "images" / "0.png", "https://example.org/0.png"
+    monkeypatch.setattr(prompts, "fetch", {url: path.read_bytes()}.__getitem__)
+    asked = Request(prompt="What?", images=url)
+    with pytest.raises(ImageError, match=r"0.png: .*allow URLs where it may be fetched"):
+        answer(model, asked)
+    expected = answer(model, Request(prompt="What?", images=path))
+    assert answer(model, asked, allow_urls=True) == expected
+    chat = stf_jax.Chat(model, max_new_tokens=8)
+    with pytest.raises(ImageError, match="allow URLs"):
+        chat.show(url)
+    allowed = stf_jax.Chat(model, max_new_tokens=8, allow_urls=True)
+    allowed.show(url)
+    assert "".join(allowed.ask("What?")).strip() == expected
+
+
+def test_a_template_that_does_not_fit_the_tokenizer_is_refused(model: Model) -> None:
+    with pytest.raises(ValueError, match=r"template 'llama_3' needs .*; choose one of"):
+        answer(model, Request(prompt="What?"), template="llama_3")
+    with pytest.raises(ValueError, match=r"template 'llama_3' needs .*; choose one of"):
+        stf_jax.Chat(model, template="llama_3")
+
+
+def test_a_special_token_that_somebody_types_is_text(model: Model) -> None:
+    """The end of text in a question would end it for the model."""
+    asked = model._prompt(
+        Request(prompt="Is </s> a tag?"), fit_template("v1", model.tokenizer), allow_urls=False
+    )
+    assert model.tokenizer.eos_id not in asked.ids.tolist()
+    assert "Is </s> a tag?" in model.tokenizer.decode(asked.ids)

@@ -1,0 +1,67 @@
+"""Whether a template fits a tokenizer, and where a reply ends for the two together.
+
+A model stops only where it has learnt to: every reply that it is trained on must end in a token at
+which generation stops. A template whose end of text is no token of the tokenizer would be learnt
+as ordinary characters, and the model would talk on.
+"""
+
+from dataclasses import replace
+
+from stf_jax.data.templates import BEGIN, END, TEMPLATES, Template, get_template
+from stf_jax.data.tokenizer import Tokenizer
+
+
+def fit_template(name: str, tokenizer: Tokenizer) -> Template:
+    """The template of that name as a tokenizer spells it.
+
+    `<s>` and `</s>` become the tokenizer's own beginning and end of text. `v0` and `plain` end a
+    reply in text, at which generation stops too.
+
+    Raises:
+      ValueError: an unknown template, or one with special tokens that this tokenizer does not have;
+        names those that fit.
+    """
+    template = get_template(name)
+    if problem := _misfit(template, tokenizer):
+        fitting = [one for one in sorted(TEMPLATES) if not _misfit(get_template(one), tokenizer)]
+        raise ValueError(
+            f"template {name!r} {problem}, so that no model would learn where a reply ends; "
+            f"choose one of {', '.join(fitting)}"
+        )
+    return _spell(template, tokenizer)
+
+
+def stop_ids(template: Template, tokenizer: Tokenizer) -> frozenset[int]:
+    """Tokens that end a reply: the tokenizer's own end of text, and the template's.
+
+    Args:
+      template: from `fit_template`.
+      tokenizer: the same.
+    """
+    return frozenset({tokenizer.eos_id, *_last_token(template, tokenizer)})
+
+
+def _spell(template: Template, tokenizer: Tokenizer) -> Template:
+    def spell(token: int | None) -> str:
+        return "" if token is None else tokenizer.backend.id_to_token(token) or ""
+
+    return replace(
+        template,
+        reply_end=template.reply_end.replace(END, spell(tokenizer.eos_id)),
+        before_question=template.before_question.replace(BEGIN, spell(tokenizer.bos_id)),
+    )
+
+
+def _misfit(template: Template, tokenizer: Tokenizer) -> str | None:
+    missing = [marker for marker in template.markers if not tokenizer.is_special(marker)]
+    if missing:
+        return f"needs {', '.join(missing)}, of which this tokenizer makes ordinary text"
+    spelled = _spell(template, tokenizer)
+    if not (spelled.stop_strings or _last_token(spelled, tokenizer)):
+        return f"ends a reply in {spelled.reply_end!r}, which is no special token of this tokenizer"
+    return None
+
+
+def _last_token(template: Template, tokenizer: Tokenizer) -> set[int]:
+    """The special token in which a reply ends; empty where it ends in text."""
+    return {*tokenizer.encode(f"a{template.reply_end}")[-1:]} & tokenizer.special_ids
