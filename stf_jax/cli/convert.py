@@ -18,20 +18,42 @@ def add_convert(verbs: Verbs) -> None:
         "source",
         metavar="SRC",
         type=path,
-        help="LLaVA-STF, LLaVA-1.5, HF Llava, LLaMA, "
-        "or a stage-1 adapter; a directory, for an adapter also the file",
+        help="LLaVA-STF, LLaVA-1.5, HF Llava, LLaMA, a stage-1 adapter or a LoRA adapter; "
+        "a directory, for a stage-1 adapter also the file",
     )
     parser.add_argument("out", metavar="OUT", type=path, help="the new directory")
     parser.add_argument(
         "--vision-tower", metavar="DIR", type=path, help="CLIP, where SRC has none inside"
     )
     parser.add_argument(
-        "--base", metavar="DIR", type=path, help="the language model under an adapter"
+        "--base", metavar="DIR", type=path, help="the model that an adapter was trained on"
     )
     parser.add_argument(
         "--system",
         metavar="NAME",
         help="what a language model alone gets, with random weights (stf)",
+    )
+    parser.add_argument(
+        "--taps",
+        metavar="N,N",
+        type=_numbers,
+        help="the tower's hidden states that this system reads, the last first (of 12 layers, "
+        "stf reads 11,9,6,3)",
+    )
+    parser.add_argument(
+        "--window", metavar="N", type=int, help="side of the square of patches that is a token (2)"
+    )
+    parser.add_argument(
+        "--mbtf-width",
+        metavar="N",
+        type=int,
+        help="between the two layers that mix the taps (4 times the tower's)",
+    )
+    parser.add_argument(
+        "--projector-width",
+        metavar="N",
+        type=int,
+        help="between the two layers of the projector (as published)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of these random weights (0)")
     parser.add_argument("--dtype", choices=FLOATS, help="of every weight (as they are)")
@@ -51,9 +73,10 @@ def add_convert(verbs: Verbs) -> None:
     parser.add_argument(
         "--layout",
         required=True,
-        choices=("llava-stf", "llava", "hf", "adapter", "native"),
+        choices=("llava-stf", "llava", "hf", "adapter", "lora", "native"),
         help="llava-stf takes models with MBTF, llava all others; "
-        "hf is LLaVA-1.5 for transformers, adapter mm_projector.bin alone; "
+        "hf is LLaVA-1.5 for transformers, adapter mm_projector.bin alone, lora the adapter of a "
+        "LoRA run as LLaVA and PEFT read it; "
         "native makes one checkpoint of a run and what it began with",
     )
     parser.add_argument("--dtype", choices=FLOATS, help="of every weight (as it came)")
@@ -75,7 +98,7 @@ def add_convert(verbs: Verbs) -> None:
         "--vision-tower", metavar="DIR", type=path, help="CLIP, where SRC has none inside"
     )
     parser.add_argument(
-        "--base", metavar="DIR", type=path, help="the language model under an adapter"
+        "--base", metavar="DIR", type=path, help="the model that an adapter was trained on"
     )
     parser.add_argument(
         "--verify",
@@ -91,7 +114,12 @@ def _import(options: argparse.Namespace) -> None:
     from stf_jax.data.processors import unusable
     from stf_jax.store.checkpoint import extra_files
 
-    import_checkpoint(**_arguments(options))
+    arguments = _arguments(options)
+    width = arguments.pop("mbtf_width")
+    fields = {name: arguments.pop(name) for name in ("taps", "window", "projector_width")}
+    fields["mbtf"] = None if width is None else {"mlp_width": width}
+    given = {name: value for name, value in fields.items() if value is not None}
+    import_checkpoint(fields=given, **arguments)
     out = epath.Path(options.out)
     for problem in unusable(out / "hf", extra_files(out)):
         sys.stderr.write(f"warning: no answers without this: {problem}\n")
@@ -109,6 +137,16 @@ def _inspect(options: argparse.Namespace) -> int:
     report = inspect_checkpoint(**_arguments(options))
     sys.stdout.write(f"{report}\n")
     return 0 if report.problem is None else 1
+
+
+def _numbers(text: str) -> list[int]:
+    """The type of whole numbers with commas between them."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of whole numbers, such as 11,9,6,3"
+        ) from None
 
 
 def _arguments(options: argparse.Namespace) -> dict[str, Any]:

@@ -35,6 +35,15 @@ SAFETENSORS: dict[str, DType] = {
 }
 SAFETENSORS_NAMES: dict[DType, str] = {dtype: name for name, dtype in SAFETENSORS.items()}
 
+# Without its sign, a value whose bits are below those of infinity is finite.
+_INFINITIES: dict[DType, tuple[Any, int]] = {
+    FLOATS["float32"]: (np.uint32, 0x7F800000),
+    FLOATS["float16"]: (np.uint16, 0x7C00),
+    FLOATS["bfloat16"]: (np.uint16, 0x7F80),
+}
+_MAGNITUDE = {np.uint32: np.uint32(0x7FFFFFFF), np.uint16: np.uint16(0x7FFF)}
+_BLOCK = 2**16
+
 
 def is_float(dtype: DType) -> bool:
     """Whether weights may have this dtype; the others are buffers or quantized weights."""
@@ -45,6 +54,30 @@ def common(dtypes: set[DType]) -> DType:
     """The smallest of the float dtypes that holds every value of the given ones."""
     (first, *rest) = dtypes
     return FLOATS["float32"] if rest else first
+
+
+def check_finite(array: Array, *, name: str) -> None:
+    """Refuses weights of which some are NaN or infinite; a buffer of another dtype may be anything.
+
+    Raises:
+        CheckpointError: names them, with how many there are.
+    """
+    if array.dtype not in _INFINITIES:
+        return
+    bits, infinity = _INFINITIES[array.dtype]
+    values = np.ascontiguousarray(array).reshape(-1).view(bits)
+    # In blocks that stay in the cache: a few times as fast as numpy's isfinite.
+    for start in range(0, values.size, _BLOCK):
+        if (values[start : start + _BLOCK] & _MAGNITUDE[bits]).max() >= infinity:
+            break
+    else:
+        return
+    nans = int(np.isnan(array).sum())
+    others = int(np.isinf(array).sum())
+    raise CheckpointError(
+        f"{name} holds {nans} NaN and {others} infinite of {array.size} values: the training "
+        "diverged or the file is damaged; take an earlier checkpoint, or download it again"
+    )
 
 
 def cast(array: Array, dtype: DType, *, name: str) -> Array:

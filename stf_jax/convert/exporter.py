@@ -13,11 +13,12 @@ from typing import Any, get_args
 
 from etils import epath
 
-from stf_jax.convert.dtypes import FLOATS, Array, DType, FloatName, cast
+from stf_jax.convert.dtypes import FLOATS, Array, DType, FloatName, cast, check_finite
 from stf_jax.convert.layouts import ExportLayout, PublishedLayout, published_name
+from stf_jax.convert.lora_exporter import check_trained, write_lora
 from stf_jax.convert.mapping import carried_shapes, connector_entries, is_buffer, table
 from stf_jax.convert.processor import IMAGE_TOKEN, PAD_TOKEN, ImageTokens
-from stf_jax.convert.readers import read_json
+from stf_jax.convert.readers import BESIDE_LORA, read_json
 from stf_jax.convert.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorInfo
 from stf_jax.convert.sidecars import hf_sidecars, language_keys, llava_sidecars
 from stf_jax.convert.source import THREADS
@@ -96,9 +97,10 @@ def export_checkpoint(
         source: A native checkpoint, or the directory of a run of `stf-jax train`.
         out: The new directory; it appears under this name only when it is complete.
         layout: "llava-stf" or "llava" (the vision tower inside), "hf" (for
-            `transformers.LlavaForConditionalGeneration`), or "adapter" (`mm_projector.bin`, what
-            lies between tower and language model; needs PyTorch); or "native", which makes one
-            checkpoint of a run and the models that it began with.
+            `transformers.LlavaForConditionalGeneration`), "adapter" (`mm_projector.bin`, what lies
+            between tower and language model; needs PyTorch), or "lora" (the adapter of a LoRA run
+            and its connector, as LLaVA and PEFT read them; needs PyTorch); or "native", which makes
+            one checkpoint of a run and the models that it began with.
         dtype: The dtype of every weight; None gives back the one it came in.
         vocabulary: Rows of the embedding, at least as many as there are tokens; None gives back as
             many as came, and for "hf" as many more as the image and padding tokens need.
@@ -121,6 +123,7 @@ def export_checkpoint(
         _write_native(native.checkpoint, out, None if dtype is None else FLOATS[dtype])
         return
     _check_layout(native.config.system, layout)
+    check_trained(native.checkpoint, layout, whole=native.config.system.layout)
     known = _known_tokens(native)
     tokens = _image_tokens(native, layout, known)
     rows = _rows(native, tokens) if vocabulary is None else vocabulary
@@ -128,13 +131,18 @@ def export_checkpoint(
         raise CheckpointError(
             f"vocabulary is {rows}, which would cut tokens off; give {least} or more"
         )
-    plan = _plan(native, layout, rows, None if dtype is None else FLOATS[dtype])
-    sidecars = _sidecars(native, layout, rows, tokens, dtype)
-    if layout == "adapter":
-        import_torch("to write mm_projector.bin")
+    cast_to = None if dtype is None else FLOATS[dtype]
+    spelling: PublishedLayout = "adapter" if layout == "lora" else layout
+    plan = _plan(native, spelling, rows, cast_to)
+    sidecars = _sidecars(native, spelling, rows, tokens, dtype)
+    if spelling == "adapter":
+        import_torch(f"to write {'mm_projector.bin' if layout == 'adapter' else BESIDE_LORA}")
     with new_directory(out) as unfinished:
-        if layout == "adapter":
-            _write_adapter(native, plan, unfinished)
+        if layout == "lora":
+            connector = _read_connector(native, plan)
+            write_lora(native.checkpoint, connector, unfinished, dtype=cast_to)
+        elif layout == "adapter":
+            write_torch(unfinished / "mm_projector.bin", _read_connector(native, plan))
         elif "://" in os.fspath(unfinished):
             # Shards are filled in the order of the parameters, which takes a local file.
             with tempfile.TemporaryDirectory() as folder:
@@ -168,7 +176,7 @@ def _check_layout(system: System, layout: str) -> None:
             "transformers' Llava has one projector over every vision token of a layer, and no "
             f"place for this system ({system.describe()}); use --layout {right}"
         )
-    if layout not in ("hf", "adapter", right):
+    if layout not in ("hf", "adapter", "lora", right):
         raise CheckpointError(f"this model is of layout {right}; use --layout {right}")
 
 
@@ -288,13 +296,15 @@ def _write_native(source: NativeCheckpoint, out: epath.PathLike, dtype: DType | 
 
 
 def _read(source: NativeCheckpoint, name: str, dtype: DType) -> Array:
-    return cast(source.read(name), dtype, name=name)
+    array = source.read(name)
+    check_finite(array, name=name)
+    return cast(array, dtype, name=name)
 
 
-def _write_adapter(native: Native, plan: _Plan, directory: epath.Path) -> None:
+def _read_connector(native: Native, plan: _Plan) -> dict[str, Array]:
     tensors: dict[str, Array] = {}
     _each_tensor(native, plan, "adapter", tensors.__setitem__)
-    write_torch(directory / "mm_projector.bin", {name: tensors[name] for name in plan.infos})
+    return {name: tensors[name] for name in plan.infos}
 
 
 def _write_shards(
@@ -340,6 +350,7 @@ def _each_tensor(
     def convert(entry: Entry, name: str, array: Array) -> None:
         theirs = published_name(name, layout)
         tensor = entry.transform.torch(array)
+        check_finite(tensor, name=theirs)
         put(theirs, cast(tensor, plan.infos[theirs].dtype, name=theirs))
 
     total = sum(info.nbytes for info in plan.infos.values())

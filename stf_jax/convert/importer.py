@@ -1,7 +1,8 @@
 """PyTorch -> native."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from etils import epath
 
@@ -22,6 +23,7 @@ def import_checkpoint(
     vision_tower: epath.PathLike | None = None,
     base: epath.PathLike | None = None,
     system: str | System | None = None,
+    fields: Mapping[str, Any] | None = None,
     seed: int = 0,
     dtype: FloatName | None = None,
     vocabulary_multiple: int = 1,
@@ -42,6 +44,7 @@ def import_checkpoint(
         vision_tower=vision_tower,
         base=base,
         system=system,
+        fields=fields,
         seed=seed,
         dtype=dtype,
         vocabulary_multiple=vocabulary_multiple,

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
 from stf_jax.convert.hf_config import section
 from stf_jax.convert.mapping import connector_entries
@@ -30,7 +31,6 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
     "mm_vision_select_feature": ("patch",),
     "mm_patch_merge_type": ("flat",),
     "mm_use_im_start_end": (False,),
-    "mm_use_im_patch_token": (False,),
     "projector_hidden_act": ("gelu",),
     "multimodal_projector_bias": (True,),
     "vision_feature_select_strategy": ("default",),
@@ -73,6 +73,44 @@ def infer_system(shapes: Shapes, hf: Mapping[str, Any], vision: VisionConfig) ->
             f"{key} in config.json does not fit: {error}; an example: "
             f'"{KEY}": {{"name": "average", "taps": [3], "window": 2}}'
         ) from error
+
+
+def new_system(
+    system: str | System | None,
+    fields: Mapping[str, Any] | None,
+    *,
+    vision: VisionConfig,
+    text: TextConfig,
+) -> System:
+    """The system that a language model gets.
+
+    Args:
+        system: a name, with the published proportions for this tower and language model; a system;
+            None is "stf".
+        fields: those that are to be otherwise.
+        vision: the tower.
+        text: the language model.
+
+    Raises:
+        ValueError: no such system or field, or a value that does not fit.
+    """
+    if not isinstance(system, System):
+        system = get_system(system or "stf").for_model(vision=vision, text=text)
+    if not fields:
+        return system
+    proposed = system.to_dict()
+    if unknown := fields.keys() - proposed.keys():
+        raise ValueError(
+            f"system {system.name} has no {', '.join(sorted(unknown))}; it has "
+            + ", ".join(sorted(proposed.keys() - {"name"}))
+        )
+    return system_from_dict({"name": system.name, **_merge(proposed, fields)})
+
+
+def name_fields(fields: Mapping[str, Any]) -> list[str]:
+    """The options of `stf-jax convert import` that give these fields."""
+    names = {"mbtf": "mbtf-width"}
+    return [f"--{names.get(name, name).replace('_', '-')}" for name in fields]
 
 
 def system_keys(config: LlavaConfig) -> dict[str, Any]:

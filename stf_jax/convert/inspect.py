@@ -72,6 +72,7 @@ _KINDS = {
     "llama": "language model alone (PyTorch)",
     "clip": "vision tower alone (PyTorch)",
     "adapter": "stage-1 adapter (PyTorch)",
+    "lora": "LoRA adapter (PyTorch)",
 }
 
 

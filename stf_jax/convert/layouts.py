@@ -1,14 +1,15 @@
 """How each published layout spells the canonical names of `stf_jax.convert.mapping`."""
 
+import re
 from collections.abc import Iterable
 from typing import Literal
 
 from stf_jax.systems import connector_prefixes
 
 # What a directory of PyTorch weights can be; the first three are whole models.
-Layout = Literal["llava-stf", "llava", "hf", "llama", "clip", "adapter"]
+Layout = Literal["llava-stf", "llava", "hf", "llama", "clip", "adapter", "lora"]
 PublishedLayout = Literal["llava-stf", "llava", "hf", "adapter"]
-ExportLayout = Literal[PublishedLayout, "native"]
+ExportLayout = Literal[PublishedLayout, "lora", "native"]
 
 # What lies between tower and language model, of every system.
 _CONNECTOR = tuple((f"model.{prefix}", prefix) for prefix in connector_prefixes())
@@ -53,10 +54,21 @@ _PREFIXES: dict[Layout, tuple[tuple[str, str], ...]] = {
         ("post_layernorm.", "vision_model.post_layernorm."),
     ),
     "adapter": _CONNECTOR,
+    # Its names are those of the model that it adapts; see `stf_jax.convert.lora`.
+    "lora": (),
 }
 
 # The rest of a whole CLIP: its text tower has no place in a LLaVA.
 _CLIP_TEXT = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+
+# What PyTorch's wrappers add to names: DistributedDataParallel, torch.compile, FSDP.
+_WRAPPERS = re.compile(
+    r"^(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+"
+    r"|(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+
+# What PEFT puts in front of the names of the model that it adapts.
+PEFT = "base_model.model."
 
 
 def recognize(names: Iterable[str]) -> Layout | None:
@@ -66,6 +78,8 @@ def recognize(names: Iterable[str]) -> Layout | None:
     def any_has(part: str) -> bool:
         return any(part in name for name in names)
 
+    if any_has(".lora_") or any(unwrap(name).startswith(PEFT) for name in names):
+        return "lora"
     if any_has("multi_modal_projector."):
         return "hf"
     language = any_has("model.layers.") or any_has("model.embed_tokens.")
@@ -82,8 +96,14 @@ def recognize(names: Iterable[str]) -> Layout | None:
     return "clip" if any_has("embeddings.class_embedding") else None
 
 
+def unwrap(name: str) -> str:
+    """A tensor's name without what a wrapper round the model has added to it."""
+    return _WRAPPERS.sub("", name)
+
+
 def canonical(name: str, layout: Layout) -> str | None:
     """The canonical name of a published one; None if the layout does not know it."""
+    name = unwrap(name)
     for published, ours in _PREFIXES[layout]:
         if name.startswith(published):
             return ours + name.removeprefix(published)
@@ -100,4 +120,4 @@ def published_name(name: str, layout: Layout) -> str:
 
 def is_ignored(name: str, layout: Layout) -> bool:
     """Whether a tensor belongs to the layout but not to a LLaVA."""
-    return layout == "clip" and name.startswith(_CLIP_TEXT)
+    return layout == "clip" and unwrap(name).startswith(_CLIP_TEXT)

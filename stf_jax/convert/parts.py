@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 
 from stf_jax.convert.dtypes import Array, DType
+from stf_jax.convert.foreign import describe_names, refuse_family, refuse_tensors
 from stf_jax.convert.layouts import Layout, canonical, is_ignored, recognize
 from stf_jax.convert.mapping import TOWER
 from stf_jax.convert.readers import Tensors, open_tensors, read_json
@@ -31,7 +32,7 @@ class Tensor:
         return self.file.infos[self.name]
 
     def read(self) -> Array:
-        """Its values."""
+        """Its values; of an adapted weight in float32, whatever its dtype."""
         return self.file.read(self.name)
 
 
@@ -42,7 +43,7 @@ class Part:
     path: epath.Path
     layout: Layout
     hf: Mapping[str, Any]  # config.json, empty where there is none
-    tensors: Mapping[str, Tensor]  # by canonical name
+    tensors: Mapping[str, Tensor]  # by canonical name; of a LoRA adapter, by the published one
     unknown: tuple[str, ...]  # published names that the layout does not have
 
     @property
@@ -82,20 +83,25 @@ def open_part(path: epath.PathLike) -> Part:
             f"{path} is a native checkpoint; a PyTorch one is expected here. "
             "`stf-jax convert export` makes one"
         )
-    file = open_tensors(path)
     config = path / "config.json"
     hf = read_json(config) if path.is_dir() and config.exists() else {}
+    refuse_family(path, hf)
+    file = open_tensors(path)
+    refuse_tensors(path, file.infos, hf)
     layout = recognize(file.infos)
     if layout is None:
         kind = f"model_type {hf['model_type']!r}" if "model_type" in hf else "unknown tensor names"
+        known = describe_names(file.infos)
         raise CheckpointError(
-            f"{path} is no CLIP, LLaMA or LLaVA checkpoint ({kind}); stf_jax reads only those"
+            f"{path} {known}"
+            if known
+            else f"{path} is no CLIP, LLaMA or LLaVA checkpoint ({kind}); stf_jax reads only those"
         )
     tensors, unknown = {}, []
     for name in file.infos:
         if is_ignored(name, layout):
             continue
-        ours = canonical(name, layout)
+        ours = name if layout == "lora" else canonical(name, layout)
         if ours is None or ours in tensors:
             unknown.append(name)
         else:

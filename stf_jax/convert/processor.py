@@ -90,7 +90,10 @@ def processor_files(
         "do_normalize": True,
         "image_mean": _MEAN,
         "image_std": _STD,
-        **_read(files, "preprocessor_config.json"),
+        **(
+            _read(files, "processor_config.json").get("image_processor")
+            or _read(files, "preprocessor_config.json")
+        ),
         "processor_class": "LlavaProcessor",
     }
     added = {

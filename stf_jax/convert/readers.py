@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping
 from typing import Protocol
 
 from etils import epath
 
 from stf_jax.convert.dtypes import Array
+from stf_jax.convert.foreign import refuse_directory, refuse_file
 from stf_jax.convert.safetensors_file import SafetensorsFile, TensorInfo
 from stf_jax.convert.torch_file import TorchFile
 from stf_jax.util import files
@@ -51,10 +53,18 @@ class Shards:
 # In the order in which transformers looks for them.
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 ADAPTERS = ("mm_projector.safetensors", "mm_projector.bin")
+# A LoRA adapter: PEFT's two files, and what LLaVA trained beside it.
+LORA_CONFIG = "adapter_config.json"
+LORA = ("adapter_model.safetensors", "adapter_model.bin")
+BESIDE_LORA = "non_lora_trainables.bin"
+
+_SHARD = re.compile(r".*-\d+-of-\d+\.(safetensors|bin)")
 
 
 def open_tensors(path: epath.Path) -> Tensors:
     """Opens a directory of weights, or a single file of them.
+
+    Of a directory that holds a LoRA adapter, the adapter alone.
 
     Raises:
         CheckpointError: no weights, or weights that are not whole: all problems in one message.
@@ -62,12 +72,30 @@ def open_tensors(path: epath.Path) -> Tensors:
     if not path.exists():
         raise missing(path)
     if path.is_file():
-        return _open_file(path)
+        return open_file(path)
+    lora = [name for name in LORA if (path / name).exists()]
     for name in _WHOLE:
-        if (path / f"{name}.index.json").exists():
-            return _open_shards(path / f"{name}.index.json")
+        index = path / f"{name}.index.json"
+        if lora and (index.exists() or (path / name).exists()):
+            raise CheckpointError(
+                f"{path} holds a whole model ({name}) and a LoRA adapter ({lora[0]}); move one of "
+                "them to another directory"
+            )
+        if index.exists():
+            return _open_shards(index)
         if (path / name).exists():
-            return _open_file(path / name)
+            return open_file(path / name)
+    weights = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".bin"))
+    if shards := [name for name in weights if _SHARD.fullmatch(name)]:
+        raise _no_index(path, shards[0])
+    if lora:
+        return open_file(path / lora[0])
+    for name in (LORA_CONFIG, BESIDE_LORA):
+        if (path / name).exists():
+            raise CheckpointError(
+                f"{path} holds {name} of a LoRA adapter but no {LORA[0]} or .bin; download or copy "
+                "it, too"
+            )
     for name in ADAPTERS:
         if (path / name).exists():
             inside = sorted(p.name for p in path.iterdir() if (p / "config.json").is_file())
@@ -77,17 +105,28 @@ def open_tensors(path: epath.Path) -> Tensors:
                     f"{path} holds several checkpoints; name one of them: "
                     + ", ".join([name, *inside])
                 )
-            return _open_file(path / name)
-    shards = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".bin"))
-    if shards:
-        raise CheckpointError(
-            f"{path} holds {shards[0]} but no index (model.safetensors.index.json); "
-            "download or copy it, too"
-        )
+            return open_file(path / name)
+    refuse_directory(path)
+    if weights:
+        raise _no_index(path, weights[0])
     raise CheckpointError(f"{path} holds no weights: no model.safetensors, no pytorch_model.bin")
 
 
-def _open_file(path: epath.Path) -> Tensors:
+def _no_index(path: epath.Path, name: str) -> CheckpointError:
+    index = _WHOLE[0] if name.endswith(".safetensors") else _WHOLE[1]
+    return CheckpointError(
+        f"{path} holds {name} but no index ({index}.index.json); download or copy it, too"
+    )
+
+
+def open_file(path: epath.Path) -> Tensors:
+    """Opens one file of weights.
+
+    Raises:
+        CheckpointError: it is damaged, or of another format.
+    """
+    if path.exists():
+        refuse_file(path)
     file = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
     _ = file.infos  # Complains now, rather than half-way.
     return file
@@ -101,7 +140,7 @@ def _open_shards(index: epath.Path) -> Shards:
     problems: list[str] = []
     for shard in sorted(set(weight_map.values())):
         try:
-            files[shard] = _open_file(index.parent / shard)
+            files[shard] = open_file(index.parent / shard)
         except CheckpointError as error:
             problems.append(str(error))
     for name, shard in weight_map.items():

@@ -29,7 +29,59 @@ from stf_jax.convert.mapping import connector_entries
 from stf_jax.convert.processor import ImageTokens, Json, encode_json, processor_files
 from stf_jax.convert.readers import read_json
 from stf_jax.convert.tower import PUBLISHED
+from stf_jax.data.processors import find_image_settings
 from stf_jax.systems.base import LlavaConfig
+from stf_jax.util.errors import CheckpointError
+
+# Files of a tokenizer, which come from one directory together.
+_TOKENIZER = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+_OTHERS = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+
+
+def find_sidecars(*folders: epath.Path, tower: epath.Path | None = None) -> dict[str, epath.Path]:
+    """The files that travel along, by their names in a native checkpoint's `hf/`.
+
+    Args:
+        folders: where they are looked for, one after the other.
+        tower: the vision tower's directory. Its image processor counts where there is no other.
+    """
+    files: dict[str, epath.Path] = {}
+    for folder in folders:
+        if not files.keys() & {"tokenizer.model", "tokenizer.json"}:
+            files |= {name: folder / name for name in _TOKENIZER if (folder / name).exists()}
+        for name in _OTHERS:
+            if name not in files and (folder / name).exists():
+                files[name] = folder / name
+    if tower is not None:
+        files["vision_tower/config.json"] = tower / "config.json"
+        its = {name: tower / name for name in _OTHERS if (tower / name).exists()}
+        if not _has_image_settings(files) and _has_image_settings(its):
+            name = "processor_config.json"
+            if not _has_image_settings({name: its[name]} if name in its else {}):
+                name = "preprocessor_config.json"
+            files[name] = its[name]
+    return files
+
+
+def _has_image_settings(files: Mapping[str, epath.Path]) -> bool:
+    try:
+        return find_image_settings(files) is not None
+    except CheckpointError:
+        # Damaged: who reads it says so.
+        return True
 
 
 def llava_sidecars(

@@ -15,17 +15,26 @@ import numpy as np
 from etils import epath
 
 from stf_jax.config.text import TextConfig
-from stf_jax.convert.dtypes import FLOATS, Array, DType, FloatName, cast, common, is_float
+from stf_jax.convert.dtypes import (
+    FLOATS,
+    Array,
+    DType,
+    FloatName,
+    cast,
+    check_finite,
+    common,
+    is_float,
+)
 from stf_jax.convert.hf_config import TEXT_DEFAULTS, text_from_hf
-from stf_jax.convert.infer import infer_system
+from stf_jax.convert.infer import infer_system, name_fields, new_system
 from stf_jax.convert.layouts import Layout
+from stf_jax.convert.lora import merge_lora
 from stf_jax.convert.mapping import carried_shapes, connector_entries, is_buffer, table
 from stf_jax.convert.parts import Part, RandomTensors, Tensor, open_part
-from stf_jax.convert.sidecars import language_keys
+from stf_jax.convert.sidecars import find_sidecars, language_keys
 from stf_jax.convert.tower import TowerChoice, choose_tower
 from stf_jax.models.weights import Entry
 from stf_jax.store.checkpoint import Leaf
-from stf_jax.systems import get_system
 from stf_jax.systems.base import LlavaConfig, System
 from stf_jax.util.errors import CheckpointError
 from stf_jax.util.files import list_some
@@ -34,21 +43,6 @@ T = TypeVar("T")
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
-
-# Files that travel along, where they are: nothing else in the directory is read.
-_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "chat_template.json",
-    "chat_template.jinja",
-)
 
 # Layers of one parameter that are read and transposed at a time.
 THREADS = 4
@@ -79,10 +73,10 @@ class Source:
 
     def read_carried(self, name: str) -> Array:
         """A tensor that the model does not compute with, for the way back."""
-        array = self.tensors[name].read()
+        tensor = self.tensors[name]
         if self.dtype is None or is_buffer(name):
-            return array
-        return cast(array, FLOATS[self.dtype], name=name)
+            return _read_finite(tensor, tensor.info.dtype)
+        return _read_finite(tensor, FLOATS[self.dtype])
 
     def origin(self) -> dict[str, Any]:
         """What the way back needs to know, as JSON: layout, vocabulary, odd dtypes."""
@@ -110,8 +104,7 @@ class Source:
         dtype = self._dtype(entry)
 
         def read_tensor(name: str) -> Array:
-            tensor = cast(self.tensors[name].read(), dtype, name=name)
-            return entry.transform.native(tensor)
+            return entry.transform.native(_read_finite(self.tensors[name], dtype))
 
         if entry.layers is None:
             return np.ascontiguousarray(read_tensor(entry.torch))
@@ -125,12 +118,20 @@ class Source:
         return result
 
 
+def _read_finite(tensor: Tensor, dtype: DType) -> Array:
+    """A tensor's values, cast once they are known to be finite."""
+    array = tensor.read()
+    check_finite(array, name=tensor.name)
+    return cast(array, dtype, name=tensor.name)
+
+
 def open_source(
     path: epath.PathLike,
     *,
     vision_tower: epath.PathLike | None = None,
     base: epath.PathLike | None = None,
     system: str | System | None = None,
+    fields: Mapping[str, Any] | None = None,
     seed: int = 0,
     dtype: FloatName | None = None,
     vocabulary_multiple: int = 1,
@@ -139,12 +140,14 @@ def open_source(
 
     Args:
         path: A directory in one of the layouts LLaVA-STF, LLaVA-1.5, Hugging Face's Llava, LLaMA;
-            or a stage-1 adapter, its file or its directory.
+            a stage-1 adapter, its file or its directory; or a LoRA adapter's directory.
         vision_tower: A directory with CLIP's config.json, and its weights where `path` has none.
             Needed where config.json does not lead to one.
-        base: The language model under an adapter.
+        base: The language model under an adapter; of a LoRA adapter, the model that it was trained
+            on, into which it is merged.
         system: What makes the tokens of a language model alone: a name, with the published
             proportions, or a system. Its weights are new, random ones; "stf" by default.
+        fields: Of that system, those that differ from its published proportions: {"taps": [11, 6]}.
         seed: Of these random weights.
         dtype: The dtype of every parameter; None keeps those of the file.
         vocabulary_multiple: Pads the vocabulary to a multiple, so that it can be sharded.
@@ -162,31 +165,37 @@ def open_source(
             f"{path} is a vision tower alone; import a language model or a LLaVA, "
             f"with --vision-tower {path}"
         )
-    language = _language_part(part, base)
+    if part.layout == "lora":
+        part, under = merge_lora(part, base)
+        language, folders = part, [part.folder, under.folder]
+    else:
+        language = under = _language_part(part, base)
+        folders = [language.folder]
     text = _text_config(language)
-    tower = choose_tower(part, language, vision_tower)
+    tower = choose_tower(part, under, vision_tower)
     tensors = language.language | dict(tower.tensors)
+    place = part.path if tower.folder is None else tower.folder
     if part.layout == "llama":
-        chosen = (
-            system
-            if isinstance(system, System)
-            else _name_checkpoint(
-                part, lambda: get_system(system or "stf").for_model(vision=tower.config, text=text)
-            )
+        chosen = _name_errors(
+            place, lambda: new_system(system, fields, vision=tower.config, text=text)
         )
-    elif system is not None:
+    elif system is not None or fields:
         given = system.name if isinstance(system, System) else system
-        raise CheckpointError(f"{path} has a system of its own; leave out --system {given}")
+        options = f"--system {given}" if given else ", ".join(name_fields(fields or {}))
+        raise CheckpointError(f"{path} has a system of its own; leave out {options}")
     else:
         tensors |= part.connector
         hf = part.hf or language.hf
         shapes = {name: tensor.info.shape for name, tensor in tensors.items()}
-        chosen = _name_checkpoint(
-            part, infer_system, shapes, hf, tower.config, assumed=_describe_defaults(None, tower)
+        chosen = _name_errors(
+            part.path,
+            infer_system,
+            shapes,
+            hf,
+            tower.config,
+            assumed=_describe_defaults(None, tower),
         )
-    config = _name_checkpoint(
-        part, lambda: LlavaConfig(vision=tower.config, text=text, system=chosen)
-    )
+    config = _name_errors(place, lambda: LlavaConfig(vision=tower.config, text=text, system=chosen))
     if part.layout == "llama":
         tensors |= _random(config, tensors, seed)
     text = dataclasses.replace(text, vocab_padding=-text.vocab_size % vocabulary_multiple)
@@ -198,7 +207,7 @@ def open_source(
         layout=part.layout,
         vocabulary=text.vocab_size,
         dtype=dtype,
-        files=_files(language, tower),
+        files=find_sidecars(*folders, tower=tower.folder),
         entries=entries,
         tensors=tensors,
         carried=_check(
@@ -234,15 +243,15 @@ def _language_part(part: Part, base: epath.PathLike | None) -> Part:
 def _text_config(part: Part) -> TextConfig:
     if not part.hf:
         raise CheckpointError(f"{part.path} has no config.json; download or copy it, too")
-    return _name_checkpoint(part, lambda: text_from_hf(language_keys(part.hf)))
+    return _name_errors(part.path, lambda: text_from_hf(language_keys(part.hf)))
 
 
-def _name_checkpoint(part: Part, function: Callable[..., T], *args: Any, assumed: str = "") -> T:
-    """`function(*args)`, whose errors then say which checkpoint they mean."""
+def _name_errors(path: epath.Path, function: Callable[..., T], *args: Any, assumed: str = "") -> T:
+    """`function(*args)`, whose errors then say which checkpoint or tower they mean."""
     try:
         return function(*args)
     except ValueError as error:
-        raise CheckpointError(f"{part.path}: {error}{assumed}") from error
+        raise CheckpointError(f"{path}: {error}{assumed}") from error
 
 
 def _describe_defaults(language: Part | None, tower: TowerChoice) -> str:
@@ -264,15 +273,6 @@ def _random(config: LlavaConfig, tensors: Mapping[str, Tensor], seed: int) -> di
     dtype = like.info.dtype if like else FLOATS["float32"]
     drawn = RandomTensors.for_entries(connector_entries(config), dtype=dtype, seed=seed)
     return {name: Tensor(drawn, name) for name in drawn.infos}
-
-
-def _files(language: Part, tower: TowerChoice) -> dict[str, epath.Path]:
-    files = {name: language.folder / name for name in _FILES}
-    if tower.folder is not None:
-        files["vision_tower/config.json"] = tower.folder / "config.json"
-        if not files["preprocessor_config.json"].exists():
-            files["preprocessor_config.json"] = tower.folder / "preprocessor_config.json"
-    return {name: path for name, path in files.items() if path.exists()}
 
 
 def _check(

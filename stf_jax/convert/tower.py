@@ -12,6 +12,7 @@ from typing import Any
 from etils import epath
 
 from stf_jax.config.vision import VisionConfig
+from stf_jax.convert.foreign import refuse_family
 from stf_jax.convert.hf_config import VISION_DEFAULTS, section, vision_from_hf, vision_to_hf
 from stf_jax.convert.parts import Part, Tensor, open_part
 from stf_jax.convert.readers import read_json
@@ -115,6 +116,7 @@ def _known_config(part: Part, language: Part) -> tuple[VisionConfig, Mapping[str
 
 
 def _read_config(path: epath.Path, hf: Mapping[str, Any]) -> tuple[VisionConfig, Mapping[str, int]]:
+    refuse_family(path, hf)
     try:
         config = vision_from_hf(hf)
         given = section(hf, "vision_config") if "vision_config" in hf else hf

@@ -111,7 +111,8 @@ def read_image_processor(path: epath.Path, files: Mapping[str, epath.Path]) -> I
 
     As in LLaVA's second stage and its evaluation it pads, unless the config says otherwise.
     """
-    if "preprocessor_config.json" not in files:
+    found = find_image_settings(files)
+    if found is None:
         raise CheckpointError(
             f"{path} has no preprocessor_config.json; copy it there from the vision tower"
         )
@@ -122,12 +123,34 @@ def read_image_processor(path: epath.Path, files: Mapping[str, epath.Path]) -> I
         raise CheckpointError(
             f"{path} was trained with image_aspect_ratio {ratio!r}; supported: 'pad', 'square'"
         )
-    file = files["preprocessor_config.json"]
-    content = read_json(file, error=CheckpointError)
+    file, settings = found
     try:
-        return ImageProcessor.from_hf(content, mode="pad" if ratio == "pad" else "crop")
+        return ImageProcessor.from_hf(settings, mode="pad" if ratio == "pad" else "crop")
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: {error}") from error
+
+
+def find_image_settings(
+    files: Mapping[str, epath.Path],
+) -> tuple[epath.Path, Mapping[str, Any]] | None:
+    """The file that holds the image processor's settings, and these; None where there is none.
+
+    As in transformers 5, what stands in processor_config.json counts before
+    preprocessor_config.json, which releases before it wrote.
+
+    Raises:
+        CheckpointError: a damaged file.
+    """
+    whole, alone = files.get("processor_config.json"), files.get("preprocessor_config.json")
+    if whole is not None:
+        settings = read_json(whole, error=CheckpointError).get("image_processor")
+        if isinstance(settings, Mapping):
+            return whole, settings
+        if settings is not None:
+            raise CheckpointError(
+                f"{whole}: image_processor is {settings!r}; give an object, {{...}}"
+            )
+    return None if alone is None else (alone, read_json(alone, error=CheckpointError))
 
 
 def unusable(path: epath.Path, files: Mapping[str, epath.Path]) -> list[str]:

@@ -107,13 +107,15 @@ def is_adapter(path: str) -> bool:
     return "/lora/" in path
 
 
-def merge(
-    kernel: np.ndarray,
-    a: np.ndarray,
-    b: np.ndarray,
-    *,
-    config: LoRAConfig,
-) -> np.ndarray:
-    """One layer's weight with its adapter in it: W + (alpha / r) A B, float32."""
+def low_rank(a: np.ndarray, b: np.ndarray, *, scale: float) -> np.ndarray:
+    """What an adapter adds to one layer's weight: scale A B, float32 [*inputs, *outputs]."""
     product = np.tensordot(a.astype(np.float32), b.astype(np.float32), axes=1)
-    return kernel.astype(np.float32) + np.float32(config.scale) * product
+    product *= np.float32(scale)
+    return product
+
+
+def merge(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, *, scale: float) -> np.ndarray:
+    """One layer's weight with its adapter in it: W + scale A B, float32."""
+    merged = low_rank(a, b, scale=scale)
+    merged += kernel
+    return merged

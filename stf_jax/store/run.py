@@ -143,7 +143,7 @@ class TrainedCheckpoint(NativeCheckpoint):
         """Loads the first model's parameters, with those that the run has trained."""
         trained = {name: like for name, like in wanted.items() if name in self.trained}
         adapted = {
-            name: like for name, like in wanted.items() if _adapter(name, "a") in self.trained
+            name: like for name, like in wanted.items() if adapter_path(name, "a") in self.trained
         }
         rest = {n: like for n, like in wanted.items() if n not in trained and n not in adapted}
         return {
@@ -157,11 +157,11 @@ class TrainedCheckpoint(NativeCheckpoint):
         shape = self.first.shapes[kernel].shape
         # Orbax may hand out an array that is not to be written to.
         merged = np.array(self.first.load({kernel: host_like(shape, np.float32)})[kernel])
-        names = [_adapter(kernel, which) for which in "ab"]
+        names = [adapter_path(kernel, which) for which in "ab"]
         like = {name: host_like(self.trained[name].shape, np.float32) for name in names}
         a, b = (self._load_trained_leaves(like)[name] for name in names)
         for layer in range(len(merged)):
-            merged[layer] = merge(merged[layer], a[layer], b[layer], config=self.lora)
+            merged[layer] = merge(merged[layer], a[layer], b[layer], scale=self.lora.scale)
         return merged
 
     def _load_trained_leaves(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,6 +179,13 @@ class TrainedCheckpoint(NativeCheckpoint):
             damaged=lambda reason: _damage_error(self._state, reason),
         )
         return {upgrade_path(path): leaf for path, leaf in loaded.items()}
+
+    def read_trained(self, name: str) -> np.ndarray[Any, Any]:
+        """One of `trained` as it was trained, in host memory; also a part of an adapter."""
+        leaf = self.trained[name]
+        loaded = self._load_trained_leaves({name: host_like(leaf.shape, leaf.dtype)})
+        array: np.ndarray[Any, Any] = loaded[name]
+        return array
 
     def verify(self) -> None:
         """Verifies the run's newest checkpoint, and the model that it began with."""
@@ -262,5 +269,6 @@ def _identity(first: NativeCheckpoint, run: Mapping[str, Any], *, step: int) -> 
     return hashlib.sha256(fingerprint.encode()).hexdigest()
 
 
-def _adapter(kernel: str, which: str) -> str:
+def adapter_path(kernel: str, which: str) -> str:
+    """Where "a" or "b" of a weight's adapter lies."""
     return f"{kernel.removesuffix('/kernel')}/lora/{which}"

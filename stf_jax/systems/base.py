@@ -208,7 +208,11 @@ class LlavaConfig:
     def __post_init__(self) -> None:
         last, layers = max(self.system.taps), self.vision.layers
         if last > layers:
-            raise ValueError(f"tap {last} lies beyond the tower's {layers} layers")
+            proposed = self.system.for_model(vision=self.vision, text=self.text).taps
+            raise ValueError(
+                f"tap {last} lies beyond the tower's {layers} layers; give taps up to {layers}, "
+                f"such as {','.join(map(str, proposed))}"
+            )
         self.system.check(self.vision, self.text)
 
     @property
@@ -257,6 +261,9 @@ def parse(cls: type[Any], tree: Mapping[str, Any]) -> Any:
         return parser.instantiate(parsed)["config"]
     except (jsonargparse.ArgumentError, TypeError) as error:
         raise ValueError(plain(str(error).replace("config.", ""))) from error
+    except ValueError as error:
+        # An optional section's own refusal comes wrapped.
+        raise ValueError(str(error.__cause__ or error)) from error
 
 
 def matrix(shapes: Shapes, name: str) -> tuple[int, int]:

@@ -43,6 +43,9 @@ class MBTFConfig:
     # The paper's figure ends in an activation; the released code and weights have none.
     last_activation: bool = False
 
+    def __post_init__(self) -> None:
+        check_positive(self, "mlp_width")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class STF(System):
@@ -280,7 +283,10 @@ def check_window(window: int, vision: VisionConfig) -> None:
     Raises:
         ValueError: it does not.
     """
-    if vision.grid % window:
+    grid = vision.grid
+    if grid % window:
+        fits = [str(side) for side in range(1, grid + 1) if grid % side == 0]
         raise ValueError(
-            f"window {window} does not divide the tower's {vision.grid}x{vision.grid} grid"
+            f"window {window} does not divide the tower's {grid}x{grid} grid; windows that do: "
+            + ", ".join(fits)
         )

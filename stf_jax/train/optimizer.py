@@ -76,8 +76,11 @@ def split_trained(parameters: Parameters, stage: Stage) -> tuple[Parameters, Par
 
 
 def schedule(peak: float, *, steps: int, warmup_ratio: float) -> optax.Schedule:
-    """Learning rate of each step from 0: linear from zero to the peak, then a cosine to zero."""
-    warmup = math.ceil(warmup_ratio * steps)
+    """Learning rate of each step from 0: linear from zero to the peak, then a cosine to zero.
+
+    A run of a single step has no warm-up, which would have it train at a rate of zero.
+    """
+    warmup = math.ceil(warmup_ratio * steps) if steps > 1 else 0
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0, peak_value=peak, warmup_steps=warmup, decay_steps=max(steps, warmup + 1)
     )

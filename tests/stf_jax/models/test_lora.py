@@ -44,7 +44,7 @@ def test_merged_is_the_same_function(inputs, outputs):
     x = jax.random.normal(jax.random.key(2), (2, 7, *inputs))
     adapted = layer(x, out=None)
     parts = (np.asarray(leaf[...]) for leaf in (layer.kernel, layer.lora.a, layer.lora.b))
-    layer.kernel[...] = merge(*parts, config=CONFIG)
+    layer.kernel[...] = merge(*parts, scale=CONFIG.scale)
     layer.lora = None
     np.testing.assert_allclose(layer(x, out=None), adapted, rtol=1e-4, atol=1e-5)
 
