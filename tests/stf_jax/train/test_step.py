@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -95,6 +96,25 @@ def test_learning_rates_of_the_reference(curves, stage: str):
     rates = schedule(max(expected), steps=len(expected), warmup_ratio=0.03)
     actual = [float(rates(step)) for step in range(len(expected))]
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.03, 0.5, 0.99])
+def test_the_shortest_runs_train_at_a_rate_above_zero(warmup_ratio: float) -> None:
+    """Transformers' schedule, but for a single step, all of which would be warm-up."""
+    for steps in (1, 2, 3, 7):
+        rates = schedule(1e-3, steps=steps, warmup_ratio=warmup_ratio)
+        found = [float(rates(step)) for step in range(steps)]
+        warmup = math.ceil(warmup_ratio * steps)
+        expected = [
+            step / warmup
+            if step < warmup
+            else (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
+            for step in range(steps)
+        ]
+        assert max(found) > 0
+        np.testing.assert_allclose(
+            found, [1e-3] if steps == 1 else np.multiply(1e-3, expected), rtol=1e-5
+        )
 
 
 def test_accumulation_changes_nothing(reference_batch, source, weights):
