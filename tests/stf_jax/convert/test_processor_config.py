@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from stf_jax.convert.stored_model import load_processors
 
 from stf_jax.convert import export_checkpoint, import_checkpoint, inspect_checkpoint, open_source
+from stf_jax.convert.stored_model import load_processors
 from tests.stf_jax.convert.refusal import edit_json
 
 
