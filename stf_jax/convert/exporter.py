@@ -28,7 +28,7 @@ from stf_jax.models.weights import Entry
 from stf_jax.store import checkpoint
 from stf_jax.store.checkpoint import NativeCheckpoint, extra_files
 from stf_jax.store.run import open_model
-from stf_jax.systems.base import LlavaConfig, System
+from stf_jax.systems.base import LlavaConfig
 from stf_jax.util.errors import CheckpointError
 from stf_jax.util.files import list_some, new_directory
 from stf_jax.util.progress import byte_progress
@@ -122,7 +122,7 @@ def export_checkpoint(
             raise CheckpointError("layout native keeps the vocabulary; leave out --vocabulary")
         _write_native(native.checkpoint, out, None if dtype is None else FLOATS[dtype])
         return
-    _check_layout(native.config.system, layout)
+    _check_layout(native, layout)
     check_trained(native.checkpoint, layout, whole=native.config.system.layout)
     known = _known_tokens(native)
     tokens = _image_tokens(native, layout, known)
@@ -169,8 +169,15 @@ def _open(source: epath.PathLike) -> Native:
     )
 
 
-def _check_layout(system: System, layout: str) -> None:
+def _check_layout(native: Native, layout: str) -> None:
+    system = native.config.system
     right = system.layout
+    config = native.hf / "config.json"
+    if layout == "hf" and config.exists() and read_json(config).get("mm_use_im_start_end"):
+        raise CheckpointError(
+            "transformers' Llava puts no tokens round an image, as this model has them "
+            f"(mm_use_im_start_end); use --layout {right}"
+        )
     if layout == "hf" and not system.fits_transformers:
         raise CheckpointError(
             "transformers' Llava has one projector over every vision token of a layer, and no "

@@ -30,7 +30,6 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
     "mm_projector_type": ("mlp2x_gelu",),
     "mm_vision_select_feature": ("patch",),
     "mm_patch_merge_type": ("flat",),
-    "mm_use_im_start_end": (False,),
     "projector_hidden_act": ("gelu",),
     "multimodal_projector_bias": (True,),
     "vision_feature_select_strategy": ("default",),

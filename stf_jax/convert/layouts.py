@@ -87,7 +87,8 @@ def recognize(names: Iterable[str]) -> Layout | None:
         layout for prefix, layout in connector_prefixes().items() if any_has(f"model.{prefix}")
     }
     if connector:
-        if not language:
+        # The first stage may train an embedding, too.
+        if not any_has("model.layers."):
             return "adapter"
         # What every system has says least.
         return next(layout for layout in ("llava-stf", "llava") if layout in connector)

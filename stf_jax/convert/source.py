@@ -234,6 +234,11 @@ def _language_part(part: Part, base: epath.PathLike | None) -> Part:
             f"{part.path} is an adapter alone; import it first: stf-jax convert import {part.path} "
             "OUT --base LANGUAGE_MODEL --vision-tower CLIP"
         )
+    if part.hf.get("mm_use_im_start_end") or any("embed_tokens" in name for name in part.unknown):
+        raise CheckpointError(
+            f"{part.path} was trained with tokens of its own round images (mm_use_im_start_end), "
+            "which its base does not have; finish both stages in LLaVA, and import the whole model"
+        )
     language = open_part(base)
     if not language.language:
         raise CheckpointError(f"{base} is no language model, but {language.layout}")

@@ -209,9 +209,10 @@ def render_prompt(
 
     def add(words: str) -> None:
         nonlocal text
-        words = words.replace(IMAGE_MARKER, template.image_marker)
-        typed.append((len(text), len(text) + len(words)))
-        text += words
+        for number, part in enumerate(words.split(IMAGE_MARKER)):
+            text += template.image_marker if number else ""
+            typed.append((len(text), len(text) + len(part)))
+            text += part
 
     for earlier, reply in history:
         _check_question(earlier)

@@ -7,15 +7,16 @@ as ordinary characters, and the model would talk on.
 
 from dataclasses import replace
 
-from stf_jax.data.templates import BEGIN, END, TEMPLATES, Template, get_template
+from stf_jax.data.templates import BEGIN, END, IMAGE_MARKER, TEMPLATES, Template, get_template
 from stf_jax.data.tokenizer import Tokenizer
 
 
 def fit_template(name: str, tokenizer: Tokenizer) -> Template:
     """The template of that name as a tokenizer spells it.
 
-    `<s>` and `</s>` become the tokenizer's own beginning and end of text. `v0` and `plain` end a
-    reply in text, at which generation stops too.
+    `<s>` and `</s>` become the tokenizer's own beginning and end of text, and an image gets the
+    tokens round it that the model was trained with. `v0` and `plain` end a reply in text, at which
+    generation stops too.
 
     Raises:
       ValueError: an unknown template, or one with special tokens that this tokenizer does not have;
@@ -45,8 +46,12 @@ def _spell(template: Template, tokenizer: Tokenizer) -> Template:
     def spell(token: int | None) -> str:
         return "" if token is None else tokenizer.backend.id_to_token(token) or ""
 
+    marker = template.image_marker.replace(IMAGE_MARKER, tokenizer.image_marker)
+    training = template.training
     return replace(
         template,
+        image_marker=marker,
+        training=training and replace(training, image_marker=marker),
         reply_end=template.reply_end.replace(END, spell(tokenizer.eos_id)),
         before_question=template.before_question.replace(BEGIN, spell(tokenizer.bos_id)),
     )

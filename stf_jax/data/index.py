@@ -9,7 +9,7 @@ from typing import Self
 import numpy as np
 
 from stf_jax.data.inspection import Measures
-from stf_jax.data.templates import Template, get_template
+from stf_jax.data.templates import IMAGE_MARKER, Template, get_template
 from stf_jax.data.tokenizer import Tokenizer
 from stf_jax.util.files import write_whole
 
@@ -92,5 +92,7 @@ def index_name(tokenizer: Tokenizer, template: Template) -> str:
     # Only where it is not LLaMA's, so that the names of older releases stay.
     if template != get_template(template.name):
         content += [template.reply_end, template.before_question]
+    if tokenizer.image_marker != IMAGE_MARKER:
+        content.append(tokenizer.image_marker)
     digest = hashlib.sha256("\n".join(content).encode()).hexdigest()[:12]
     return f"index-{template.name}-{digest}.npz"

@@ -13,7 +13,7 @@ from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
 from stf_jax.data.images import ImageProcessor
 from stf_jax.data.templates import IMAGE_MARKER
-from stf_jax.data.tokenizer import Tokenizer, load_tokenizer
+from stf_jax.data.tokenizer import Tokenizer, load_tokenizer, surround_images
 from stf_jax.util.errors import CheckpointError
 from stf_jax.util.files import check_file, explain_file, read_json
 
@@ -101,9 +101,15 @@ def read_tokenizer(path: epath.Path, files: Mapping[str, epath.Path]) -> Tokeniz
     """The tokenizer alone, as `read_processors`."""
     with _local(files, lambda name: "token" in name) as directory:
         try:
-            return load_tokenizer(directory)
+            tokenizer = load_tokenizer(directory)
         except ValueError as error:
             raise CheckpointError(str(error).replace(str(directory), str(path))) from error
+    config = files.get("config.json")
+    content = {} if config is None else read_json(config, error=CheckpointError)
+    if not content.get("mm_use_im_start_end"):
+        return tokenizer
+    # Absent is as good as true, to LLaVA.
+    return surround_images(tokenizer, patch=bool(content.get("mm_use_im_patch_token", True)))
 
 
 def read_image_processor(path: epath.Path, files: Mapping[str, epath.Path]) -> ImageProcessor:

@@ -10,7 +10,7 @@ import copy
 import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from stf_jax.data.templates import IMAGE_MARKER
 from stf_jax.util.files import read_json
 
 IMAGE_TOKEN_ID = -200
+# LLaVA's tokens in front of an image and behind it, and one that no text has.
+IMAGE_START, IMAGE_END, IMAGE_PATCH = "<im_start>", "<im_end>", "<im_patch>"
 IGNORED_LABEL = -100  # of a position that is not supervised
 
 _WORD_START = "▁"
@@ -43,6 +45,7 @@ class Tokenizer:
       marks_start: whether a word-start mark goes in front of each text and of nothing else, as
         sentencepiece tokenizers with `legacy: false` have it.
       special_ids: tokens that are no text, and are left out of decoded text.
+      image_marker: what stands in a text for an image; see `surround_images`.
     """
 
     backend: tokenizers.Tokenizer = field(repr=False)
@@ -53,6 +56,7 @@ class Tokenizer:
     model_max_length: int | None
     marks_start: bool
     special_ids: frozenset[int]
+    image_marker: str = IMAGE_MARKER
 
     def encode(self, text: str, *, typed: Sequence[tuple[int, int]] = ()) -> list[int]:
         """Ids of `text` without BOS, special tokens in it recognized. `<image>` means nothing.
@@ -205,6 +209,31 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
             for token_id, token in backend.get_added_tokens_decoder().items()
             if token.special
         ),
+    )
+
+
+def surround_images(tokenizer: Tokenizer, *, patch: bool) -> Tokenizer:
+    """The tokenizer of a LLaVA that has `<im_start>` in front of each image and `<im_end>` behind.
+
+    Where the tokenizer's files lack these tokens, they are added behind all others, as LLaVA adds
+    them to a model that it loads.
+
+    Args:
+      tokenizer: of the model.
+      patch: whether `<im_patch>`, which no text has, was added in front of them.
+    """
+    backend = copy.deepcopy(tokenizer.backend)
+    names = [IMAGE_PATCH, IMAGE_START, IMAGE_END] if patch else [IMAGE_START, IMAGE_END]
+    backend.add_special_tokens(
+        [tokenizers.AddedToken(name, normalized=False, special=True) for name in names]
+    )
+    ids = [token for name in names if (token := backend.token_to_id(name)) is not None]
+    return replace(
+        tokenizer,
+        backend=backend,
+        vocab_size=backend.get_vocab_size(with_added_tokens=True),
+        special_ids=tokenizer.special_ids.union(ids),
+        image_marker=f"{IMAGE_START}{IMAGE_MARKER}{IMAGE_END}",
     )
 
 

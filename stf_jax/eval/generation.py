@@ -6,7 +6,7 @@ from typing import Any
 
 from stf_jax.data.conversation import render_prompt
 from stf_jax.data.fit import fit_template
-from stf_jax.data.templates import Template
+from stf_jax.data.templates import IMAGE_MARKER, Template
 from stf_jax.eval.questions import Decoding, Question, Reply
 from stf_jax.infer.model import Model
 from stf_jax.infer.prompts import Prompt, make_prompt, read_pixels
@@ -31,8 +31,10 @@ class ModelAnswerer:
         self._model, self._slots, self._dtype = model, slots, dtype
 
     def describe(self) -> dict[str, Any]:
-        """Weights, image mode, vision tokens and dtypes."""
+        """Weights, image mode, vision tokens, dtypes, and what stands round an image."""
+        marker = self._model.tokenizer.image_marker
         return {
+            **({} if marker == IMAGE_MARKER else {"image_marker": marker}),
             "weights": self._model.engine.program.checksum,
             "image_mode": self._model.image_processor.mode,
             "image_size": self._model.image_processor.image_size,

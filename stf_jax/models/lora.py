@@ -35,6 +35,9 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"lora.rank is {self.rank}; it must be at least 1")
+        # An adapter scaled by zero would be trained and change nothing.
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"lora.alpha is {self.alpha}; it must be above 0, and finite")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout is {self.dropout}; give 0 or more, below 1")
 

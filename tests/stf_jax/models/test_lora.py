@@ -1,6 +1,7 @@
 """Adapters: the paper's formula, dropout in training, and merging."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -113,5 +114,8 @@ def test_layers_differ_in_a_and_begin_with_b_at_zero():
 def test_bad_configs():
     with pytest.raises(ValueError, match=r"lora\.rank is 0; it must be at least 1"):
         LoRAConfig(rank=0)
+    for alpha in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=rf"lora\.alpha is {alpha}; it must be above"):
+            LoRAConfig(alpha=alpha)
     with pytest.raises(ValueError, match=r"lora\.dropout is 1\.0; give 0 or more, below 1"):
         LoRAConfig(dropout=1.0)
