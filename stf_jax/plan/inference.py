@@ -82,14 +82,14 @@ def make_inference_plan(request: Request) -> InferencePlan:
         phases=(),
     )
     inserts = zip(lengths, lowered.inserts, strict=True)
-    for name, count, length, program_of_phase in (
+    for name, count, length, phase_program in (
         ("prefill", rows, bucket(prefix), lowered.prefill),
         *(("insert", rows, *insert) for insert in inserts),
         ("decode", slots, 1, lowered.decode),
     ):
-        reads = _reads(name, program_of_phase, mesh) / chip.bandwidth
+        reads = _reads(name, lowered, mesh) / chip.bandwidth
         phase = Phase(name=name, rows=count, length=length, needed=0, memory_seconds=reads)
-        compiled = _compile(phase, program_of_phase, plan, topology)
+        compiled = _compile(phase, phase_program, plan, topology)
         plan = dataclasses.replace(plan, phases=(*plan.phases, compiled))
         if not plan.fits:
             break
