@@ -102,7 +102,7 @@ def refuse_directory(path: epath.Path) -> None:
     def find(pattern: str) -> str | None:
         return next((name for name in names if re.fullmatch(pattern, name)), None)
 
-    if name := find(r"consolidated\.\d+\.pth|consolidated\.safetensors"):
+    if name := find(r"consolidated\.\d+\.pth"):
         raise CheckpointError(f"{path} holds {name}: {_META}")
     if find(r"zero_to_fp32\.py") or find(r".*zero_pp_rank_\d+.*") or find(r"global_step\d+"):
         raise CheckpointError(
@@ -135,21 +135,28 @@ def refuse_family(path: epath.Path, hf: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: which family it is, and what to take in its place.
     """
-    for section in (hf, hf.get("text_config"), hf.get("vision_config")):
-        kind = section.get("model_type") if isinstance(section, Mapping) else None
+    # LLaVA itself names a tower by its path, and says of LLaVA-1.6 how it lays its tiles together.
+    tower = str(hf.get("mm_vision_tower", "")).lower().rpartition("/")[2]
+    named = tower if tower.startswith(("siglip", "dinov2")) else None
+    tiled = str(hf.get("mm_patch_merge_type", "")).startswith("spatial")
+    kinds = [
+        section.get("model_type")
+        for section in (hf, hf.get("text_config"), hf.get("vision_config"))
+        if isinstance(section, Mapping)
+    ]
+    for kind in (named, "llava_next" if tiled else None, *kinds):
         if not isinstance(kind, str):
             continue
-        if tower := _find(_TOWERS, kind):
+        if found := _find(_TOWERS, kind):
             raise CheckpointError(
-                f"{path} has a vision tower of the family {tower} (model_type is {kind!r}); "
-                "stf_jax computes CLIP's: give a directory with CLIP, such as "
-                "openai/clip-vit-large-patch14-336"
+                f"{path} has a vision tower of the family {found} ({kind!r}); stf_jax computes "
+                "CLIP's: give a directory with CLIP, such as openai/clip-vit-large-patch14-336"
             )
         family = _find(_MODELS, kind) or _find(_LANGUAGE_MODELS, kind.removeprefix("llava_"))
         if family:
             raise CheckpointError(
-                f"{path} is of the family {family} (model_type is {kind!r}); stf_jax computes "
-                "LLaMA and LLaVA-1.5 over it: take a Vicuna, a Llama 2 or 3, or a LLaVA of these"
+                f"{path} is of the family {family} ({kind!r}); stf_jax computes LLaMA and "
+                "LLaVA-1.5 over it: take a Vicuna, a Llama 2 or 3, or a LLaVA of these"
             )
 
 
@@ -168,9 +175,9 @@ def refuse_tensors(
         )
     if empty := [name for name, info in infos.items() if 0 in info.shape]:
         raise CheckpointError(
-            f"{path} holds {len(empty)} empty tensors ({name_some(empty, most=2)}): DeepSpeed's "
-            "ZeRO-3 saved them without gathering; make whole ones with its zero_to_fp32.py, or "
-            "train with stage3_gather_16bit_weights_on_model_save"
+            f"{path} holds tensors without values ({name_some(empty, most=2)}): DeepSpeed's ZeRO-3 "
+            "saved them without gathering; make whole ones with its zero_to_fp32.py, or train with "
+            "stage3_gather_16bit_weights_on_model_save"
         )
 
 
@@ -206,5 +213,6 @@ def _find_quantization(infos: Mapping[str, TensorInfo], hf: Mapping[str, Any]) -
         return None
     config = hf.get("quantization_config")
     method = config.get("quant_method") if isinstance(config, Mapping) else None
-    known = [_METHODS[mark.partition(".")[0]] for mark in sorted(marks) if mark in _METHODS]
-    return str(method or next(iter(known), None) or ", ".join(sorted(small | marks)))
+    known = [_METHODS[mark] for mark in sorted(marks) if mark in _METHODS]
+    kind = method or next(iter(known), None) or ", ".join(sorted(small | marks))
+    return str(kind)[:40]

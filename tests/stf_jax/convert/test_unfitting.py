@@ -167,7 +167,7 @@ def test_unknown_tensors(tmp_path: Path, write: Callable) -> None:
     [
         ("mm_projector_type", "linear"),
         ("mm_vision_select_feature", "cls_patch"),
-        ("mm_patch_merge_type", "spatial_unpad"),
+        ("mm_patch_merge_type", "maxpool"),
     ],
 )
 def test_unsupported_settings(
