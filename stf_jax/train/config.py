@@ -131,6 +131,12 @@ class TrainConfig:
                 f"data.batch_size {self.data.batch_size} does not divide into "
                 f"{self.micro_batches} micro-batches"
             )
+        peaks = self.optimizer.peaks
+        # The first stage trains the connector alone.
+        if not (peaks["projector"] or (peaks["text"] and self.stage != "pretrain")):
+            problems.append(
+                "every learning rate is 0, with which nothing is trained; give one above 0"
+            )
         if problems:
             raise ValueError("; ".join(problems))
         if self.architecture is not None:

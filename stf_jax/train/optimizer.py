@@ -56,6 +56,12 @@ class OptimizerConfig:
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"clip_norm is {self.clip_norm}; give more than 0, or null for none")
 
+    @property
+    def peaks(self) -> dict[str, float]:
+        """The peak for the language model, and that for the connector."""
+        rate, projector = self.learning_rate, self.projector_learning_rate
+        return {"text": rate, "projector": rate if projector is None else projector}
+
 
 def split_trained(parameters: Parameters, stage: Stage) -> tuple[Parameters, Parameters]:
     """The parameters that a stage trains, and those that it leaves alone.
@@ -88,17 +94,11 @@ def schedule(peak: float, *, steps: int, warmup_ratio: float) -> optax.Schedule:
 
 def make_optimizer(config: OptimizerConfig, *, steps: int) -> optax.GradientTransformation:
     """For the trained parameters by path; `steps` is the length of the whole run."""
-    peaks = {
-        "text": config.learning_rate,
-        "projector": config.learning_rate
-        if config.projector_learning_rate is None
-        else config.projector_learning_rate,
-    }
     rates = {
         group: optax.scale_by_learning_rate(
             schedule(peak, steps=steps, warmup_ratio=config.warmup_ratio)
         )
-        for group, peak in peaks.items()
+        for group, peak in config.peaks.items()
     }
     clip = optax.identity()
     if config.clip_norm is not None:

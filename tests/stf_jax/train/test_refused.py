@@ -57,6 +57,11 @@ def test_before_anything_is_written(config: Config, keys: dict[str, Any], messag
         ("--stage=finetun", "\"stage\": Expected one of ['pretrain', 'finetune', 'lora']"),
         ("--data.batch_size=many", '"data.batch_size": Expected'),
         ("--optimizer.learning_rate=-1", "learning_rate is -1.0; it must be 0 or more, and finite"),
+        ("--optimizer.learning_rate=0", "every learning rate is 0, with which nothing is trained"),
+        (
+            "--stage=pretrain --optimizer.projector_learning_rate=0",
+            "every learning rate is 0, with which nothing is trained",
+        ),
         ("--optimizer.beta1=2", "beta1 is 2.0; give 0 or more, below 1"),
         ("--steps=many", "'steps': Expected int, null. Got value: many"),
         ("--data.batch_size=0", "batch_size is 0; it must be at least 1"),
@@ -72,7 +77,7 @@ def test_keys_and_values(
 ) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("model: a\nout: b\n")
-    assert main(["train", str(path), override]) == 1
+    assert main(["train", str(path), *override.split()]) == 1
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
