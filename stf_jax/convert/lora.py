@@ -194,10 +194,10 @@ def _read_settings(path: epath.Path) -> tuple[LoRASettings, str]:
         raise CheckpointError(_refusal(path, f"init_lora_weights {beginning!r}"))
     rank, alpha = hf.get("r"), hf.get("lora_alpha")
     ranks, alphas = hf.get("rank_pattern") or {}, hf.get("alpha_pattern") or {}
-    for key, found in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
-        if not isinstance(found, Mapping):
-            raise CheckpointError(f"{file}: {key} is {found!r}; give an object, {{...}}")
-        for pattern in found:
+    for key, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+        if not isinstance(patterns, Mapping):
+            raise CheckpointError(f"{file}: {key} is {patterns!r}; give an object, {{...}}")
+        for pattern in patterns:
             if not re.fullmatch(r"\^?[\w.]+", pattern):
                 raise CheckpointError(
                     f"{file}: {key} has {pattern!r}, a regular expression, which stf_jax does not "
@@ -238,15 +238,15 @@ _Halves = dict[tuple[str, bool], dict[str, Tensor]]
 
 def _read_tensors(part: Part) -> tuple[_Halves, dict[str, Tensor]]:
     """A and B by module and whether it is an embedding, and what is saved as a whole by name."""
-    found = list(part.tensors.values())
+    tensors = list(part.tensors.values())
     beside = part.path / BESIDE_LORA
     if beside.exists():
         file = open_file(beside)
         refuse_tensors(beside, file.infos, {})
-        found += [Tensor(file, name) for name in file.infos]
+        tensors += [Tensor(file, name) for name in file.infos]
     halves: _Halves = {}
     whole: dict[str, Tensor] = {}
-    for tensor in found:
+    for tensor in tensors:
         name = unwrap(tensor.name).removeprefix(PEFT)
         if match := _LORA.fullmatch(name):
             module, embedding, which = match.groups()
@@ -262,26 +262,26 @@ def _place(
     """What is added to each of the base's weights, by canonical name, and what does not fit."""
     added: dict[str, LowRank] = {}
     problems: list[str] = []
-    for (module, embedding), found in halves.items():
-        if found.keys() != {"A", "B"}:
+    for (module, embedding), pair in halves.items():
+        if pair.keys() != {"A", "B"}:
             problems.append(f"missing: one of lora_A and lora_B of {module}")
             continue
         name = canonical(f"{module}.weight", spelling)
         if name is None or name not in base:
             problems.append(f"missing in the base: {module}.weight")
             continue
-        a, b, rank = found["A"], found["B"], settings.rank_of(module)
+        a, b, rank = pair["A"], pair["B"], settings.rank_of(module)
         infos = f"A {a.info.shape} {a.info.dtype} and B {b.info.shape} {b.info.dtype} of {module}"
         if a.info.shape[:1] != (rank,) or b.info.shape[1:] != (rank,):
             problems.append(f"{infos}: {LORA_CONFIG} says rank {rank}")
             continue
-        one = LowRank(a=a, b=b, scale=settings.scale_of(module), embedding=embedding)
-        if one.shape != base[name].info.shape:
+        low_rank = LowRank(a=a, b=b, scale=settings.scale_of(module), embedding=embedding)
+        if low_rank.shape != base[name].info.shape:
             problems.append(f"{infos}: the base's weight is {base[name].info.shape}")
         elif not (is_float(a.info.dtype) and is_float(b.info.dtype)):
             problems.append(f"{infos}: expected {', '.join(FLOATS)}")
         else:
-            added[name] = one
+            added[name] = low_rank
     return added, problems
 
 

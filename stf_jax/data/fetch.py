@@ -64,19 +64,20 @@ def _get(url: str, deadline: float) -> tuple[bytes, str | None]:
         target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
         target = urllib.parse.quote(target, safe=string.punctuation)
         connection.request("GET", target, headers={"User-Agent": "stf-jax", "Accept": "image/*"})
-        response = connection.getresponse()
-        if response.status in (301, 302, 303, 307, 308):
-            return b"", response.getheader("Location") or ""
-        if response.status != 200:
-            raise _FetchError(f"status {response.status} {response.reason}")
-        data = bytearray()
-        while block := response.read(_BLOCK):
-            data += block
-            if len(data) > MAX_BYTES:
-                raise _FetchError(f"more than {MAX_BYTES // 2**20} MiB")
-        if response.length or time.monotonic() >= deadline:
-            raise _FetchError("cut short")
-        return bytes(data), None
+        # A response that is left open keeps the socket open, too.
+        with connection.getresponse() as response:
+            if response.status in (301, 302, 303, 307, 308):
+                return b"", response.getheader("Location") or ""
+            if response.status != 200:
+                raise _FetchError(f"status {response.status} {response.reason}")
+            data = bytearray()
+            while block := response.read(_BLOCK):
+                data += block
+                if len(data) > MAX_BYTES:
+                    raise _FetchError(f"more than {MAX_BYTES // 2**20} MiB")
+            if response.length or time.monotonic() >= deadline:
+                raise _FetchError("cut short")
+            return bytes(data), None
 
 
 @contextlib.contextmanager
@@ -86,16 +87,16 @@ def _connect(
     """A connection to the address that was looked at: a name may lead elsewhere the next time."""
     host, secure = parts.hostname or "", parts.scheme == "https"
     port = parts.port or (443 if secure else 80)
-    left = max(deadline - time.monotonic(), 0.01)
+    remaining = max(deadline - time.monotonic(), 0.01)
     connection = http.client.HTTPConnection(host, port)
-    with socket.create_connection((_public_address(host, port), port), timeout=left) as plain:
+    with socket.create_connection((_public_address(host, port), port), timeout=remaining) as plain:
         wrapped = plain
         if secure:
             wrapped = ssl.create_default_context().wrap_socket(
                 plain, server_hostname=host, do_handshake_on_connect=False
             )
         # A server that sends a byte now and then would outlast any timeout of the socket's own.
-        guard = threading.Timer(left, _cut, [wrapped])
+        guard = threading.Timer(remaining, _cut, [wrapped])
         guard.daemon = True
         guard.start()
         try:
@@ -116,8 +117,8 @@ def _cut(connected: socket.socket) -> None:
 
 
 def _public_address(host: str, port: int) -> str:
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    addresses = [str(address[0]) for *_, address in found]
+    records = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = [str(address[0]) for *_, address in records]
     if not addresses or not all(_is_public(address) for address in addresses):
         raise _FetchError("an address of this machine or of a private network")
     return addresses[0]

@@ -1,7 +1,7 @@
 """Whether a template fits a tokenizer, and where a reply ends for the two together.
 
-A model stops only where it has learnt to: every reply that it is trained on must end in a token at
-which generation stops. A template whose end of text is no token of the tokenizer would be learnt
+A model stops only where it has learned to: every reply that it is trained on must end in a token at
+which generation stops. A template whose end of text is no token of the tokenizer would be learned
 as ordinary characters, and the model would talk on.
 """
 
@@ -24,10 +24,10 @@ def fit_template(name: str, tokenizer: Tokenizer) -> Template:
     """
     template = get_template(name)
     if problem := _misfit(template, tokenizer):
-        fitting = [one for one in sorted(TEMPLATES) if not _misfit(get_template(one), tokenizer)]
+        fitting = [other for other in TEMPLATES if not _misfit(get_template(other), tokenizer)]
         raise ValueError(
             f"template {name!r} {problem}, so that no model would learn where a reply ends; "
-            f"choose one of {', '.join(fitting)}"
+            f"choose one of {', '.join(sorted(fitting))}"
         )
     return _spell(template, tokenizer)
 

@@ -117,8 +117,8 @@ def read_image_processor(path: epath.Path, files: Mapping[str, epath.Path]) -> I
 
     As in LLaVA's second stage and its evaluation it pads, unless the config says otherwise.
     """
-    found = find_image_settings(files)
-    if found is None:
+    named_settings = find_image_settings(files)
+    if named_settings is None:
         raise CheckpointError(
             f"{path} has no preprocessor_config.json; copy it there from the vision tower"
         )
@@ -129,7 +129,7 @@ def read_image_processor(path: epath.Path, files: Mapping[str, epath.Path]) -> I
         raise CheckpointError(
             f"{path} was trained with image_aspect_ratio {ratio!r}; supported: 'pad', 'square'"
         )
-    file, settings = found
+    file, settings = named_settings
     try:
         return ImageProcessor.from_hf(settings, mode="pad" if ratio == "pad" else "crop")
     except (TypeError, ValueError) as error:

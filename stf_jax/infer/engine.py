@@ -154,7 +154,7 @@ class Engine:
                 f"included, leaves no room for an answer in the model's context of {room}; shorten "
                 "it or give fewer images"
             )
-        open_ended = [n for n, one in enumerate(prompts) if one.ids[-1] == IMAGE_TOKEN_ID]
+        open_ended = [n for n, prompt in enumerate(prompts) if prompt.ids[-1] == IMAGE_TOKEN_ID]
         if open_ended:
             raise ValueError(
                 f"{_name_prompts(open_ended, prompts)} ends in an image; put text behind it"
