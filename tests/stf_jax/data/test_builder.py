@@ -124,6 +124,31 @@ def test_unfit_examples_are_skipped_and_counted(
     assert "8 skipped" in report.render()
 
 
+def test_parts_that_an_older_release_wrote_are_kept(
+    corpus: Any, run: Build, tmp_path: Path
+) -> None:
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps([corpus.entries[0] | {"image": "none.jpg"}, *corpus.entries[1:]]))
+
+    def stop(done: int, total: int) -> None:
+        if done >= 21:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        run(files=[file], progress=stop)
+    records = list((tmp_path / "out.partial").glob("part-*.json"))
+    for record in records:
+        text = record.read_text()
+        assert '"num_images"' in text
+        text = text.replace('"num_images"', '"num_pictures"')
+        record.write_text(text.replace('"missing image"', '"missing picture"'))
+    report = run(files=[file])
+    assert report.kept_shards == len(records) > 0
+    assert report.check == run(files=[file], out=tmp_path / "whole").check
+    assert report.check is not None
+    assert [problem.kind for problem in report.check.problems] == ["missing image"]
+
+
 def test_a_kill_leaves_nothing_that_looks_finished_and_a_second_call_goes_on(
     corpus: Any, run: Build, reference: Path, tmp_path: Path
 ) -> None:
