@@ -147,9 +147,9 @@ def refuse_family(path: epath.Path, hf: Mapping[str, Any]) -> None:
     for kind in (named, "llava_next" if tiled else None, *kinds):
         if not isinstance(kind, str):
             continue
-        if found := _find(_TOWERS, kind):
+        if family := _find(_TOWERS, kind):
             raise CheckpointError(
-                f"{path} has a vision tower of the family {found} ({kind!r}); stf_jax computes "
+                f"{path} has a vision tower of the family {family} ({kind!r}); stf_jax computes "
                 "CLIP's: give a directory with CLIP, such as openai/clip-vit-large-patch14-336"
             )
         family = _find(_MODELS, kind) or _find(_LANGUAGE_MODELS, kind.removeprefix("llava_"))

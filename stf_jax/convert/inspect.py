@@ -96,12 +96,16 @@ def inspect_checkpoint(
         A report, also of a damaged checkpoint.
 
     Raises:
-        CheckpointError: `source` does not exist, or is PyTorch's and was to be verified.
+        CheckpointError: `source` does not exist, is PyTorch's and was to be verified, or is native
+            and was given a part of a model.
     """
     path = epath.Path(source)
     if not path.exists():
         raise missing(path)
     if path.is_dir() and (is_native(path) or is_run(path)):
+        for option, given in (("--vision-tower", vision_tower), ("--base", base)):
+            if given is not None:
+                raise CheckpointError(f"{path} is a whole model; leave out {option} {given}")
         return _native(path, verify=verify)
     if verify:
         raise CheckpointError(

@@ -183,41 +183,47 @@ def _read_settings(path: epath.Path) -> tuple[LoRASettings, str]:
             f"{path} has no {LORA_CONFIG}, which holds the adapter's alpha; download or copy it"
         )
     hf = read_json(file)
-    kind = hf.get("peft_type", "LORA")
+    _refuse_more_than_lora(path, hf)
+    rank, ranks = _read_sizes(file, hf, "r", "rank_pattern", whole=True)
+    alpha, alphas = _read_sizes(file, hf, "lora_alpha", "alpha_pattern", whole=False)
+    settings = LoRASettings(
+        rank=rank, alpha=alpha, ranks=ranks, alphas=alphas, stabilized=bool(hf.get("use_rslora"))
+    )
+    name = hf.get("base_model_name_or_path")
+    return settings, f" ({LORA_CONFIG} names {name})" if name and isinstance(name, str) else ""
+
+
+def _refuse_more_than_lora(path: epath.Path, hf: Mapping[str, Any]) -> None:
+    kind, beginning = hf.get("peft_type", "LORA"), hf.get("init_lora_weights")
     if kind != "LORA":
         raise CheckpointError(_refusal(path, str(kind)))
     for key, what in _CHANGES.items():
         if hf.get(key):
             raise CheckpointError(_refusal(path, what))
-    beginning = hf.get("init_lora_weights")
-    if not any(beginning is known or beginning == known for known in _BEGINNINGS):
+    if beginning not in _BEGINNINGS:
         raise CheckpointError(_refusal(path, f"init_lora_weights {beginning!r}"))
-    rank, alpha = hf.get("r"), hf.get("lora_alpha")
-    ranks, alphas = hf.get("rank_pattern") or {}, hf.get("alpha_pattern") or {}
-    for key, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
-        if not isinstance(patterns, Mapping):
-            raise CheckpointError(f"{file}: {key} is {patterns!r}; give an object, {{...}}")
-        for pattern in patterns:
-            if not re.fullmatch(r"\^?[\w.]+", pattern):
-                raise CheckpointError(
-                    f"{file}: {key} has {pattern!r}, a regular expression, which stf_jax does not "
-                    "read; write the names of modules in full"
-                )
-    for key, number in (("r", rank), *((f"rank_pattern.{name}", n) for name, n in ranks.items())):
-        if type(number) is not int or number < 1:
-            raise CheckpointError(f"{file}: {key} is {number!r}; give a whole number, 1 or more")
-    for key, number in (
-        ("lora_alpha", alpha),
-        *((f"alpha_pattern.{name}", n) for name, n in alphas.items()),
-    ):
+
+
+def _read_sizes(
+    file: epath.Path, hf: Mapping[str, Any], key: str, patterns: str, *, whole: bool
+) -> tuple[Any, Mapping[str, Any]]:
+    """A number for every module, and those of single ones by how their names end."""
+    singles = hf.get(patterns) or {}
+    if not isinstance(singles, Mapping):
+        raise CheckpointError(f"{file}: {patterns} is {singles!r}; give an object, {{...}}")
+    for pattern in singles:
+        if not re.fullmatch(r"\^?[\w.]+", pattern):
+            raise CheckpointError(
+                f"{file}: {patterns} has {pattern!r}, a regular expression, which stf_jax does not "
+                "read; write the names of modules in full"
+            )
+    numbers = {key: hf.get(key), **{f"{patterns}.{name}": n for name, n in singles.items()}}
+    for name, number in numbers.items():
+        if whole and (type(number) is not int or number < 1):
+            raise CheckpointError(f"{file}: {name} is {number!r}; give a whole number, 1 or more")
         if type(number) not in (int, float) or not abs(number) < 1e30:
-            raise CheckpointError(f"{file}: {key} is {number!r}; give a number, and a finite one")
-    name = hf.get("base_model_name_or_path")
-    named = f" ({LORA_CONFIG} names {name})" if name and isinstance(name, str) else ""
-    settings = LoRASettings(
-        rank=rank, alpha=alpha, ranks=ranks, alphas=alphas, stabilized=bool(hf.get("use_rslora"))
-    )
-    return settings, named
+            raise CheckpointError(f"{file}: {name} is {number!r}; give a number, and a finite one")
+    return hf[key], singles
 
 
 def _refusal(path: epath.Path, what: str) -> str:
@@ -275,13 +281,13 @@ def _place(
         if a.info.shape[:1] != (rank,) or b.info.shape[1:] != (rank,):
             problems.append(f"{infos}: {LORA_CONFIG} says rank {rank}")
             continue
-        low_rank = LowRank(a=a, b=b, scale=settings.scale_of(module), embedding=embedding)
-        if low_rank.shape != base[name].info.shape:
+        update = LowRank(a=a, b=b, scale=settings.scale_of(module), embedding=embedding)
+        if update.shape != base[name].info.shape:
             problems.append(f"{infos}: the base's weight is {base[name].info.shape}")
         elif not (is_float(a.info.dtype) and is_float(b.info.dtype)):
             problems.append(f"{infos}: expected {', '.join(FLOATS)}")
         else:
-            added[name] = low_rank
+            added[name] = update
     return added, problems
 
 

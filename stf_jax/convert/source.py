@@ -167,6 +167,11 @@ def open_source(
         )
     if part.layout == "lora":
         part, under = merge_lora(part, base)
+        if part.layout == "llama" and system is None:
+            raise CheckpointError(
+                f"neither {path} nor {base} has a projector; give the LLaVA that the adapter was "
+                "trained on as --base, or choose a new, random connector with --system NAME"
+            )
         language, folders = part, [part.folder, under.folder]
     else:
         language = under = _language_part(part, base)

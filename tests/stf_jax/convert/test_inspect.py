@@ -55,6 +55,13 @@ def test_native(reference: Path, tmp_path: Path) -> None:
     assert "text.norm.scale/0: 0 bytes of 128" in str(report)
 
 
+@pytest.mark.parametrize("option", ["vision_tower", "base"])
+def test_parts_for_a_native_checkpoint(option: str, native: Path, reference: Path) -> None:
+    message = rf"is a whole model; leave out --{option.replace('_', '-')} .*clip$"
+    with pytest.raises(CheckpointError, match=message):
+        inspect_checkpoint(native, **{option: reference / "clip"})
+
+
 def test_padded_vocabulary(reference: Path, tmp_path: Path) -> None:
     import_checkpoint(reference / "llava-stf", tmp_path / "native", vocabulary_multiple=64)
     assert "vocabulary 600, padded to 640" in str(inspect_checkpoint(tmp_path / "native"))

@@ -276,6 +276,22 @@ def test_weights_that_do_not_fit_are_named(peft: Path, reference: Path, tmp_path
     refused(dora, tmp_path / "out", "with DoRA, which", base=reference / "llava-stf")
 
 
+def test_a_new_connector_is_asked_for_by_name(peft: Path, reference: Path, tmp_path: Path) -> None:
+    options = {"base": reference / "vicuna", "vision_tower": reference / "clip"}
+    refused(
+        peft, tmp_path / "out", r"neither .* nor .* has a projector; .* --system NAME", **options
+    )
+    found = read(peft, system="llava", **options)
+    check_merged(found, load(reference / "vicuna"), load(peft), lambda module: ALPHA / RANK)
+    refused(
+        peft,
+        tmp_path / "out",
+        "leave out --system llava",
+        base=reference / "llava-stf",
+        system="llava",
+    )
+
+
 @pytest.fixture(params=["float32", "float16"])
 def lora_run(request: pytest.FixtureRequest, checkpoint: Callable, tmp_path: Path) -> Path:
     """The directory of a LoRA run whose parameters are random ones, and its model beside it."""
