@@ -52,7 +52,7 @@ def infer_system(shapes: Shapes, hf: Mapping[str, Any], vision: VisionConfig) ->
             raise CheckpointError(
                 f"{key} is {hf[key]!r} in config.json; stf_jax computes only {allowed[0]!r}"
             )
-    given = section(hf, KEY) or upgrade_fusion(section(hf, OLDER_KEY))
+    given = section(hf, KEY) or upgrade_fusion(section(hf, OLDER_KEY)) or _published(hf)
     try:
         system = _system_of(given, shapes, vision)
         fields = system.fields_of(
@@ -117,7 +117,7 @@ def system_keys(config: LlavaConfig) -> dict[str, Any]:
     system, vision = config.system, config.vision
     # The published STF keeps LLaVA's value, though its taps are others.
     selected = -2 if len(system.taps) > 1 else system.taps[0] - vision.layers - 1
-    keys: dict[str, Any] = {"mm_vision_select_layer": selected}
+    keys: dict[str, Any] = {"mm_vision_select_layer": selected, **system.hf_keys()}
     shapes = {name: e.shape for e in connector_entries(config) for name in e.tensors}
     try:
         inferred = infer_system(shapes, keys, vision)
@@ -137,6 +137,15 @@ def _system_of(given: Mapping[str, Any], shapes: Shapes, vision: VisionConfig) -
     raise CheckpointError(
         "there is no mm_projector.0.weight: a projector of type mlp2x_gelu is expected"
     )
+
+
+def _published(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json in the form of a system's own code says of it, its name first."""
+    for system in SYSTEMS.values():
+        fields = system.read_hf(hf)
+        if fields is not None:
+            return {"name": system.name, **fields}
+    return {}
 
 
 def _merge(fields: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def table(config: LlavaConfig, *, vocabulary: int | None = None) -> tuple[Entry,
         vocabulary: Rows of the PyTorch embedding, where they are not `config.text.vocab_size`.
     """
     return (
-        *tower_entries(config.vision, layers=max(config.system.taps)),
+        *_computed_tower(config),
         *connector_entries(config),
         *text_entries(config.text, vocabulary=vocabulary or config.text.vocab_size),
     )
@@ -49,11 +49,7 @@ def carried_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
 
     They are the tower's layers after the last tap and its last norm.
     """
-    computed = {
-        name
-        for entry in tower_entries(config.vision, layers=max(config.system.taps))
-        for name in entry.tensors
-    }
+    computed = {name for entry in _computed_tower(config) for name in entry.tensors}
     whole = {
         name: entry.shape
         for entry in tower_entries(config.vision, layers=config.vision.layers)
@@ -61,6 +57,15 @@ def carried_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
     }
     norm = {f"{TOWER}post_layernorm.{kind}": (config.vision.width,) for kind in ("weight", "bias")}
     return {name: shape for name, shape in (whole | norm).items() if name not in computed}
+
+
+def _computed_tower(config: LlavaConfig) -> tuple[Entry, ...]:
+    """Of the tower, what the model computes with."""
+    last = max(config.system.taps)
+    layers = tower_entries(config.vision, layers=last)
+    if not config.system.captures:
+        return layers
+    return (*layers, *next_layer_entries(config.vision, layer=last))
 
 
 def is_buffer(name: str) -> bool:
@@ -144,6 +149,23 @@ def tower_entries(vision: VisionConfig, *, layers: int) -> tuple[Entry, ...]:
             ),
             stack_entry(f"mlp/{native}/bias", f"mlp.{torch}.bias", (outputs,), (outputs,), SAME),
         ]
+    return tuple(entries)
+
+
+def next_layer_entries(vision: VisionConfig, *, layer: int) -> tuple[Entry, ...]:
+    """Of the encoder layer after the last tap, what tells how the class token attends."""
+    width = vision.width
+    entries: list[Entry] = []
+    for native, torch, shape, transform in (
+        ("attention_norm/scale", "layer_norm1.weight", (width,), SAME),
+        ("attention_norm/bias", "layer_norm1.bias", (width,), SAME),
+        ("query/kernel", "self_attn.q_proj.weight", (width, width), LINEAR),
+        ("query/bias", "self_attn.q_proj.bias", (width,), SAME),
+        ("key/kernel", "self_attn.k_proj.weight", (width, width), LINEAR),
+        ("key/bias", "self_attn.k_proj.bias", (width,), SAME),
+    ):
+        name = f"{TOWER}encoder.layers.{layer}.{torch}"
+        entries.append(make_entry(f"vision/next_layer/{native}", name, shape, shape, transform))
     return tuple(entries)
 
 

@@ -20,6 +20,7 @@ class Batch:
         image_slots: index into the row's I*K image tokens, -1 where text is.
         pixels: images, channels last, zeros where a row has fewer than I; normalized for the model,
             8-bit values on their way into a training step.
+        budget: K, where the system has several; None is its most.
     """
 
     ids: Int[Array, "B T"]
@@ -28,3 +29,4 @@ class Batch:
     segments: Int[Array, "B T"]
     image_slots: Int[Array, "B T"]
     pixels: Float[Array, "B I height width 3"] | UInt8[Array, "B I height width 3"]
+    budget: int | None = dataclasses.field(default=None, metadata={"static": True})

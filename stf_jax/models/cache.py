@@ -84,6 +84,11 @@ class KVCache:
         """S, how many positions there is room for."""
         return int(jax.tree.leaves(self.keys[0])[0].shape[2])
 
+    def next_position(self, start: Int[Array, "B"]) -> Int[Array, "B"]:
+        """The position after the last one that the slots before `start` hold; 0 after none."""
+        held = (jnp.arange(self.slots) < start[:, None]) & (self.marks.segment > 0)
+        return jnp.where(held, self.marks.position + 1, 0).max(axis=1)
+
     def mark(self, slots: Int[Array, "B T"], marks: Marks) -> "KVCache":
         """With the marks of new tokens at these slots; those beyond S are dropped.
 

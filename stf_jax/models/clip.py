@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from stf_jax.config.vision import VisionConfig
 from stf_jax.models.attention import attention
+from stf_jax.models.connector import ClassAttention, VisionFeatures
 from stf_jax.models.layers import (
     MLP,
     Init,
@@ -42,11 +43,23 @@ class VisionAttention(nnx.Module):
         self.query, self.key, self.value = (project(width, heads) for _ in range(3))
         self.output = Linear(heads, width, init=init, kernel=rules.row_heads, bias=rules.vector)
 
-    def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
-        """What each token gathers from all."""
+    def __call__(self, x: Float[Array, "B T C"], *, extra: int = 0) -> Float[Array, "B T C"]:
+        """What each token gathers from all; the last `extra` are seen by each other only."""
         heads = self.rules.hidden
         query, key, value = (f(x, out=heads) for f in (self.query, self.key, self.value))
-        return self.output(attention(query, key, value), out=self.rules.tokens)
+        if extra:
+            # The image's own tokens compute what they do without the extra ones, to the bit.
+            image, own = x.shape[1] - extra, (query, key, value)
+            attended = jnp.concatenate(
+                [
+                    attention(*(array[:, :image] for array in own)),
+                    attention(query[:, image:], key, value),
+                ],
+                axis=1,
+            )
+        else:
+            attended = attention(query, key, value)
+        return self.output(attended, out=self.rules.tokens)
 
 
 class VisionLayer(nnx.Module):
@@ -59,16 +72,48 @@ class VisionLayer(nnx.Module):
         self.mlp_norm = LayerNorm(config.width, epsilon=config.norm_eps, init=init)
         self.mlp = MLP(config.width, config.mlp_width, config.width, init=init)
 
-    def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+    def __call__(self, x: Float[Array, "B T C"], *, extra: int = 0) -> Float[Array, "B T C"]:
         """Attention, then MLP, each added to what came in."""
-        x = x + self.attention(self.attention_norm(x))
+        x = x + self.attention(self.attention_norm(x), extra=extra)
         return x + self.mlp(self.mlp_norm(x), activation=ACTIVATIONS[self.activation])
 
 
-class VisionTower(nnx.Module):
-    """Pixels to the hidden states at `taps`. Layers after the last tap do not exist here."""
+class NextLayer(nnx.Module):
+    """Of the layer after the last tap, what tells how the class token attends."""
 
-    def __init__(self, config: VisionConfig, *, taps: tuple[int, ...], init: Init):
+    def __init__(self, config: VisionConfig, *, init: Init):
+        self.rules = rules = init.rules
+        width = (config.width,)
+        # Replicated: two matrices are small, and nothing follows that a split would serve.
+        project = partial(Linear, init=init, kernel=rules.vector, bias=rules.vector)
+        self.attention_norm = LayerNorm(config.width, epsilon=config.norm_eps, init=init)
+        self.query, self.key = project(width, width), project(width, width)
+
+    def __call__(self, x: Float[Array, "B T C"]) -> ClassAttention:
+        """From the last tap, class token first."""
+        normal, out = self.attention_norm(x), self.rules.tokens
+        query = self.query(normal[:, :1], out=out)[:, 0]
+        return ClassAttention(query=query, keys=self.key(normal, out=out))
+
+
+class VisionTower(nnx.Module):
+    """Pixels to the hidden states at `taps`. Layers after the last tap do not exist here.
+
+    Args:
+        config: sizes.
+        taps: hidden states that are read.
+        captures: whether the class token's attention in the layer after the last tap is computed.
+        init: of the weights.
+    """
+
+    def __init__(
+        self,
+        config: VisionConfig,
+        *,
+        taps: tuple[int, ...],
+        captures: bool = False,
+        init: Init,
+    ):
         self.config, self.taps, self.rules = config, taps, init.rules
         rules, width = init.rules, config.width
         # Replicated: it is small, and its 3 * 14 * 14 rows divide by few meshes.
@@ -81,16 +126,23 @@ class VisionTower(nnx.Module):
         self.layers: VisionLayer | nnx.List[VisionLayer] = stack(
             lambda init: VisionLayer(config, init=init), max(taps), init=init
         )
+        self.next_layer = NextLayer(config, init=init) if captures else None
 
     def __call__(
-        self, pixels: Float[Array, "B height width 3"]
-    ) -> tuple[Float[Array, "B P C"], ...]:
+        self,
+        pixels: Float[Array, "B height width 3"],
+        extra: Float[Array, "E C"] | None = None,
+    ) -> VisionFeatures:
         """The hidden states at `taps`, in their order, without the class token.
 
         Index 0 is the embedding after `pre_norm`, index k the output of layer k; no norm follows.
+        `extra` tokens have no position; they see everything and only they see themselves, so the
+        image's features are what they are without them (as VisToG isolates them, arXiv 2411.17773).
         """
         with jax.named_scope("vision_tower"):
-            x = self.embed(pixels)
+            x = self.embed(pixels, extra)
+            count = 0 if extra is None else len(extra)
+            image = x.shape[1] - count
             wanted = sorted(set(self.taps))
             # Layers that are not tapped write to one spare slot, so that a scan has static shapes
             # and keeps no more than the taps.
@@ -101,15 +153,26 @@ class VisionTower(nnx.Module):
 
             def step(carry: Scan, layer: VisionLayer) -> tuple[Scan, None]:
                 x, kept, index = carry
-                x, index = layer(x), index + 1
+                x, index = layer(x, extra=count), index + 1
                 slot = jnp.asarray(slots)[index]
                 return (x, jax.lax.dynamic_update_index_in_dim(kept, x, slot, 0), index), None
 
-            (_, kept, _), _ = apply_layers(step, (x, kept, jnp.int32(0)), self.layers)
-            return tuple(kept[slots[tap], :, 1:] for tap in self.taps)
+            (last, kept, _), _ = apply_layers(step, (x, kept, jnp.int32(0)), self.layers)
+            return VisionFeatures(
+                taps=tuple(kept[slots[tap], :, 1:image] for tap in self.taps),
+                class_attention=self.next_layer and self.next_layer(last[:, :image]),
+                extra=last[:, image:] if count else None,
+            )
 
-    def embed(self, pixels: Float[Array, "B height width 3"]) -> Float[Array, "B T C"]:
-        """Patches, class token and positions. The patch convolution is a matmul over patches."""
+    def embed(
+        self,
+        pixels: Float[Array, "B height width 3"],
+        extra: Float[Array, "E C"] | None = None,
+    ) -> Float[Array, "B T C"]:
+        """Class token, patches and positions, then `extra` without; a norm follows.
+
+        The patch convolution is a matmul over patches.
+        """
         size = self.config.patch_size
         batch, side, width = pixels.shape[0], pixels.shape[1], self.config.width
         grid = side // size
@@ -124,6 +187,9 @@ class VisionTower(nnx.Module):
         )
         patches = self.patch_embedding(patches.astype(first.dtype), out=self.rules.tokens)
         x = jnp.concatenate([first, patches], axis=1) + self.positions(grid)
+        if extra is not None:
+            rows = jnp.broadcast_to(extra, (batch, *extra.shape), out_sharding=self.rules.tokens)
+            x = jnp.concatenate([x, rows.astype(x.dtype)], axis=1)
         return self.pre_norm(x)
 
     def positions(self, grid: int) -> Float[Array, "T C"]:

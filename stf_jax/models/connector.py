@@ -5,29 +5,59 @@ from typing import Protocol
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
 from stf_jax.models.layers import MLP, Init, gelu
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassAttention:
+    """What the class token asks of the patches in the block after the last tap.
+
+    Both are raw projections, with bias and without the scale, not split into heads.
+
+    Attributes:
+        query: of the class token.
+        keys: of the class token, which is first, and of the patches.
+    """
+
+    query: Float[Array, "B C"]
+    keys: Float[Array, "B P+1 C"]
+
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionFeatures:
     """What the tower found in each image.
 
     Attributes:
         taps: M hidden states, in the order of the system's taps; no class token, raster order.
+        class_attention: where the system captures it.
+        extra: the last hidden state of the extra tokens, where the system has some.
     """
 
     taps: tuple[Float[Array, "B P C"], ...]
+    class_attention: ClassAttention | None = None
+    extra: Float[Array, "B E C"] | None = None
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """K tokens an image, in the width of the language model."""
+    """K tokens an image, in the width of the language model.
+
+    Attributes:
+        values: of the tokens.
+        valid: False where an image has fewer than K and a slot holds nothing; None is all valid.
+            The last slot of an image is always valid, so that what follows the image is predicted
+            from it.
+    """
 
     values: Float[Array, "B K H"]
+    valid: Bool[Array, "B K"] | None = None
 
 
 class Connector(nnx.Module):
@@ -49,9 +79,24 @@ class Connector(nnx.Module):
 
     def __call__(self, features: VisionFeatures) -> Tokens:
         """Tokens of each image, in raster order."""
-        reduced = self.reduce(features)
+        return Tokens(values=self.project(self.reduce(features)))
+
+    def project(self, x: Float[Array, "B K _"]) -> Float[Array, "B K H"]:
+        """LLaVA-1.5's projector."""
         with jax.named_scope("projector"):
-            return Tokens(values=self.projector(reduced, activation=gelu))
+            return self.projector(x, activation=gelu)
+
+    def extra_tokens(self) -> Float[Array, "E C"] | None:
+        """What goes through the tower behind the patches, which do not see it."""
+        return None
+
+    def shrink(self, tokens: Tokens, budget: int) -> Tokens:
+        """The same images in `budget` tokens; a system with several budgets writes it."""
+        raise NotImplementedError(f"{type(self).__name__} has one budget")
+
+    def views(self, tokens: Tokens) -> tuple[Tokens, ...]:
+        """What a training step takes the mean loss over, each with K slots an image."""
+        return (tokens,)
 
     def reduce(self, features: VisionFeatures) -> Float[Array, "B K _"]:
         """Every patch of the one tap."""
@@ -71,6 +116,17 @@ class ConnectedSystem(Protocol):
 
     def flops(self, vision: VisionConfig, text: TextConfig) -> float:
         """Arithmetic of the connector for one image."""
+
+    @property
+    def captures(self) -> bool:
+        """Whether the connector reads `ClassAttention`."""
+
+    @property
+    def extra_count(self) -> int:
+        """E, the tokens that go through the tower behind the patches."""
+
+    def training_budgets(self, vision: VisionConfig) -> tuple[int, ...]:
+        """Tokens an image of each view that a training step takes the mean loss over."""
 
 
 class Architecture(Protocol):

@@ -60,9 +60,10 @@ def _vision(config: Architecture) -> float:
     """Of one image, up to the last tap."""
     vision, layers = config.vision, max(config.system.taps)
     width, patches = vision.width, (config.image_size // vision.patch_size) ** 2
-    tokens = patches + 1
+    tokens = patches + 1 + config.system.extra_count
     layer = 2 * tokens * (4 * width**2 + 2 * width * vision.mlp_width) + 4 * tokens**2 * width
-    return 2 * patches * 3 * vision.patch_size**2 * width + layers * layer
+    next_layer = 2 * (tokens + 1) * width**2 if config.system.captures else 0
+    return 2 * patches * 3 * vision.patch_size**2 * width + layers * layer + next_layer
 
 
 def _connector(config: Architecture) -> float:

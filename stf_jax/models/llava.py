@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from stf_jax.data.batch import Batch
 from stf_jax.data.tokenizer import IGNORED_LABEL
 from stf_jax.models.attention import IMAGE, TEXT, Marks
 from stf_jax.models.cache import CacheDType, KVCache
 from stf_jax.models.clip import VisionTower
-from stf_jax.models.connector import Architecture, VisionFeatures
+from stf_jax.models.connector import Architecture, Tokens
 from stf_jax.models.layers import Init, Remat
 from stf_jax.models.llama import Llama
 from stf_jax.models.lora import LoRAConfig
@@ -26,7 +26,9 @@ class Llava(nnx.Module):
 
     def __init__(self, config: Architecture, *, init: Init, lora: LoRAConfig | None = None):
         self.config, self.rules = config, init.rules
-        self.vision = VisionTower(config.vision, taps=config.system.taps, init=init)
+        self.vision = VisionTower(
+            config.vision, taps=config.system.taps, captures=config.system.captures, init=init
+        )
         self.connector = config.system.connector(config.vision, config.text, init=init)
         self.text = Llama(config.text, init=init, lora=lora)
 
@@ -49,31 +51,30 @@ class Llava(nnx.Module):
             nnx.update(model, jax.tree.map(lambda leaf: on_mesh(leaf, mesh), nnx.state(model)))
         return model
 
-    def encode(self, pixels: Float[Array, "B I height width 3"]) -> Float[Array, "B _ H"]:
-        """Vision tokens of every image of a row, one image after the other.
+    def encode(
+        self, pixels: Float[Array, "B I height width 3"], *, budget: int | None = None
+    ) -> Tokens:
+        """Vision tokens of every image of a row, one image after the other: [B, I*K, H].
 
-        The tower is frozen in every stage, so no gradient enters it.
+        Args:
+            pixels: of I images a row.
+            budget: K, where the system has several; None is its most.
         """
-        rows, images, *image = pixels.shape
-        flat = jax.lax.reshape(pixels, (rows * images, *image), out_sharding=self.rules.tokens)
-        taps = jax.lax.stop_gradient(self.vision(flat))
-        tokens = self.connector(VisionFeatures(taps=taps)).values
-        row = (rows, images * tokens.shape[1], tokens.shape[2])
-        return jax.lax.reshape(tokens, row, out_sharding=self.rules.tokens)
+        tokens = self._encode_images(pixels)
+        if budget is not None:
+            tokens = self.connector.shrink(tokens, budget)
+        return self._join_images(tokens, len(pixels))
 
-    def insert(self, batch: Batch) -> Float[Array, "B T H"]:
-        """Text embeddings with image tokens at their slots: two gathers, no ragged pieces."""
-        text = self.text.embed(batch.ids)
+    def insert(self, batch: Batch) -> tuple[Float[Array, "B T H"], Marks]:
+        """Text embeddings with image tokens at their slots, and what each position is."""
         if batch.pixels.shape[1] == 0:
-            return text
-        tokens = self.encode(batch.pixels)
-        slots = batch.image_slots[..., None]
-        images = jnp.take_along_axis(tokens, jnp.maximum(slots, 0), axis=1)
-        return jnp.where(slots >= 0, images, text)
+            return self.text.embed(batch.ids), marks_of(batch)
+        return self._insert_tokens(batch, self.encode(batch.pixels, budget=batch.budget))
 
     def __call__(self, batch: Batch) -> Float[Array, "B T V"]:
         """Float32 logits at every position: for parity and small batches; see `loss`."""
-        return self.text.logits(self._hidden(batch))
+        x, marks = self.insert(batch)
+        return self.text.logits(self.text(x, marks=marks))
 
     def loss(
         self, batch: Batch, *, chunk: int = 256, remat: Remat = "none"
@@ -81,9 +82,23 @@ class Llava(nnx.Module):
         """Sum of the next-token cross entropies in nats, and the number of supervised tokens.
 
         The head runs over `chunk` positions at a time and again in the backward pass, so logits
-        of the whole batch never exist. `remat` says what else is computed again.
+        of the whole batch never exist. `remat` says what else is computed again. A system that
+        trains several budgets has the mean over them; images are encoded once.
         """
-        hidden = self._hidden(batch, remat=remat)
+        views = self._views(batch)
+        entropies = [self._entropy_of(batch, *view, chunk=chunk, remat=remat) for view in views]
+        return sum(total for total, _ in entropies) / len(views), entropies[0][1]
+
+    def _entropy_of(
+        self,
+        batch: Batch,
+        x: Float[Array, "B T H"],
+        marks: Marks,
+        *,
+        chunk: int,
+        remat: Remat,
+    ) -> tuple[Float[Array, ""], Int[Array, ""]]:
+        hidden = self.text(x, marks=marks, remat=remat)
         # What a position predicts is what the next one is; the last predicts nothing.
         targets = jnp.pad(batch.labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED_LABEL)
         length = hidden.shape[1]
@@ -101,9 +116,8 @@ class Llava(nnx.Module):
         self, batch: Batch, *, cache_dtype: CacheDType | None = None
     ) -> tuple[Float[Array, "B V"], KVCache]:
         """Logits after each row's last position, and a cache of T slots; a row is one sequence."""
-        hidden, cache = self.text.prefill(
-            self.insert(batch), marks=marks_of(batch), cache_dtype=cache_dtype
-        )
+        x, marks = self.insert(batch)
+        hidden, cache = self.text.prefill(x, marks=marks, cache_dtype=cache_dtype)
         return self._logits_at((batch.segments > 0).sum(axis=1) - 1, hidden), cache
 
     def extend(
@@ -114,15 +128,16 @@ class Llava(nnx.Module):
         lengths: Int[Array, "B"],
         cache: KVCache,
     ) -> tuple[Float[Array, "B V"], KVCache]:
-        """Logits after `lengths` further tokens a row, the first of which is at position `start`.
+        """Logits after `lengths` further tokens a row, the first of which goes to slot `start`.
 
-        What stands in `ids` behind them is padding.
+        What stands in `ids` behind them is padding. Positions continue from what the slots before
+        hold, some of which may be empty.
         """
         index = jnp.arange(ids.shape[1], dtype=jnp.int32)
-        positions = start[:, None] + index
+        positions = cache.next_position(start)[:, None] + index
         marks = Marks.text(positions, (index < lengths[:, None]).astype(jnp.int32))
         hidden, cache = self.text.extend(
-            self.text.embed(ids), marks=marks, slots=positions, cache=cache
+            self.text.embed(ids), marks=marks, slots=start[:, None] + index, cache=cache
         )
         return self._logits_at(lengths - 1, hidden), cache
 
@@ -132,8 +147,46 @@ class Llava(nnx.Module):
         one = jnp.take_along_axis(hidden, index[:, None, None], axis=1)
         return self.text.logits(one)[:, 0]
 
-    def _hidden(self, batch: Batch, *, remat: Remat = "none") -> Float[Array, "B T H"]:
-        return self.text(self.insert(batch), marks=marks_of(batch), remat=remat)
+    def _encode_images(self, pixels: Float[Array, "B I height width 3"]) -> Tokens:
+        """Of each image by itself: [B*I, K, H].
+
+        The tower is frozen in every stage: no gradient reaches its weights.
+        """
+        rows, images, *image = pixels.shape
+        flat = jax.lax.reshape(pixels, (rows * images, *image), out_sharding=self.rules.tokens)
+        extra = self.connector.extra_tokens()
+        if extra is None:
+            return self.connector(jax.lax.stop_gradient(self.vision(flat)))
+        # The extra tokens are trained, through the frozen layers.
+        graph, state = nnx.split(self.vision)
+        tower = nnx.merge(graph, jax.lax.stop_gradient(state))
+        return self.connector(tower(flat, extra))
+
+    def _join_images(self, tokens: Tokens, rows: int) -> Tokens:
+        """[B*I, K, ...] -> [B, I*K, ...]."""
+
+        def join(array: Array) -> Array:
+            images = array.shape[0] // rows
+            row = (rows, images * array.shape[1], *array.shape[2:])
+            return jax.lax.reshape(array, row, out_sharding=self.rules.tokens)
+
+        joined: Tokens = jax.tree.map(join, tokens)
+        return joined
+
+    def _views(self, batch: Batch) -> list[tuple[Float[Array, "B T H"], Marks]]:
+        """What goes into the decoder, once for each budget that a step trains."""
+        if batch.pixels.shape[1] == 0:
+            return [self.insert(batch)]
+        views = self.connector.views(self._encode_images(batch.pixels))
+        rows = len(batch.pixels)
+        return [self._insert_tokens(batch, self._join_images(view, rows)) for view in views]
+
+    def _insert_tokens(self, batch: Batch, tokens: Tokens) -> tuple[Float[Array, "B T H"], Marks]:
+        """Two gathers, no ragged pieces."""
+        slots = batch.image_slots[..., None]
+        images = jnp.take_along_axis(tokens.values, jnp.maximum(slots, 0), axis=1)
+        x = jnp.where(slots >= 0, images, self.text.embed(batch.ids))
+        return x, marks_of(batch, tokens.valid)
 
     def _cross_entropy(
         self,
@@ -150,7 +203,18 @@ class Llava(nnx.Module):
         return jnp.where(known, lost, 0).sum(), known.sum()
 
 
-def marks_of(batch: Batch) -> Marks:
-    """What each position of a batch is, for the rule of attention."""
-    kind = jnp.where(batch.image_slots >= 0, jnp.int32(IMAGE), jnp.int32(TEXT))
-    return Marks(position=batch.positions, segment=batch.segments, kind=kind)
+def marks_of(batch: Batch, valid: Bool[Array, "B _"] | None = None) -> Marks:
+    """What each position of a batch is, for the rule of attention.
+
+    Slots of images that hold nothing are padding, and rotary positions do not count them.
+    """
+    slots, position, segment = batch.image_slots, batch.positions, batch.segments
+    kind = jnp.where(slots >= 0, jnp.int32(IMAGE), jnp.int32(TEXT))
+    if valid is not None:
+        empty = (slots >= 0) & ~jnp.take_along_axis(valid, jnp.maximum(slots, 0), axis=1)
+        # Empty slots before each position; those before its own segment do not count.
+        before = jnp.cumsum(empty, axis=1, dtype=jnp.int32) - empty
+        first = jnp.arange(slots.shape[1], dtype=jnp.int32) - position
+        position = position - (before - jnp.take_along_axis(before, first, axis=1))
+        segment = jnp.where(empty, 0, segment)
+    return Marks(position=position, segment=segment, kind=kind)

@@ -86,6 +86,24 @@ class System:
         """K, the tokens of an image that the language model sees."""
         return (self.image_size(vision) // vision.patch_size) ** 2
 
+    def budgets(self, vision: VisionConfig) -> tuple[int, ...]:
+        """Every number of tokens that an image can have, chosen at generation; the most first."""
+        return (self.tokens(vision),)
+
+    def training_budgets(self, vision: VisionConfig) -> tuple[int, ...]:
+        """Tokens an image of each view that a training step takes the mean loss over."""
+        return (self.tokens(vision),)
+
+    @property
+    def captures(self) -> bool:
+        """Whether the connector reads how the class token attends after the last tap."""
+        return False
+
+    @property
+    def extra_count(self) -> int:
+        """Tokens that go through the tower behind the patches."""
+        return 0
+
     def token_width(self, vision: VisionConfig) -> int:
         """Channels of a token before the projector."""
         return vision.width
@@ -163,6 +181,16 @@ class System:
         taps = [] if "taps" in given else [selected()]
         return {"taps": taps, "projector_width": rows}
 
+    @classmethod
+    def read_hf(cls, hf: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The fields that a config.json of its published checkpoints names; None if it is none."""
+        del hf
+        return None
+
+    def hf_keys(self) -> dict[str, Any]:
+        """The keys of config.json by which its published code knows such a model."""
+        return {}
+
     @property
     def layout(self) -> str:
         """The PyTorch layout that holds such a model."""
@@ -212,6 +240,11 @@ class LlavaConfig:
             raise ValueError(
                 f"tap {last} lies beyond the tower's {layers} layers; give taps up to {layers}, "
                 f"such as {','.join(map(str, proposed))}"
+            )
+        if self.system.captures and last == layers:
+            raise ValueError(
+                f"tap {last} is the tower's last; {self.system.title} reads the attention of the "
+                "layer after it"
             )
         self.system.check(self.vision, self.text)
 
