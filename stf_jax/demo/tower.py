@@ -55,7 +55,7 @@ class Captioner(nnx.Module):
 
     def __call__(self, pixels: Float[Array, "B height width 3"]) -> list[Float[Array, "B P _"]]:
         """Scores of the words, by their part of the caption."""
-        (features,) = self.tower(pixels)
+        (features,) = self.tower(pixels).taps
         return jnp.split(self.words(features), np.cumsum(_WORDS)[:-1].tolist(), axis=-1)
 
     def loss(self, batch: Captioned) -> Array:

@@ -160,7 +160,9 @@ class VisionTower(nnx.Module):
             (last, kept, _), _ = apply_layers(step, (x, kept, jnp.int32(0)), self.layers)
             return VisionFeatures(
                 taps=tuple(kept[slots[tap], :, 1:image] for tap in self.taps),
-                class_attention=self.next_layer and self.next_layer(last[:, :image]),
+                class_attention=(
+                    None if self.next_layer is None else self.next_layer(last[:, :image])
+                ),
                 extra=last[:, image:] if count else None,
             )
 

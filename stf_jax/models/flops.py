@@ -45,14 +45,16 @@ def training(
     """Of one training step; adapters, which are small, are not counted.
 
     A backward pass takes as many FLOPs for the gradient of its inputs, and as many again for that
-    of its weights where they are trained. The tower has none.
+    of its weights where they are trained. The tower has none. A system that trains several budgets
+    runs the language model once for each, over rows of the same length.
     """
     weights, attention = _text(config, length)
     passes = 3 if stage == "finetune" else 2
+    views = len(config.system.training_budgets(config.vision))
     return Flops(
         vision=rows * images * _vision(config),
         connector=rows * images * _connector(config) * 3,
-        text=rows * (weights * passes + attention * 3),
+        text=rows * views * (weights * passes + attention * 3),
     )
 
 

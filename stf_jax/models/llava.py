@@ -87,7 +87,8 @@ class Llava(nnx.Module):
         """
         views = self._views(batch)
         entropies = [self._entropy_of(batch, *view, chunk=chunk, remat=remat) for view in views]
-        return sum(total for total, _ in entropies) / len(views), entropies[0][1]
+        totals, counts = zip(*entropies, strict=True)
+        return jnp.stack(totals).mean(), counts[0]
 
     def _entropy_of(
         self,

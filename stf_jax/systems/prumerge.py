@@ -178,6 +178,7 @@ class PruMergeConnector(Connector):
         return Tokens(values=self.project(merged.astype(tap.dtype)), valid=valid)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kept:
     """Which patches of an image are kept, in the order of the tokens.
@@ -190,7 +191,7 @@ class Kept:
 
     index: Int[Array, "B M"]
     valid: Bool[Array, "B M"]
-    full: bool
+    full: bool = dataclasses.field(metadata={"static": True})
 
 
 def class_scores(captured: ClassAttention) -> Float[Array, "B P"]:

@@ -243,7 +243,7 @@ def test_every_hidden_state_of_clip(
     )
     nnx.update(every, weights)
     actual = ours(every, VisionTower.__call__, pixels.permute(0, 2, 3, 1).numpy())
-    for tap, state in zip(taps, actual, strict=True):
+    for tap, state in zip(taps, actual.taps, strict=True):
         np.testing.assert_allclose(state, expected[tap][:, 1:], rtol=0, atol=1e-5, err_msg=str(tap))
 
 
@@ -366,7 +366,7 @@ def test_stf_and_average(
     # One image a row, then both in one row.
     for rows, images in ((2, 1), (1, 2)):
         shaped = pixels.permute(0, 2, 3, 1).numpy().reshape(rows, images, 12, 12, 3)
-        actual = ours(model, Llava.encode, shaped)
+        actual = ours(model, Llava.encode, shaped).values
         expected_rows = expected.reshape(rows, -1, text.hidden_size)
         np.testing.assert_allclose(actual, expected_rows, rtol=0, atol=1e-5)
 

@@ -12,7 +12,6 @@ from safetensors.numpy import load_file
 
 from stf_jax.convert.mapping import table
 from stf_jax.data.batch import Batch
-from stf_jax.models.connector import VisionFeatures
 from stf_jax.models.llava import Llava
 from stf_jax.parallel.sharding import ShardingRules, make_mesh
 from stf_jax.store.checkpoint import flatten, unflatten
@@ -83,23 +82,23 @@ def test_tower_and_connector(loaded: Loaded, tensors: Tensors):
     images = len(tensors["pixel_values.pad"])
     pixels = tile(tensors["pixel_values.pad"].transpose(0, 2, 3, 1))
     pixels = jax.device_put(pixels, model.rules.tokens)
-    taps = model.vision(pixels)
-    concatenated = np.concatenate([np.asarray(tap) for tap in taps], axis=-1)
+    features = model.vision(pixels)
+    concatenated = np.concatenate([np.asarray(tap) for tap in features.taps], axis=-1)
     close(concatenated[:images], tensors["mbtf.input"], 1e-5)
-    fused = model.connector.reduce(VisionFeatures(taps=taps))
+    fused = model.connector.reduce(features)
     channels = model.config.vision.width
     window = fused.shape[-1] // channels
     # Ours is (row, column, channel); the published order is (channel, row, column).
     parts = np.asarray(fused).reshape(len(pixels), -1, window, channels)
     published = parts.swapaxes(2, 3).reshape(fused.shape)
     close(published[:images], tensors["stf.fused_input"], 1e-5)
-    tokens = model.encode(pixels[:, None])
+    tokens = model.encode(pixels[:, None]).values
     close(np.asarray(tokens)[:images], tensors["stf.output"], 1e-5)
 
 
 def test_insert(loaded: Loaded, tensors: Tensors):
     real = tensors["spliced.attention_mask"] > 0
-    spliced = np.asarray(loaded.model.insert(loaded.batch))[: len(real)]
+    spliced = np.asarray(loaded.model.insert(loaded.batch)[0])[: len(real)]
     close(spliced[real], tensors["spliced.embeds"][real], 1e-5)
 
 

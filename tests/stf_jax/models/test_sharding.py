@@ -24,7 +24,7 @@ from stf_jax.infer.prompts import Prompt, pad_prompts
 from stf_jax.infer.sampling import GREEDY, Sampling
 from stf_jax.models.cache import KVCache
 from stf_jax.models.layers import Init, Linear, stack
-from stf_jax.models.llava import Llava, marks_of
+from stf_jax.models.llava import Llava
 from stf_jax.parallel.sharding import BATCH_AXES, ShardingRules, make_mesh
 from stf_jax.store.checkpoint import flatten, unflatten
 from stf_jax.systems import tiny_config
@@ -275,8 +275,8 @@ def test_logits_and_activations(on_mesh: OnMesh) -> None:
     seen = {}
 
     def forward(model: Llava, batch: Batch) -> dict[str, jax.Array]:
-        images, spliced = model.encode(batch.pixels), model.insert(batch)
-        hidden = model.text(spliced, marks=marks_of(batch))
+        images, (spliced, marks) = model.encode(batch.pixels).values, model.insert(batch)
+        hidden = model.text(spliced, marks=marks)
         actual = {"images": images, "spliced": spliced, "hidden": hidden}
         actual["logits"] = model.text.logits(hidden)
         seen.update({name: jax.typeof(array).sharding.spec for name, array in actual.items()})
