@@ -8,7 +8,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stf_jax.cli.verbs import FLOATS, Verbs, add_allow_urls, add_verb, check_output, path
+from stf_jax.cli.verbs import (
+    FLOATS,
+    Verbs,
+    add_allow_urls,
+    add_model_options,
+    add_verb,
+    check_output,
+    path,
+)
 
 if TYPE_CHECKING:
     from stf_jax.infer.chat import Chat
@@ -42,9 +50,7 @@ def add_chat(verbs: Verbs) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="(1)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
     parser.add_argument("--dtype", choices=FLOATS, help="(float32 on CPU, else bfloat16)")
-    parser.add_argument(
-        "--vision-tower", metavar="DIR", type=path, help="CLIP, for a PyTorch directory"
-    )
+    add_model_options(parser)
 
 
 def _chat(options: argparse.Namespace) -> None:
@@ -61,6 +67,7 @@ def _chat(options: argparse.Namespace) -> None:
         max_new_tokens=options.max_new_tokens,
         sampling=sampling,
         allow_urls=options.allow_urls,
+        tokens=options.tokens,
     )
     for image in options.image:
         chat.show(image)

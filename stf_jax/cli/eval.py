@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stf_jax.cli.train import add_hosts
-from stf_jax.cli.verbs import FLOATS, Verbs, add_verb, path
+from stf_jax.cli.verbs import FLOATS, Verbs, add_model_options, add_verb, path
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -91,9 +91,7 @@ def add_eval(verbs: Verbs) -> None:
         "--cache-dtype", choices=("bfloat16", "int8"), help="of keys and values (as computed)"
     )
     parser.add_argument("--dtype", choices=FLOATS, help="(float32 on CPU, else bfloat16)")
-    parser.add_argument(
-        "--vision-tower", metavar="DIR", type=path, help="CLIP, for a PyTorch directory"
-    )
+    add_model_options(parser)
     parser.add_argument(
         "--template", metavar="NAME", help="for loss: form of the conversations (the run's, or v1)"
     )
@@ -213,6 +211,7 @@ def _answerer(options: argparse.Namespace, config: "InferenceConfig") -> "Answer
         model,
         model_id=Path(options.model).name,
         slots=config.slots,
+        tokens=options.tokens,
         dtype=dtype,
     )
 

@@ -5,7 +5,15 @@ import dataclasses
 import json
 import sys
 
-from stf_jax.cli.verbs import FLOATS, Verbs, add_allow_urls, add_verb, check_output, path
+from stf_jax.cli.verbs import (
+    FLOATS,
+    Verbs,
+    add_allow_urls,
+    add_model_options,
+    add_verb,
+    check_output,
+    path,
+)
 
 
 def add_generate(verbs: Verbs) -> None:
@@ -53,9 +61,7 @@ def add_generate(verbs: Verbs) -> None:
         help="a text that ends the answer; may be given several times",
     )
     parser.add_argument("--dtype", choices=FLOATS, help="(float32 on CPU, else bfloat16)")
-    parser.add_argument(
-        "--vision-tower", metavar="DIR", type=path, help="CLIP, for a PyTorch directory"
-    )
+    add_model_options(parser)
     parser.add_argument(
         "--json", action="store_true", help="one object with text, token ids, counts"
     )
@@ -91,6 +97,7 @@ def _generate(options: argparse.Namespace) -> None:
         sampling=sampling,
         stop=options.stop,
         allow_urls=options.allow_urls,
+        tokens=options.tokens,
         on_text=None if options.json else show,
     )
     if options.json:

@@ -51,3 +51,16 @@ def add_verb(
     parser = verbs.add_parser(name, help=summary, description=summary)
     parser.set_defaults(run=run)
     return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What opens a model, beside its path, and the tokens in which it sees an image."""
+    parser.add_argument(
+        "--vision-tower", metavar="DIR", type=path, help="CLIP, for a PyTorch directory"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        metavar="K",
+        help="an image, where the system has several budgets (its most)",
+    )

@@ -24,6 +24,7 @@ def evaluate(
     paths: Mapping[str, Path] | None = None,
     limit: int | None = None,
     slots: int = 16,
+    tokens: int | None = None,
     model_id: str = "model",
 ) -> list[Result]:
     """Asks a model every question of a benchmark, and scores its answers.
@@ -38,6 +39,7 @@ def evaluate(
         paths: by role, what lies elsewhere; for one benchmark only.
         limit: ask only the first so many.
         slots: how many answers are generated at a time.
+        tokens: an image, where the system has several budgets; by default its most.
         model_id: the model's name in the answer files.
 
     Raises:
@@ -47,7 +49,7 @@ def evaluate(
     chosen = choose(benchmark, paths)
     prepared = prepare_all(chosen, data=data, paths=paths, limit=limit)
     dtype = jax.tree.leaves(model.engine.program.weights)[0].dtype.name
-    answerer = ModelAnswerer(model, model_id=model_id, slots=slots, dtype=dtype)
+    answerer = ModelAnswerer(model, model_id=model_id, slots=slots, tokens=tokens, dtype=dtype)
     return [ask(ready, answerer, out=Path(out) / ready.benchmark.name) for ready in prepared]
 
 

@@ -21,12 +21,22 @@ class ModelAnswerer:
       model: from `stf_jax.load`.
       model_id: its name in the answer files.
       slots: answers in the making at a time; greedy answers in float32 do not depend on it.
+      tokens: an image, where the system has several budgets; by default its most.
       dtype: of weights and arithmetic, for the protocol.
     """
 
-    def __init__(self, model: Model, *, model_id: str, slots: int = 16, dtype: str):
+    def __init__(
+        self,
+        model: Model,
+        *,
+        model_id: str,
+        slots: int = 16,
+        tokens: int | None = None,
+        dtype: str,
+    ):
         if slots < 1:
             raise ValueError(f"slots is {slots}; give 1 or more")
+        self._tokens = model.config.choose_budget(tokens)
         self.model_id = model_id
         self._model, self._slots, self._dtype = model, slots, dtype
 
@@ -38,7 +48,7 @@ class ModelAnswerer:
             "weights": self._model.engine.program.checksum,
             "image_mode": self._model.image_processor.mode,
             "image_size": self._model.image_processor.image_size,
-            "tokens_per_image": self._model.config.tokens_per_image,
+            "tokens_per_image": self._tokens,
             "dtype": self._dtype,
             "cache_dtype": self._model.engine.program.cache_dtype or self._dtype,
         }
@@ -74,7 +84,7 @@ class ModelAnswerer:
             render_prompt(question.prompt, template=template),
             pixels,
             tokenizer=self._model.tokenizer,
-            tokens_per_image=self._model.config.tokens_per_image,
+            tokens_per_image=self._tokens,
             image_key=question.images or None,
         )
 

@@ -45,9 +45,11 @@ class Chat:
       max_new_tokens: where an answer is cut.
       sampling: greedy by default.
       allow_urls: whether an image may be a URL, which is fetched.
+      tokens: an image, where the system has several budgets; by default its most.
 
     Raises:
-      ValueError: a template that is unknown or does not fit the tokenizer, or no tokens wanted.
+      ValueError: a template that is unknown or does not fit the tokenizer, no tokens wanted, or no
+        budget of the system.
     """
 
     def __init__(
@@ -58,8 +60,10 @@ class Chat:
         max_new_tokens: int = 512,
         sampling: Sampling = GREEDY,
         allow_urls: bool = False,
+        tokens: int | None = None,
     ):
         self._allow_urls = allow_urls
+        self._tokens = model.config.choose_budget(tokens)
         self._model, self._template = model, fit_template(template, model.tokenizer)
         most = limit_new_tokens(max_new_tokens, room=model.config.text.max_positions)
         self._limits = Limits(sampling=sampling, max_new_tokens=most)
@@ -126,7 +130,7 @@ class Chat:
             text,
             partial(np.concatenate, pixels),
             tokenizer=self._model.tokenizer,
-            tokens_per_image=self._model.config.tokens_per_image,
+            tokens_per_image=self._tokens,
             image_key=tuple(shown),
         )
 

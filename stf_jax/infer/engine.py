@@ -7,6 +7,7 @@ devices until enough slots are free again, look at the tokens. The next images a
 """
 
 import dataclasses
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -192,7 +193,12 @@ class _Feed:
     ):
         self._program, self._prompts, self._rows = program, prompts, rows
         self._readers = readers
-        self._chunks = deque(groups[at : at + rows] for at in range(0, len(groups), rows))
+        # A batch has one budget.
+        budgets = itertools.groupby(groups, key=lambda group: prompts[group.prompts[0]].budget)
+        alike = [list(same) for _, same in budgets]
+        self._chunks = deque(
+            same[at : at + rows] for same in alike for at in range(0, len(same), rows)
+        )
         self._coming = self._read()
         # (prompt, row of its prefix)
         self.waiting = deque[tuple[int, int]]()
@@ -233,9 +239,10 @@ def _groups(prompts: Sequence[Prompt], *, share: bool) -> list[_Group]:
         key = (prompt.image_key, prompt.ids[:end].tobytes()) if shared else number
         groups.setdefault(key, _Group(prefix=end, prompts=[])).prompts.append(number)
 
-    def size(group: _Group) -> tuple[int, int]:
-        ids = prompts[group.prompts[0]].ids
-        return int((ids == IMAGE_TOKEN_ID).sum()), bucket(group.prefix)
+    def size(group: _Group) -> tuple[int, int, int]:
+        prompt = prompts[group.prompts[0]]
+        images = int((prompt.ids == IMAGE_TOKEN_ID).sum())
+        return prompt.budget or 0, images, bucket(group.prefix)
 
     return sorted(groups.values(), key=size)
 

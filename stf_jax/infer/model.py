@@ -72,6 +72,7 @@ class Model:
         on_text: Callable[[int, str], None] | None = None,
         slots: int = 16,
         allow_urls: bool = False,
+        tokens: int | None = None,
     ) -> list[Answer]:
         """Answers requests, in order; those about the same images share work.
 
@@ -88,6 +89,7 @@ class Model:
             on_text: called with a request's index and its new text, as text comes.
             slots: how many answers are in the making at a time; what memory has room for.
             allow_urls: whether an image may be a URL, which is fetched; see `fetch`.
+            tokens: an image, where the system has several budgets; by default its most.
 
         Raises:
             ImageError: an image that cannot be used.
@@ -107,10 +109,11 @@ class Model:
         if not requests:
             return []
         form = fit_template(template, self.tokenizer)
+        tokens = self.config.choose_budget(tokens)
         prompts = []
         for number, request in enumerate(requests, start=1):
             try:
-                prompts.append(self._prompt(request, form, allow_urls=allow_urls))
+                prompts.append(self._prompt(request, form, tokens, allow_urls=allow_urls))
             except ValueError as error:
                 if len(requests) == 1:
                     raise
@@ -194,7 +197,9 @@ class Model:
     def _own_stop_ids(self) -> frozenset[int]:
         return frozenset(self.config.text.eos_ids)
 
-    def _prompt(self, request: Request, template: Template, *, allow_urls: bool) -> Prompt:
+    def _prompt(
+        self, request: Request, template: Template, tokens: int, *, allow_urls: bool
+    ) -> Prompt:
         """Text to ids with a placeholder for each vision token, images to pixels."""
         images, question = request.images, request.prompt
         if images is None:
@@ -220,6 +225,6 @@ class Model:
             render_prompt(question, template=template),
             pixels,
             tokenizer=self.tokenizer,
-            tokens_per_image=self.config.tokens_per_image,
+            tokens_per_image=tokens,
             image_key=hashlib.sha256(pixels.tobytes()).digest() if images else None,
         )

@@ -27,12 +27,14 @@ class Prompt:
     Attributes:
         ids: int32 [T], each image already the K placeholders that its tokens will replace.
         pixels: float32 [images, size, size, 3], or what makes them when they are needed.
+        budget: K, where the system has several; None is its most.
         image_key: prompts with equal keys have the same images; None equals no other.
     """
 
     ids: np.ndarray
     pixels: np.ndarray | Callable[[], np.ndarray]
     image_key: Hashable | None = None
+    budget: int | None = None
 
     @property
     def prefix(self) -> int:
@@ -66,11 +68,11 @@ def make_prompt(
         text: from `render_prompt`, with an `<image>` for each image.
         pixels: from `read_pixels`, or what calls it when they are needed.
         tokenizer: of the model.
-        tokens_per_image: of the model.
+        tokens_per_image: K, a budget of the model.
         image_key: as the prompt's.
     """
     ids = expand_images(encode_prompt(tokenizer, text), tokens_per_image=tokens_per_image)
-    return Prompt(ids=ids, pixels=pixels, image_key=image_key)
+    return Prompt(ids=ids, pixels=pixels, budget=tokens_per_image, image_key=image_key)
 
 
 def read_pixels(
@@ -121,7 +123,7 @@ def bucket(length: int, *, least: int = 64) -> int:
 
 
 def pad_prompts(prompts: Sequence[Prompt], *, rows: int, image_size: int) -> Batch:
-    """Pads to the next bucket of the longest prompt, to the most images, and to `rows` rows.
+    """Pads prompts of one budget to the next bucket of the longest, to the most images, to `rows`.
 
     Rows beyond the prompts hold one token, so that nothing they compute is undefined.
     """
@@ -151,4 +153,5 @@ def pad_prompts(prompts: Sequence[Prompt], *, rows: int, image_size: int) -> Bat
         segments=segments,
         image_slots=image_slots,
         pixels=pixels,
+        budget=prompts[0].budget,
     )

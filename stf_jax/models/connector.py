@@ -151,3 +151,6 @@ class Architecture(Protocol):
     @property
     def tokens_per_image(self) -> int:
         """K, the tokens of an image that the language model sees."""
+
+    def choose_budget(self, tokens: int | None) -> int:
+        """The tokens of an image, as asked for; None is the most."""

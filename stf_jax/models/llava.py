@@ -61,7 +61,7 @@ class Llava(nnx.Module):
             budget: K, where the system has several; None is its most.
         """
         tokens = self._encode_images(pixels)
-        if budget is not None:
+        if budget not in (None, self.config.tokens_per_image):
             tokens = self.connector.shrink(tokens, budget)
         return self._join_images(tokens, len(pixels))
 

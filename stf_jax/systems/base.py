@@ -253,6 +253,22 @@ class LlavaConfig:
         """K, the tokens that the language model sees for one image."""
         return self.system.tokens(self.vision)
 
+    def choose_budget(self, tokens: int | None) -> int:
+        """The tokens of an image, as asked for; None is the most.
+
+        Raises:
+            ValueError: not a budget of the system; lists them.
+        """
+        budgets = self.system.budgets(self.vision)
+        if tokens is None:
+            return budgets[0]
+        if tokens not in budgets:
+            raise ValueError(
+                f"{self.system.title} cannot show an image in {tokens} tokens; choose "
+                f"{'among ' if len(budgets) > 1 else ''}{', '.join(map(str, budgets))}"
+            )
+        return tokens
+
     @property
     def image_size(self) -> int:
         """The side in pixels at which the tower sees an image."""

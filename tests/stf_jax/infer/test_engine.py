@@ -1,10 +1,9 @@
 """The engine: what an answer may depend on, where it ends, and what is compiled for it."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -119,20 +118,6 @@ def test_position_in_the_batch_changes_nothing(engine: Engine) -> None:
     for sampling in (GREEDY, SAMPLED):
         forward = answers(engine, prompts, sampling=sampling)
         assert answers(engine, prompts[::-1], sampling=sampling) == forward[::-1]
-
-
-@pytest.fixture
-def compilations() -> Iterator[list[str]]:
-    """An entry for each program that XLA compiles while the test runs."""
-    seen: list[str] = []
-
-    def listen(event: str, duration: float, **_: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seen
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_same_shapes_compile_nothing(compilations: list[str]) -> None:

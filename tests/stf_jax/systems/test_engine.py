@@ -1,0 +1,58 @@
+"""The engine with systems that the reference's model is not: budgets, and slots that are empty."""
+
+import numpy as np
+import pytest
+
+from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
+from stf_jax.infer.engine import Engine
+from stf_jax.infer.prompts import Prompt
+from stf_jax.infer.sampling import GREEDY
+from stf_jax.systems import SYSTEMS
+from tests.stf_jax.systems.conftest import build, config_of
+
+
+def ask(engine: Engine, prompts: list[Prompt], *, slots: int) -> dict[int, list[int]]:
+    said: dict[int, list[int]] = {}
+
+    def take(number: int, ids: np.ndarray) -> bool:
+        said.setdefault(number, []).extend(ids.tolist())
+        return True
+
+    order = engine.run(prompts, slots=slots, max_new_tokens=4, sampling=GREEDY, every=2, take=take)
+    assert sorted(order) == list(range(len(prompts)))
+    return said
+
+
+@pytest.mark.parametrize("name", ["m3", "prumerge"])
+def test_a_mixed_batch_answers_as_one_at_a_time(name: str, compilations: list[str]) -> None:
+    """Of every budget, images shared, two and none; a second call compiles nothing."""
+    assert name in SYSTEMS
+    config = config_of(name)
+    engine = Engine(build(config, seed=2))
+    rng = np.random.default_rng(0)
+    side = config.image_size
+    pixels = rng.standard_normal((3, side, side, 3)).astype(np.float32)
+    prompts = []
+    for budget in config.system.budgets(config.vision):
+        for images in ((0,), (0,), (1, 2), (2,), ()):
+            parts = [rng.integers(3, 600, 2)]
+            parts += [np.full(budget, IMAGE_TOKEN_ID)] * len(images)
+            # Those about one image share what stands before it.
+            parts[0] = np.array([7, 8]) if len(images) == 1 else parts[0]
+            ids = np.concatenate([*parts, rng.integers(3, 600, rng.integers(1, 6))])
+            prompts.append(
+                Prompt(
+                    ids=ids.astype(np.int32),
+                    pixels=pixels[list(images)],
+                    image_key=images or None,
+                    budget=budget,
+                )
+            )
+    together = ask(engine, prompts, slots=4)
+    compilations.clear()
+    assert ask(engine, prompts, slots=4) == together
+    assert not compilations
+    for number, prompt in enumerate(prompts):
+        assert ask(engine, [prompt], slots=4)[0] == together[number]
+    # The images matter, and so does the budget.
+    assert len({tuple(answer) for answer in together.values()}) > 3
