@@ -20,6 +20,8 @@ class Batch:
         image_slots: index into the row's I*K image tokens, -1 where text is.
         pixels: images, channels last, zeros where a row has fewer than I; normalized for the model,
             8-bit values on their way into a training step.
+        questions: ids of what each image is asked, where the system reads it.
+        question_lengths: of these, without padding; 1 or more.
         budget: K, where the system has several; None is its most.
     """
 
@@ -29,4 +31,6 @@ class Batch:
     segments: Int[Array, "B T"]
     image_slots: Int[Array, "B T"]
     pixels: Float[Array, "B I height width 3"] | UInt8[Array, "B I height width 3"]
+    questions: Int[Array, "B I Q"] | None = None
+    question_lengths: Int[Array, "B I"] | None = None
     budget: int | None = dataclasses.field(default=None, metadata={"static": True})

@@ -100,6 +100,7 @@ class TrainingData:
       tokenizer: of the model.
       image_processor: of the tower; `config` decides whether it pads or crops.
       tokens_per_image: K.
+      question_length: tokens of an image's question that the model reads; 0 where it reads none.
 
     Raises:
       DatasetError: a line for each dataset that is missing, unfinished, or has no index for the
@@ -114,6 +115,7 @@ class TrainingData:
         tokenizer: Tokenizer,
         image_processor: ImageProcessor,
         tokens_per_image: int,
+        question_length: int = 0,
     ):
         self.config = config
         template = fit_template(config.template, tokenizer)
@@ -154,6 +156,7 @@ class TrainingData:
                 image_processor, mode=config.image_mode, fast=config.fast_images
             ),
             tokens_per_image=tokens_per_image,
+            question_length=question_length,
             sequence_length=config.sequence_length,
             strict_labels=config.strict_labels,
         )
@@ -261,6 +264,8 @@ class TrainingData:
             name: np.stack([getattr(row, name) for row in rows])
             for name in ("ids", "labels", "positions", "segments", "image_slots")
         }
+        if self._maker.question_length:
+            text |= _collate_questions(rows, *shape[:2], self._maker.question_length)
         lost = tuple(example for row in rows for example in row.contents.lost)
         self._count_missing(lost)
         return TrainingStep(
@@ -283,6 +288,17 @@ class TrainingData:
                 f"{self.config.max_lost}: {', '.join(self.lost)}; build the dataset again, or "
                 "raise max_lost"
             )
+
+
+def _collate_questions(rows: Sequence[Row], count: int, images: int, length: int) -> dict[str, Any]:
+    """What each image is asked, padded; an image that is not there is asked one token."""
+    questions = np.zeros((count, images, length), np.int32)
+    lengths = np.ones((count, images), np.int32)
+    for number, row in enumerate(rows):
+        for image, ids in enumerate(row.questions):
+            questions[number, image, : len(ids)] = ids
+            lengths[number, image] = len(ids)
+    return {"questions": questions, "question_lengths": lengths}
 
 
 def _prefetch(source: RowSource, workers: int) -> Any:

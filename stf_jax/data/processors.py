@@ -29,11 +29,13 @@ class Processors:
         tokenizer: of its language model.
         image_processor: of its vision tower; it pads or crops as the model's config says.
         tokens_per_image: K.
+        question_length: tokens of an image's question that the model reads; 0 where it reads none.
     """
 
     tokenizer: Tokenizer
     image_processor: ImageProcessor
     tokens_per_image: int
+    question_length: int = 0
 
 
 class ModelSizes(Protocol):
@@ -55,6 +57,10 @@ class ModelSizes(Protocol):
     def tokens_per_image(self) -> int:
         """K."""
 
+    @property
+    def question_length(self) -> int:
+        """Tokens of an image's question that the model reads; 0 where it reads none."""
+
 
 def read_processors(
     path: epath.Path, files: Mapping[str, epath.Path], *, config: ModelSizes
@@ -73,6 +79,7 @@ def read_processors(
         tokenizer=tokenizer,
         image_processor=images,
         tokens_per_image=config.tokens_per_image,
+        question_length=config.question_length,
     )
 
 

@@ -9,6 +9,7 @@ from stf_jax.data.dataset import Dataset, DatasetError
 from stf_jax.data.encoding import EncodedConversation, encode_conversation, expand_conversation
 from stf_jax.data.images import ImageError, ImageProcessor
 from stf_jax.data.planner import Planner
+from stf_jax.data.question import encode_question
 from stf_jax.data.templates import Template
 from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID, Tokenizer
 
@@ -40,6 +41,7 @@ class Row:
       segments: int32 [T], from 1; 0 is padding.
       image_slots: int32 [T], index into the row's I*K image tokens; -1 where text is.
       contents: what stands in it.
+      questions: int32 [_] for each image, what it is asked; none where the model reads none.
     """
 
     ids: np.ndarray
@@ -48,6 +50,7 @@ class Row:
     segments: np.ndarray
     image_slots: np.ndarray
     contents: RowContents
+    questions: tuple[np.ndarray, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,6 +65,7 @@ class RowMaker:
       template: of the conversations.
       image_processor: of the tower.
       tokens_per_image: K.
+      question_length: tokens of an image's question that the model reads; 0 where it reads none.
       sequence_length: T.
       strict_labels: the PyTorch reference's labels.
     """
@@ -75,6 +79,7 @@ class RowMaker:
     tokens_per_image: int
     sequence_length: int
     strict_labels: bool
+    question_length: int = 0
 
     def make(self, examples: np.ndarray) -> tuple[Row, np.ndarray]:
         """The row of these examples, and its images uint8 [images, size, size, 3].
@@ -146,7 +151,20 @@ class RowMaker:
             segments=segments,
             image_slots=image_slots,
             contents=contents,
+            questions=self._questions(encoded),
         )
+
+    def _questions(self, encoded: Sequence[EncodedConversation]) -> tuple[np.ndarray, ...]:
+        """All images of a conversation share one."""
+        questions: list[np.ndarray] = []
+        if self.question_length:
+            for conversation in encoded:
+                if conversation.num_images:
+                    ids = encode_question(
+                        self.tokenizer, conversation.ids, length=self.question_length
+                    )
+                    questions += [ids] * conversation.num_images
+        return tuple(questions)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

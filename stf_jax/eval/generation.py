@@ -85,6 +85,7 @@ class ModelAnswerer:
             pixels,
             tokenizer=self._model.tokenizer,
             tokens_per_image=self._tokens,
+            question_length=self._model.config.question_length,
             image_key=question.images or None,
         )
 

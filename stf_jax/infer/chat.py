@@ -131,6 +131,7 @@ class Chat:
             partial(np.concatenate, pixels),
             tokenizer=self._model.tokenizer,
             tokens_per_image=self._tokens,
+            question_length=self._model.config.question_length,
             image_key=tuple(shown),
         )
 

@@ -19,7 +19,7 @@ from jaxtyping import Int
 
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.infer.program import Limits, Program, Suffixes, limit_new_tokens
-from stf_jax.infer.prompts import Prompt, bucket, pad_prompts
+from stf_jax.infer.prompts import LEAST_QUESTION, Prompt, bucket, pad_prompts
 from stf_jax.infer.sampling import Sampling
 from stf_jax.models.cache import CacheDType, KVCache
 from stf_jax.models.llava import Llava
@@ -31,8 +31,6 @@ Take = Callable[[int, Int[np.ndarray, "new"]], bool]
 
 # Slots are refilled when this part of them is free: a question alone costs as much as several.
 _REFILL = 4
-# Suffixes are short; to pad them to the buckets of whole prompts would double their cost.
-LEAST_QUESTION = 16
 _READERS = 4
 # Slots are numbered in int32.
 _MOST_SLOTS = np.iinfo(np.int32).max
@@ -236,7 +234,7 @@ def _groups(prompts: Sequence[Prompt], *, share: bool) -> list[_Group]:
     for number, prompt in enumerate(prompts):
         end = prompt.prefix
         shared = share and prompt.image_key is not None
-        key = (prompt.image_key, prompt.ids[:end].tobytes()) if shared else number
+        key = (prompt.prefix_key, prompt.ids[:end].tobytes()) if shared else number
         groups.setdefault(key, _Group(prefix=end, prompts=[])).prompts.append(number)
 
     def size(group: _Group) -> tuple[int, int, int]:

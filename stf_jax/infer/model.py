@@ -226,5 +226,6 @@ class Model:
             pixels,
             tokenizer=self.tokenizer,
             tokens_per_image=tokens,
+            question_length=self.config.question_length,
             image_key=hashlib.sha256(pixels.tobytes()).digest() if images else None,
         )

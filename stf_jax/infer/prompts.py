@@ -11,6 +11,7 @@ from stf_jax.data.batch import Batch
 from stf_jax.data.conversation import PromptText
 from stf_jax.data.fetch import URL_SCHEMES, fetch
 from stf_jax.data.images import ImageError, ImageProcessor, ImageSource, load_image
+from stf_jax.data.question import encode_question
 from stf_jax.data.tokenizer import (
     IGNORED_LABEL,
     IMAGE_TOKEN_ID,
@@ -18,6 +19,10 @@ from stf_jax.data.tokenizer import (
     encode_prompt,
     expand_images,
 )
+
+# Suffixes and questions are short; to pad them to the buckets of whole prompts would double their
+# cost.
+LEAST_QUESTION = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,12 +34,21 @@ class Prompt:
         pixels: float32 [images, size, size, 3], or what makes them when they are needed.
         budget: K, where the system has several; None is its most.
         image_key: prompts with equal keys have the same images; None equals no other.
+        question: int32 [_], what the images are asked, where the model reads it.
     """
 
     ids: np.ndarray
     pixels: np.ndarray | Callable[[], np.ndarray]
     image_key: Hashable | None = None
     budget: int | None = None
+    question: np.ndarray | None = None
+
+    @property
+    def prefix_key(self) -> Hashable | None:
+        """Prompts with equal keys have images that become the same tokens."""
+        if self.image_key is None or self.question is None:
+            return self.image_key
+        return self.image_key, self.question.tobytes()
 
     @property
     def prefix(self) -> int:
@@ -60,6 +74,7 @@ def make_prompt(
     *,
     tokenizer: Tokenizer,
     tokens_per_image: int,
+    question_length: int,
     image_key: Hashable | None = None,
 ) -> Prompt:
     """`text`, in a template's form, as ids with placeholders for every image.
@@ -69,10 +84,20 @@ def make_prompt(
         pixels: from `read_pixels`, or what calls it when they are needed.
         tokenizer: of the model.
         tokens_per_image: K, a budget of the model.
+        question_length: of the model's system.
         image_key: as the prompt's.
     """
-    ids = expand_images(encode_prompt(tokenizer, text), tokens_per_image=tokens_per_image)
-    return Prompt(ids=ids, pixels=pixels, budget=tokens_per_image, image_key=image_key)
+    ids = encode_prompt(tokenizer, text)
+    question = None
+    if question_length:
+        question = encode_question(tokenizer, ids, length=question_length)
+    return Prompt(
+        ids=expand_images(ids, tokens_per_image=tokens_per_image),
+        pixels=pixels,
+        budget=tokens_per_image,
+        image_key=image_key,
+        question=question,
+    )
 
 
 def read_pixels(
@@ -154,4 +179,20 @@ def pad_prompts(prompts: Sequence[Prompt], *, rows: int, image_size: int) -> Bat
         image_slots=image_slots,
         pixels=pixels,
         budget=prompts[0].budget,
+        **_pad_questions(prompts, rows=rows, images=images),
     )
+
+
+def _pad_questions(prompts: Sequence[Prompt], *, rows: int, images: int) -> dict[str, Any]:
+    """What each image is asked, padded to a bucket; nothing where no prompt has a question."""
+    asked = [prompt.question for prompt in prompts if prompt.question is not None]
+    if not asked or not images:
+        return {}
+    length = bucket(max(map(len, asked)), least=LEAST_QUESTION)
+    questions = np.zeros((rows, images, length), np.int32)
+    lengths = np.ones((rows, images), np.int32)
+    for row, prompt in enumerate(prompts):
+        if prompt.question is not None:
+            questions[row, :, : len(prompt.question)] = prompt.question
+            lengths[row] = len(prompt.question)
+    return {"questions": questions, "question_lengths": lengths}

@@ -8,9 +8,7 @@ from jaxtyping import Int
 
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.infer.program import Limits, Program, Slots, Suffixes
-from stf_jax.infer.prompts import Prompt, bucket, pad_prompts
-
-_LEAST = 16
+from stf_jax.infer.prompts import LEAST_QUESTION, Prompt, bucket, pad_prompts
 
 
 class Session:
@@ -68,7 +66,7 @@ class Session:
             )
             # The newest token is in no cache yet.
             self._held = np.concatenate([prompt.ids, tokens[: count - 1]])
-            self._slots, self._image_key = slots, prompt.image_key
+            self._slots, self._image_key = slots, prompt.prefix_key
             said, seen, finished = tokens[seen:count], int(count), bool(ended)
             yield said
 
@@ -77,7 +75,7 @@ class Session:
         slots = self._slots
         if slots is None or slots.cache.slots < context or slots.tokens.shape[1] != new:
             return 0
-        if prompt.image_key != self._image_key or len(prompt.ids) < 2:
+        if prompt.prefix_key != self._image_key or len(prompt.ids) < 2:
             return 0
         most = min(len(prompt.ids) - 1, len(self._held))
         differs = np.flatnonzero(prompt.ids[:most] != self._held[:most])
@@ -96,7 +94,7 @@ class Session:
 
 def _question(prompt: Prompt, start: int, rows: int) -> Suffixes:
     rest = prompt.ids[start:]
-    question = Suffixes.empty(rows, bucket(len(rest), least=_LEAST), slots=rows)
+    question = Suffixes.empty(rows, bucket(len(rest), least=LEAST_QUESTION), slots=rows)
     question.ids[0, : len(rest)] = rest
     question.lengths[0], question.starts[0], question.slots[0] = len(rest), start, 0
     return question

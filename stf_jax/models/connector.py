@@ -77,8 +77,17 @@ class Connector(nnx.Module):
         self.rules = init.rules
         self.projector = MLP(inputs, width, outputs, init=init)
 
-    def __call__(self, features: VisionFeatures) -> Tokens:
-        """Tokens of each image, in raster order."""
+    def __call__(
+        self, features: VisionFeatures, question: Float[Array, "B H"] | None = None
+    ) -> Tokens:
+        """Tokens of each image, in raster order.
+
+        Args:
+            features: of the images.
+            question: what each is asked, as the language model reads it alone; given where the
+                system reads questions.
+        """
+        del question
         return Tokens(values=self.project(self.reduce(features)))
 
     def project(self, x: Float[Array, "B K _"]) -> Float[Array, "B K H"]:
@@ -122,6 +131,10 @@ class ConnectedSystem(Protocol):
         """Whether the connector reads `ClassAttention`."""
 
     @property
+    def question_length(self) -> int:
+        """Tokens of an image's question that the connector reads; 0 where it reads none."""
+
+    @property
     def extra_count(self) -> int:
         """E, the tokens that go through the tower behind the patches."""
 
@@ -151,6 +164,10 @@ class Architecture(Protocol):
     @property
     def tokens_per_image(self) -> int:
         """K, the tokens of an image that the language model sees."""
+
+    @property
+    def question_length(self) -> int:
+        """Tokens of an image's question that the connector reads; 0 where it reads none."""
 
     def choose_budget(self, tokens: int | None) -> int:
         """The tokens of an image, as asked for; None is the most."""

@@ -30,7 +30,7 @@ def forward(config: Architecture, *, rows: int, length: int, images: int) -> Flo
     return Flops(
         vision=rows * images * _vision(config),
         connector=rows * images * _connector(config),
-        text=rows * (weights + attention),
+        text=rows * (weights + attention + images * _question(config)),
     )
 
 
@@ -54,7 +54,7 @@ def training(
     return Flops(
         vision=rows * images * _vision(config),
         connector=rows * images * _connector(config) * 3,
-        text=rows * views * (weights * passes + attention * 3),
+        text=rows * (views * (weights * passes + attention * 3) + images * _question(config)),
     )
 
 
@@ -71,6 +71,13 @@ def _vision(config: Architecture) -> float:
 def _connector(config: Architecture) -> float:
     """Of one image."""
     return config.system.flops(config.vision, config.text)
+
+
+def _question(config: Architecture) -> float:
+    """Of reading what one image is asked, without a head; nothing is learnt by it."""
+    length, text = config.question_length, config.text
+    weights, attention = _text(config, length)
+    return weights - 2 * length * text.width * text.padded_vocab_size + attention
 
 
 def _text(config: Architecture, length: int) -> tuple[float, float]:

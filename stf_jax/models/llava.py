@@ -51,25 +51,18 @@ class Llava(nnx.Module):
             nnx.update(model, jax.tree.map(lambda leaf: on_mesh(leaf, mesh), nnx.state(model)))
         return model
 
-    def encode(
-        self, pixels: Float[Array, "B I height width 3"], *, budget: int | None = None
-    ) -> Tokens:
-        """Vision tokens of every image of a row, one image after the other: [B, I*K, H].
-
-        Args:
-            pixels: of I images a row.
-            budget: K, where the system has several; None is its most.
-        """
-        tokens = self._encode_images(pixels)
-        if budget not in (None, self.config.tokens_per_image):
+    def encode(self, batch: Batch) -> Tokens:
+        """Vision tokens of every image of a row, one image after the other: [B, I*K, H]."""
+        tokens, budget = self._encode_images(batch), batch.budget
+        if budget is not None and budget != self.config.tokens_per_image:
             tokens = self.connector.shrink(tokens, budget)
-        return self._join_images(tokens, len(pixels))
+        return self._join_images(tokens, len(batch.pixels))
 
     def insert(self, batch: Batch) -> tuple[Float[Array, "B T H"], Marks]:
         """Text embeddings with image tokens at their slots, and what each position is."""
         if batch.pixels.shape[1] == 0:
             return self.text.embed(batch.ids), marks_of(batch)
-        return self._insert_tokens(batch, self.encode(batch.pixels, budget=batch.budget))
+        return self._insert_tokens(batch, self.encode(batch))
 
     def __call__(self, batch: Batch) -> Float[Array, "B T V"]:
         """Float32 logits at every position: for parity and small batches; see `loss`."""
@@ -148,20 +141,38 @@ class Llava(nnx.Module):
         one = jnp.take_along_axis(hidden, index[:, None, None], axis=1)
         return self.text.logits(one)[:, 0]
 
-    def _encode_images(self, pixels: Float[Array, "B I height width 3"]) -> Tokens:
+    def _encode_images(self, batch: Batch) -> Tokens:
         """Of each image by itself: [B*I, K, H].
 
         The tower is frozen in every stage: no gradient reaches its weights.
         """
-        rows, images, *image = pixels.shape
-        flat = jax.lax.reshape(pixels, (rows * images, *image), out_sharding=self.rules.tokens)
+        flat, question = self._split_images(batch.pixels), self._read_questions(batch)
         extra = self.connector.extra_tokens()
         if extra is None:
-            return self.connector(jax.lax.stop_gradient(self.vision(flat)))
+            return self.connector(jax.lax.stop_gradient(self.vision(flat)), question)
         # The extra tokens are trained, through the frozen layers.
         graph, state = nnx.split(self.vision)
         tower = nnx.merge(graph, jax.lax.stop_gradient(state))
-        return self.connector(tower(flat, extra))
+        return self.connector(tower(flat, extra), question)
+
+    def _read_questions(self, batch: Batch) -> Float[Array, "B*I H"] | None:
+        """The last hidden state of each image's question, read alone; nothing is learnt by it."""
+        if batch.questions is None or batch.question_lengths is None:
+            return None
+        with jax.named_scope("question"):
+            ids, lengths = map(self._split_images, (batch.questions, batch.question_lengths))
+            index = jnp.broadcast_to(
+                jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape, out_sharding=self.rules.tokens
+            )
+            marks = Marks.text(index, (index < lengths[:, None]).astype(jnp.int32))
+            hidden = self.text(self.text.embed(ids), marks=marks)
+            last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+            return jax.lax.stop_gradient(last[:, 0])
+
+    def _split_images(self, array: Array) -> Array:
+        """[B, I, ...] -> [B*I, ...]."""
+        rows, images, *rest = array.shape
+        return jax.lax.reshape(array, (rows * images, *rest), out_sharding=self.rules.tokens)
 
     def _join_images(self, tokens: Tokens, rows: int) -> Tokens:
         """[B*I, K, ...] -> [B, I*K, ...]."""
@@ -178,7 +189,7 @@ class Llava(nnx.Module):
         """What goes into the decoder, once for each budget that a step trains."""
         if batch.pixels.shape[1] == 0:
             return [self.insert(batch)]
-        views = self.connector.views(self._encode_images(batch.pixels))
+        views = self.connector.views(self._encode_images(batch))
         rows = len(batch.pixels)
         return [self._insert_tokens(batch, self._join_images(view, rows)) for view in views]
 

@@ -163,13 +163,20 @@ def make_entry(
 
 
 def mlp_entries(
-    native: str, torch: str, *, inputs: int, hidden: int, outputs: int, first: Transform = LINEAR
+    native: str,
+    torch: str,
+    *,
+    inputs: int,
+    hidden: int,
+    outputs: int,
+    first: Transform = LINEAR,
+    modules: tuple[int, int] = (0, 2),
 ) -> tuple[Entry, ...]:
-    """Linear, activation, Linear: modules 0 and 2 of a `torch.nn.Sequential`."""
+    """Linear, activation, Linear: two modules of a `torch.nn.Sequential`."""
     entries: list[Entry] = []
     for number, module, rows, columns, transform in (
-        (1, 0, hidden, inputs, first),
-        (2, 2, outputs, hidden, LINEAR),
+        (1, modules[0], hidden, inputs, first),
+        (2, modules[1], outputs, hidden, LINEAR),
     ):
         to, name = f"{native}/linear_{number}", f"{torch}{module}"
         entries += [

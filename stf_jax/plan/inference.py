@@ -16,10 +16,10 @@ from jaxtyping import PyTree
 
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.infer.config import InferenceConfig
-from stf_jax.infer.engine import LEAST_QUESTION, batch_sizes
+from stf_jax.infer.engine import batch_sizes
 from stf_jax.infer.lowering import LoweredEngine, abstract_program, lower
 from stf_jax.infer.program import Limits, Suffixes
-from stf_jax.infer.prompts import Prompt, bucket, pad_prompts
+from stf_jax.infer.prompts import LEAST_QUESTION, Prompt, bucket, pad_prompts
 from stf_jax.infer.sampling import GREEDY
 from stf_jax.plan.chips import Topology
 from stf_jax.plan.compiler import compile_and_read, mesh_of
@@ -121,7 +121,8 @@ def _prompt(model: LlavaConfig, length: int, images: int) -> Prompt:
     size = model.image_size
     ids = np.zeros(length, np.int32)
     ids[length - images * model.tokens_per_image :] = IMAGE_TOKEN_ID
-    return Prompt(ids=ids, pixels=np.zeros((images, size, size, 3), np.float32))
+    question = np.zeros(model.question_length, np.int32) if model.question_length else None
+    return Prompt(ids=ids, pixels=np.zeros((images, size, size, 3), np.float32), question=question)
 
 
 def _reads(name: str, lowered: LoweredEngine, mesh: Mesh) -> float:

@@ -15,12 +15,13 @@ from stf_jax.systems.downsample import Downsample
 from stf_jax.systems.llava import Llava
 from stf_jax.systems.m3 import M3
 from stf_jax.systems.prumerge import PruMerge
+from stf_jax.systems.quecc import QueCC
 from stf_jax.systems.random import Random
 from stf_jax.systems.stf import STF, MBTFConfig
 
 # In the order of tables.
 SYSTEMS: Mapping[str, type[System]] = {
-    system.name: system for system in (Llava, Average, Random, Downsample, STF, M3, PruMerge)
+    system.name: system for system in (Llava, Average, Random, Downsample, STF, M3, PruMerge, QueCC)
 }
 
 

@@ -39,6 +39,9 @@ class System:
     taps: tuple[int, ...] = (23,)
     projector_width: int = 4096
 
+    # Tokens of an image's question that the connector reads.
+    question_length = 0
+
     # Its name in YAML, in checkpoints and on the command line.
     name: ClassVar[str]
     # Its name in tables and plots.
@@ -268,6 +271,11 @@ class LlavaConfig:
                 f"{'among ' if len(budgets) > 1 else ''}{', '.join(map(str, budgets))}"
             )
         return tokens
+
+    @property
+    def question_length(self) -> int:
+        """Tokens of an image's question that the connector reads; 0 where it reads none."""
+        return self.system.question_length
 
     @property
     def image_size(self) -> int:

@@ -163,8 +163,11 @@ class PruMergeConnector(Connector):
         self.system = system
         super().__init__(**system.widths(vision, text), init=init)
 
-    def __call__(self, features: VisionFeatures) -> Tokens:
+    def __call__(
+        self, features: VisionFeatures, question: Float[Array, "B H"] | None = None
+    ) -> Tokens:
         """Kept tokens at the end of the slots, behind them the sum of what was dropped."""
+        del question
         (tap,), captured = features.taps, features.class_attention
         assert captured is not None
         with jax.named_scope("prumerge"):

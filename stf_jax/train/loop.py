@@ -313,6 +313,7 @@ def _open_data(config: DataConfig, processors: Processors) -> TrainingData:
         tokenizer=processors.tokenizer,
         image_processor=processors.image_processor,
         tokens_per_image=processors.tokens_per_image,
+        question_length=processors.question_length,
     )
 
 

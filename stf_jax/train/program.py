@@ -176,6 +176,12 @@ def _batch(config: TrainConfig, model: LlavaConfig) -> Batch:
     side = model.image_size
     shape = (1, config.data.images_per_row, side, side, 3)
     pixels: Any = jax.ShapeDtypeStruct(shape, jnp.uint8)
+    questions: Any = None
+    lengths: Any = None
+    if model.question_length:
+        images = (1, config.data.images_per_row)
+        questions = jax.ShapeDtypeStruct((*images, model.question_length), jnp.int32)
+        lengths = jax.ShapeDtypeStruct(images, jnp.int32)
     return Batch(
         ids=text,
         labels=text,
@@ -183,4 +189,6 @@ def _batch(config: TrainConfig, model: LlavaConfig) -> Batch:
         segments=text,
         image_slots=text,
         pixels=pixels,
+        questions=questions,
+        question_lengths=lengths,
     )

@@ -34,8 +34,19 @@ def abstract_batch(config: LlavaConfig) -> Batch:
     text: Any = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
     side = config.image_size
     pixels: Any = jax.ShapeDtypeStruct((ROWS, IMAGES, side, side, 3), jnp.float32)
+    questions: Any = None
+    if config.question_length:
+        shape = (ROWS, IMAGES, config.question_length)
+        questions = jax.ShapeDtypeStruct(shape, jnp.int32)
     return Batch(
-        ids=text, labels=text, positions=text, segments=text, image_slots=text, pixels=pixels
+        ids=text,
+        labels=text,
+        positions=text,
+        segments=text,
+        image_slots=text,
+        pixels=pixels,
+        questions=questions,
+        question_lengths=questions and jax.ShapeDtypeStruct((ROWS, IMAGES), jnp.int32),
     )
 
 

@@ -19,6 +19,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from stf_jax.convert import open_source
+from stf_jax.data.batch import Batch
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.infer.engine import Engine
 from stf_jax.infer.prompts import Prompt, pad_prompts
@@ -247,6 +248,14 @@ def test_every_hidden_state_of_clip(
         np.testing.assert_allclose(state, expected[tap][:, 1:], rtol=0, atol=1e-5, err_msg=str(tap))
 
 
+def encode_images(model: Llava, pixels: jax.Array) -> jax.Array:
+    none = jnp.zeros((len(pixels), 0), jnp.int32)
+    batch = Batch(
+        ids=none, labels=none, positions=none, segments=none, image_slots=none, pixels=pixels
+    )
+    return model.encode(batch).values
+
+
 @pytest.mark.parametrize("rope", ROPES)
 @settings(**FEW, max_examples=4)
 @given(data=st.data(), sizes=text_sizes(), seed=st.integers(0, 99))
@@ -366,7 +375,7 @@ def test_stf_and_average(
     # One image a row, then both in one row.
     for rows, images in ((2, 1), (1, 2)):
         shaped = pixels.permute(0, 2, 3, 1).numpy().reshape(rows, images, 12, 12, 3)
-        actual = ours(model, Llava.encode, shaped).values
+        actual = ours(model, encode_images, shaped)
         expected_rows = expected.reshape(rows, -1, text.hidden_size)
         np.testing.assert_allclose(actual, expected_rows, rtol=0, atol=1e-5)
 

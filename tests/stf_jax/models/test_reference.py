@@ -92,7 +92,7 @@ def test_tower_and_connector(loaded: Loaded, tensors: Tensors):
     parts = np.asarray(fused).reshape(len(pixels), -1, window, channels)
     published = parts.swapaxes(2, 3).reshape(fused.shape)
     close(published[:images], tensors["stf.fused_input"], 1e-5)
-    tokens = model.encode(pixels[:, None]).values
+    tokens = model.connector(features).values
     close(np.asarray(tokens)[:images], tensors["stf.output"], 1e-5)
 
 

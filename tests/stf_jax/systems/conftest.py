@@ -52,6 +52,8 @@ def batch_of(config: LlavaConfig, *, rows: int = 2, text: int = 7, padding: int 
         wide = np.broadcast_to(array, (rows, length)).astype(np.int32)
         return jnp.asarray(np.pad(wide, ((0, 0), (0, padding)), constant_values=value))
 
+    asked = config.question_length
+    questions = rng.integers(3, config.text.vocab_size, (rows, 1, asked)).astype(np.int32)
     return Batch(
         ids=pad(ids, 5),
         labels=pad(labels, -100),
@@ -59,6 +61,8 @@ def batch_of(config: LlavaConfig, *, rows: int = 2, text: int = 7, padding: int 
         segments=pad(np.ones(length), 0),
         image_slots=pad(slots, -1),
         pixels=jnp.asarray(rng.standard_normal((rows, 1, side, side, 3)), jnp.float32),
+        questions=jnp.asarray(questions) if asked else None,
+        question_lengths=jnp.full((rows, 1), 5, jnp.int32) if asked else None,
     )
 
 

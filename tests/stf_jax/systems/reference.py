@@ -109,8 +109,18 @@ class Case:
         nnx.update(model, unflatten(leaves))
         return model
 
+    def check_gradients(self, model: Llava, gradient: Any, *, prefix: str) -> None:
+        """Each within 1e-5 of its norm, where that is no rounding of zero."""
+        actual = self.gradients(model, gradient)
+        expected = self.group(prefix)
+        floor = 1e-3 * max(np.linalg.norm(tensor) for tensor in expected.values())
+        for name, tensor in expected.items():
+            found = actual[canonical(name, "llava")]
+            difference = np.linalg.norm(found - tensor)
+            assert difference < 1e-5 * max(np.linalg.norm(tensor), floor), name
+
     def gradients(self, model: Llava, gradient: Any) -> dict[str, np.ndarray]:
-        """Gradients by the reference's names."""
+        """Gradients by their canonical names."""
         leaves = flatten(nnx.to_pure_dict(gradient))
         result = {}
         for entry in table(model.config):

@@ -23,7 +23,7 @@ def ask(engine: Engine, prompts: list[Prompt], *, slots: int) -> dict[int, list[
     return said
 
 
-@pytest.mark.parametrize("name", ["m3", "prumerge"])
+@pytest.mark.parametrize("name", ["m3", "prumerge", "quecc"])
 def test_a_mixed_batch_answers_as_one_at_a_time(name: str, compilations: list[str]) -> None:
     """Of every budget, images shared, two and none; a second call compiles nothing."""
     assert name in SYSTEMS
@@ -46,6 +46,9 @@ def test_a_mixed_batch_answers_as_one_at_a_time(name: str, compilations: list[st
                     pixels=pixels[list(images)],
                     image_key=images or None,
                     budget=budget,
+                    question=rng.integers(3, 600, rng.integers(1, 4)).astype(np.int32)
+                    if config.question_length
+                    else None,
                 )
             )
     together = ask(engine, prompts, slots=4)

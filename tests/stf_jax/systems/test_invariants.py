@@ -31,7 +31,7 @@ prefill, extend = jax.jit(Llava.prefill), jax.jit(Llava.extend)
 
 def test_as_many_tokens_as_it_says(system_model: Llava) -> None:
     config = system_model.config
-    tokens = encode(system_model, batch_of(config).pixels).values
+    tokens = encode(system_model, batch_of(config)).values
     assert tokens.shape == (2, config.tokens_per_image, config.text.width)
     assert np.isfinite(tokens).all()
 
