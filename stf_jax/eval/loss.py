@@ -73,6 +73,7 @@ def held_out_loss(
         tokenizer=processors.tokenizer,
         image_processor=processors.image_processor,
         tokens_per_image=processors.tokens_per_image,
+        question_length=processors.question_length,
     )
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     rules = ShardingRules.none() if mesh is None else ShardingRules.default()

@@ -39,11 +39,15 @@ Kept = TypeVar("Kept")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Init:
-    """How parameters come into being: random keys, dtype, and where they lie."""
+    """How parameters come into being: random keys, dtype, and where they lie.
+
+    In `training` modules have a key for their noise, if they draw any.
+    """
 
     rngs: nnx.Rngs
     rules: ShardingRules = ShardingRules.none()
     dtype: DTypeLike = jnp.float32
+    training: bool = False
 
     def normal(
         self, *shape: int, spec: PartitionSpec | None, stddev: float = 0.02

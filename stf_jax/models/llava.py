@@ -40,11 +40,15 @@ class Llava(nnx.Module):
         rules: ShardingRules = ShardingRules.none(),
         dtype: DTypeLike = jnp.float32,
         lora: LoRAConfig | None = None,
+        training: bool = False,
     ) -> "Llava":
         """The model with shapes, dtypes and, on a mesh, shardings in place of arrays."""
-        model = nnx.eval_shape(
-            lambda: cls(config, init=Init(rngs=nnx.Rngs(0), rules=rules, dtype=dtype), lora=lora)
-        )
+
+        def make() -> "Llava":
+            init = Init(rngs=nnx.Rngs(0), rules=rules, dtype=dtype, training=training)
+            return cls(config, init=init, lora=lora)
+
+        model = nnx.eval_shape(make)
         if rules != ShardingRules.none():
             # Shapes know the abstract mesh; what is to be filled in lies on the real one.
             mesh = jax.sharding.get_mesh()

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from stf_jax.models.keys import StepKey
 from stf_jax.parallel.sharding import all_gather_fsdp
 
 
@@ -45,10 +46,6 @@ class LoRAConfig:
     def scale(self) -> float:
         """What A B is multiplied by."""
         return self.alpha / self.rank
-
-
-class DropoutKey(nnx.Variable[Array]):
-    """A random key, given anew at each step; no parameter."""
 
 
 class LoRA(nnx.Module):
@@ -88,7 +85,7 @@ class LoRA(nnx.Module):
         self.spec_a, self.spec_b = spec_a, spec_b
         self.a = nnx.Param(a)
         self.b = nnx.Param(jnp.zeros((config.rank, *outputs), dtype, out_sharding=spec_b))
-        self.key = DropoutKey(key) if config.dropout else None
+        self.key = StepKey(key) if config.dropout else None
 
     def __call__(self, x: Float[Array, "..."], *, out: PartitionSpec | None) -> Float[Array, "..."]:
         """What is to be added to the weight's own result, of which `out` is the partition spec."""

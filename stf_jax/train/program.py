@@ -133,9 +133,10 @@ def make_program(
     layout = BatchLayout(mesh=mesh, rows=config.data.batch_size, micro_batches=config.micro_batches)
     rules = ShardingRules.none() if mesh is None else ShardingRules.default()
     lora = config.lora if config.stage == "lora" else None
-    network = Llava.abstract(model, rules=rules, lora=lora)
-    steady = None if lora is None else dataclasses.replace(lora, dropout=0.0)
-    without_dropout = network if steady == lora else Llava.abstract(model, rules=rules, lora=steady)
+    network = Llava.abstract(model, rules=rules, lora=lora, training=True)
+    # For a held-out loss: nothing is drawn at random.
+    quiet = None if lora is None else dataclasses.replace(lora, dropout=0.0)
+    noiseless = Llava.abstract(model, rules=rules, lora=quiet)
     normalize = (image_processor or ImageProcessor()).normalize
     parameters = flatten(nnx.to_pure_dict(nnx.state(network, nnx.Param)))
     trained, frozen = split_trained(parameters, config.stage)
@@ -153,7 +154,7 @@ def make_program(
     state = jax.eval_shape(lambda parameters: init_state(parameters, optimizer), trained)
     return TrainProgram(
         step=step,
-        loss=make_loss(without_dropout, dtype=dtype, normalize_pixels=normalize),
+        loss=make_loss(noiseless, dtype=dtype, normalize_pixels=normalize),
         optimizer=optimizer,
         state=jax.tree.map(lambda leaf: _on(leaf, leaf.dtype, mesh), state),
         frozen={path: _on(leaf, dtype, mesh) for path, leaf in frozen.items()},

@@ -17,9 +17,9 @@ from jaxtyping import Array, Float, Int
 
 from stf_jax.data.batch import Batch
 from stf_jax.data.tokenizer import IGNORED_LABEL
+from stf_jax.models.keys import StepKey
 from stf_jax.models.layers import Remat
 from stf_jax.models.llava import Llava
-from stf_jax.models.lora import DropoutKey
 from stf_jax.store.checkpoint import flatten, unflatten
 from stf_jax.train.optimizer import Parameters
 
@@ -78,17 +78,17 @@ def make_step(
             supervised tokens counts as 0 there.
         remat: what the backward pass computes again rather than stores.
         dtype: of the forward and backward pass.
-        seed: of the adapters' dropout, whose masks follow from it and the step's number.
+        seed: of dropout and noise, which follow from it and the step's number.
         normalize_pixels: makes the model's pixels of the batch's.
     """
     graph = nnx.graphdef(model)
-    dropout = flatten(nnx.to_pure_dict(nnx.state(model, DropoutKey)))
+    drawn = flatten(nnx.to_pure_dict(nnx.state(model, StepKey)))
 
-    def dropout_keys(step: Array, micro_batch: Array) -> Parameters:
+    def step_keys(step: Array, micro_batch: Array) -> Parameters:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), micro_batch)
         return {
             path: jax.random.split(jax.random.fold_in(key, number), like.shape)
-            for number, (path, like) in enumerate(sorted(dropout.items()))
+            for number, (path, like) in enumerate(sorted(drawn.items()))
         }
 
     def loss_of(
@@ -110,7 +110,7 @@ def make_step(
             carry: tuple[Array, Parameters], at: tuple[Batch, Array, Array]
         ) -> tuple[tuple[Array, Parameters], None]:
             (loss, gradient), (rows, weight, number) = carry, at
-            keys = dropout_keys(state.step, number)
+            keys = step_keys(state.step, number)
 
             def weigh(trained: Parameters) -> Array:
                 return loss_of(trained, frozen, keys, rows)[0] * weight

@@ -6,7 +6,7 @@ checked by the same tests (`STF_JAX_REFERENCE=DIR`; DIR, DIR/systems or DIR itse
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from stf_jax.convert.mapping import table
 from stf_jax.data.batch import Batch
 from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID
 from stf_jax.models.llava import Llava
+from stf_jax.models.weights import Entry
 from stf_jax.store.checkpoint import flatten, unflatten
 from stf_jax.systems.base import LlavaConfig, System
 from tests.conftest import REFERENCE
@@ -100,13 +101,8 @@ class Case:
         """With the reference's weights, through the table that imports them."""
         config = self.config(system)
         given = {canonical(name, "llava"): w for name, w in self.group(weights).items()}
-        leaves: dict[str, jax.Array] = {}
-        for entry in table(config):
-            parts = [entry.transform.native(given[name]) for name in entry.tensors]
-            leaf = np.stack(parts) if entry.layers is not None else parts[0]
-            leaves[entry.native] = jnp.asarray(leaf)
         model = Llava.abstract(config)
-        nnx.update(model, unflatten(leaves))
+        fill(model, table(config), given)
         return model
 
     def check_gradients(self, model: Llava, gradient: Any, *, prefix: str) -> None:
@@ -133,6 +129,18 @@ class Case:
 
 def _first(sizes: Mapping[str, Any], *names: str) -> Any:
     return next(sizes[name] for name in names if name in sizes)
+
+
+def fill(
+    module: nnx.Module, entries: Iterable[Entry], given: Mapping[str, np.ndarray], *, at: str = ""
+) -> None:
+    """Puts tensors into a module that lies at a path of the whole model."""
+    leaves: dict[str, jax.Array] = {}
+    for entry in entries:
+        parts = [entry.transform.native(given[name]) for name in entry.tensors]
+        leaf = np.stack(parts) if entry.layers is not None else parts[0]
+        leaves[entry.native.removeprefix(at)] = jnp.asarray(leaf)
+    nnx.update(module, unflatten(leaves))
 
 
 def find_case(name: str) -> Case:
