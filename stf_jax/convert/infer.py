@@ -131,7 +131,8 @@ def system_keys(config: LlavaConfig) -> dict[str, Any]:
 def _system_of(given: Mapping[str, Any], shapes: Shapes, vision: VisionConfig) -> type[System]:
     if "name" in given:
         return get_system(given["name"])
-    for system in SYSTEMS.values():
+    # LLaVA-1.5 comes last: its tensors are in all of them.
+    for system in reversed(tuple(SYSTEMS.values())):
         if system.recognizes(shapes, vision):
             return system
     raise CheckpointError(

@@ -27,8 +27,10 @@ from stf_jax.models.layers import (
     stack,
 )
 
-# Hidden state, what is kept of it, layers done.
-Scan = tuple[Float[Array, "B T C"], Float[Array, "_ B T C"], Int[Array, ""]]
+# Hidden state, that of extra tokens, what is kept of the first, layers done.
+Scan = tuple[
+    Float[Array, "B T C"], Float[Array, "B E C"] | None, Float[Array, "_ B T C"], Int[Array, ""]
+]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": gelu, "quick_gelu": quick_gelu}
 
@@ -43,23 +45,22 @@ class VisionAttention(nnx.Module):
         self.query, self.key, self.value = (project(width, heads) for _ in range(3))
         self.output = Linear(heads, width, init=init, kernel=rules.row_heads, bias=rules.vector)
 
-    def __call__(self, x: Float[Array, "B T C"], *, extra: int = 0) -> Float[Array, "B T C"]:
-        """What each token gathers from all; the last `extra` are seen by each other only."""
-        heads = self.rules.hidden
-        query, key, value = (f(x, out=heads) for f in (self.query, self.key, self.value))
-        if extra:
-            # The image's own tokens compute what they do without the extra ones, to the bit.
-            image, own = x.shape[1] - extra, (query, key, value)
-            attended = jnp.concatenate(
-                [
-                    attention(*(array[:, :image] for array in own)),
-                    attention(query[:, image:], key, value),
-                ],
-                axis=1,
-            )
-        else:
-            attended = attention(query, key, value)
-        return self.output(attended, out=self.rules.tokens)
+    def __call__(
+        self, x: Float[Array, "B T C"], extra: Float[Array, "B E C"] | None = None
+    ) -> tuple[Float[Array, "B T C"], Float[Array, "B E C"] | None]:
+        """What each token gathers from all; `extra` tokens see each other, too."""
+        query, key, value = self._project(x)
+        attended = self.output(attention(query, key, value), out=self.rules.tokens)
+        if extra is None:
+            return attended, None
+        query, own_key, own_value = self._project(extra)
+        key = jnp.concatenate([key, own_key], axis=1)
+        value = jnp.concatenate([value, own_value], axis=1)
+        return attended, self.output(attention(query, key, value), out=self.rules.tokens)
+
+    def _project(self, x: Float[Array, "B T C"]) -> tuple[Array, Array, Array]:
+        out = self.rules.hidden
+        return self.query(x, out=out), self.key(x, out=out), self.value(x, out=out)
 
 
 class VisionLayer(nnx.Module):
@@ -72,9 +73,21 @@ class VisionLayer(nnx.Module):
         self.mlp_norm = LayerNorm(config.width, epsilon=config.norm_eps, init=init)
         self.mlp = MLP(config.width, config.mlp_width, config.width, init=init)
 
-    def __call__(self, x: Float[Array, "B T C"], *, extra: int = 0) -> Float[Array, "B T C"]:
-        """Attention, then MLP, each added to what came in."""
-        x = x + self.attention(self.attention_norm(x), extra=extra)
+    def __call__(
+        self, x: Float[Array, "B T C"], extra: Float[Array, "B E C"] | None = None
+    ) -> tuple[Float[Array, "B T C"], Float[Array, "B E C"] | None]:
+        """Attention, then MLP, each added to what came in; `extra` see `x`, which sees them not."""
+        normal = None if extra is None else self.attention_norm(extra)
+        attended, of_extra = self.attention(self.attention_norm(x), normal)
+        x = self._finish(x, attended)
+        if extra is None or of_extra is None:
+            return x, None
+        return x, self._finish(extra, of_extra)
+
+    def _finish(
+        self, x: Float[Array, "B T C"], attended: Float[Array, "B T C"]
+    ) -> Float[Array, "B T C"]:
+        x = x + attended
         return x + self.mlp(self.mlp_norm(x), activation=ACTIVATIONS[self.activation])
 
 
@@ -140,9 +153,11 @@ class VisionTower(nnx.Module):
         image's features are what they are without them (as VisToG isolates them, arXiv 2411.17773).
         """
         with jax.named_scope("vision_tower"):
-            x = self.embed(pixels, extra)
-            count = 0 if extra is None else len(extra)
-            image = x.shape[1] - count
+            x, guests = self.embed(pixels), None
+            if extra is not None:
+                shape, spec = (len(pixels), *extra.shape), self.rules.tokens
+                rows = jnp.broadcast_to(extra.astype(x.dtype), shape, out_sharding=spec)
+                guests = self.pre_norm(rows)
             wanted = sorted(set(self.taps))
             # Layers that are not tapped write to one spare slot, so that a scan has static shapes
             # and keeps no more than the taps.
@@ -152,29 +167,23 @@ class VisionTower(nnx.Module):
             kept = jnp.stack([x] * (spare + 1))
 
             def step(carry: Scan, layer: VisionLayer) -> tuple[Scan, None]:
-                x, kept, index = carry
-                x, index = layer(x, extra=count), index + 1
+                x, guests, kept, index = carry
+                # Side by side, so that no gradient of the extra tokens passes through the image's.
+                (x, guests), index = layer(x, guests), index + 1
                 slot = jnp.asarray(slots)[index]
-                return (x, jax.lax.dynamic_update_index_in_dim(kept, x, slot, 0), index), None
+                kept = jax.lax.dynamic_update_index_in_dim(kept, x, slot, 0)
+                return (x, guests, kept, index), None
 
-            (last, kept, _), _ = apply_layers(step, (x, kept, jnp.int32(0)), self.layers)
+            start = (x, guests, kept, jnp.int32(0))
+            (x, guests, kept, _), _ = apply_layers(step, start, self.layers)
             return VisionFeatures(
-                taps=tuple(kept[slots[tap], :, 1:image] for tap in self.taps),
-                class_attention=(
-                    None if self.next_layer is None else self.next_layer(last[:, :image])
-                ),
-                extra=last[:, image:] if count else None,
+                taps=tuple(kept[slots[tap], :, 1:] for tap in self.taps),
+                class_attention=None if self.next_layer is None else self.next_layer(x),
+                extra=guests,
             )
 
-    def embed(
-        self,
-        pixels: Float[Array, "B height width 3"],
-        extra: Float[Array, "E C"] | None = None,
-    ) -> Float[Array, "B T C"]:
-        """Class token, patches and positions, then `extra` without; a norm follows.
-
-        The patch convolution is a matmul over patches.
-        """
+    def embed(self, pixels: Float[Array, "B height width 3"]) -> Float[Array, "B T C"]:
+        """Class token, patches and positions. The patch convolution is a matmul over patches."""
         size = self.config.patch_size
         batch, side, width = pixels.shape[0], pixels.shape[1], self.config.width
         grid = side // size
@@ -189,9 +198,6 @@ class VisionTower(nnx.Module):
         )
         patches = self.patch_embedding(patches.astype(first.dtype), out=self.rules.tokens)
         x = jnp.concatenate([first, patches], axis=1) + self.positions(grid)
-        if extra is not None:
-            rows = jnp.broadcast_to(extra, (batch, *extra.shape), out_sharding=self.rules.tokens)
-            x = jnp.concatenate([x, rows.astype(x.dtype)], axis=1)
         return self.pre_norm(x)
 
     def positions(self, grid: int) -> Float[Array, "T C"]:

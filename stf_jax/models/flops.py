@@ -45,14 +45,15 @@ def training(
     """Of one training step; adapters, which are small, are not counted.
 
     A backward pass takes as many FLOPs for the gradient of its inputs, and as many again for that
-    of its weights where they are trained. The tower has none. A system that trains several budgets
+    of its weights where they are trained. The tower has none but for
+    extra tokens. A system that trains several budgets
     runs the language model once for each, over rows of the same length.
     """
     weights, attention = _text(config, length)
     passes = 3 if stage == "finetune" else 2
     views = len(config.system.training_budgets(config.vision))
     return Flops(
-        vision=rows * images * _vision(config),
+        vision=rows * images * (_vision(config) + _extra(config)),
         connector=rows * images * _connector(config) * 3,
         text=rows * (views * (weights * passes + attention * 3) + images * _question(config)),
     )
@@ -62,10 +63,19 @@ def _vision(config: Architecture) -> float:
     """Of one image, up to the last tap."""
     vision, layers = config.vision, max(config.system.taps)
     width, patches = vision.width, (config.image_size // vision.patch_size) ** 2
-    tokens = patches + 1 + config.system.extra_count
+    tokens = patches + 1
     layer = 2 * tokens * (4 * width**2 + 2 * width * vision.mlp_width) + 4 * tokens**2 * width
     next_layer = 2 * (tokens + 1) * width**2 if config.system.captures else 0
-    return 2 * patches * 3 * vision.patch_size**2 * width + layers * layer + next_layer
+    image = 2 * patches * 3 * vision.patch_size**2 * width + layers * layer + next_layer
+    return image + _extra(config)
+
+
+def _extra(config: Architecture) -> float:
+    """Of an image's extra tokens in the tower, which see the image and each other."""
+    vision, count = config.vision, config.system.extra_count
+    seen = (config.image_size // vision.patch_size) ** 2 + 1 + count
+    weights = 2 * count * (4 * vision.width**2 + 2 * vision.width * vision.mlp_width)
+    return max(config.system.taps) * (weights + 4 * count * seen * vision.width)
 
 
 def _connector(config: Architecture) -> float:

@@ -28,11 +28,9 @@ class Llava(System):
 
     @classmethod
     def recognizes(cls, shapes: Shapes, vision: VisionConfig) -> bool:
-        """The projector takes a patch's channels, and nothing comes before it."""
-        if "mm_projector.0.weight" not in shapes:
-            return False
-        mixes = any(name.startswith("mm_projector_crosslayer.") for name in shapes)
-        return not mixes and matrix(shapes, "mm_projector.0.weight")[1] == vision.width
+        """The projector takes a patch's channels; no other system has recognized its own."""
+        name = "mm_projector.0.weight"
+        return name in shapes and matrix(shapes, name)[1] == vision.width
 
     @property
     def fits_transformers(self) -> bool:

@@ -11,9 +11,10 @@ from flax import nnx
 
 from stf_jax.config.text import TextConfig
 from stf_jax.models.attention import Marks
+from stf_jax.models.keys import StepKey
 from stf_jax.models.layers import Init, Linear
 from stf_jax.models.llama import Llama
-from stf_jax.models.lora import DropoutKey, LoRAConfig, is_adapter, merge
+from stf_jax.models.lora import LoRAConfig, is_adapter, merge
 from stf_jax.store.checkpoint import flatten, unflatten
 
 CONFIG = LoRAConfig(rank=3, alpha=5.0, dropout=0.0)
@@ -79,7 +80,7 @@ def test_every_matmul_of_the_layers_has_one_and_nothing_else():
     assert adapters == {
         f"{path.removesuffix('/kernel')}/lora/{which}" for path in kernels for which in "ab"
     }
-    keys = flatten(nnx.to_pure_dict(nnx.state(abstract, DropoutKey)))
+    keys = flatten(nnx.to_pure_dict(nnx.state(abstract, StepKey)))
     assert len(keys) == 7
     assert {leaf.shape for leaf in keys.values()} == {(TextConfig.tiny().layers,)}
 

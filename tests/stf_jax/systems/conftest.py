@@ -24,12 +24,14 @@ def config_of(name: str) -> LlavaConfig:
     )
 
 
-def build(config: LlavaConfig, seed: int = 0) -> Llava:
+def build(config: LlavaConfig, seed: int = 0, *, training: bool = False) -> Llava:
     """A model with weights large enough to tell right from wrong."""
-    model = Llava.abstract(config)
+    model = Llava.abstract(config, training=training)
     rng = np.random.default_rng(seed)
 
     def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.key(seed)
         noise = rng.standard_normal(leaf.shape).astype(np.float32)
         name = jax.tree_util.keystr(path)
         return jnp.asarray(1 + 0.1 * noise if "scale" in name else 0.1 * noise)

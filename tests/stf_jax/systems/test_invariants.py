@@ -18,7 +18,7 @@ from stf_jax.models.attention import Marks
 from stf_jax.models.llava import Llava
 from stf_jax.store.checkpoint import flatten
 from stf_jax.systems import SYSTEMS, config_from_dict, named_config
-from tests.stf_jax.systems.conftest import batch_of
+from tests.stf_jax.systems.conftest import batch_of, build
 
 PACKAGE = Path(stf_jax.__file__).parent
 
@@ -99,9 +99,10 @@ def test_empty_slots_are_not_seen(system_model: Llava) -> None:
 
 def test_gradients_reach_the_connector(system_model: Llava) -> None:
     """Finite everywhere, not zero in the connector's weights, and none in the tower."""
-    graph, state = nnx.split(system_model)
+    model = build(system_model.config, training=True)
+    graph, state, keys = nnx.split(model, nnx.Param, ...)
     batch = batch_of(system_model.config)
-    loss = jax.jit(jax.grad(lambda state: nnx.merge(graph, state).loss(batch)[0]))
+    loss = jax.jit(jax.grad(lambda state: nnx.merge(graph, state, keys).loss(batch)[0]))
     gradients = loss(state)
     leaves = flatten(nnx.to_pure_dict(gradients))
     assert all(np.isfinite(leaf).all() for leaf in leaves.values())
