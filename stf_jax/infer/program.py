@@ -19,10 +19,10 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
 
 from stf_jax.data.batch import Batch
 from stf_jax.infer.sampling import Sampling, sample
-from stf_jax.models.attention import Marks
 from stf_jax.models.cache import CacheDType, KVCache
 from stf_jax.models.layers import unstack
 from stf_jax.models.llava import Llava
+from stf_jax.models.marks import Marks
 from stf_jax.parallel.sharding import BATCH_AXES, reshard
 
 

@@ -1,62 +1,17 @@
 """Attention over heads, masked by a rule rather than by an array that the caller builds.
 
-A rule says of two positions' marks whether the first sees the second. Splash serves `causal` on a
-TPU, cuDNN 16-bit numbers on a GPU, XLA everything else.
+Splash serves `causal` on a TPU, cuDNN 16-bit numbers on a GPU, XLA everything else.
 """
 
-import dataclasses
-from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
+from stf_jax.models.marks import Marks, Rule, causal, visible
 from stf_jax.parallel.splash import splash_attention
-
-# What a position holds.
-TEXT, IMAGE = 0, 1
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Marks:
-    """What a rule may ask of a position of a sequence, or of a slot of a cache.
-
-    Attributes:
-        position: rotary position, from 0 in each segment.
-        segment: which sequence of a packed row it belongs to, from 1; 0 is padding or an empty
-            slot, which nothing sees.
-        kind: `TEXT` or `IMAGE`.
-    """
-
-    position: Int[Array, "B T"]
-    segment: Int[Array, "B T"]
-    kind: Int[Array, "B T"]
-
-    @classmethod
-    def text(cls, position: Int[Array, "B T"], segment: Int[Array, "B T"]) -> "Marks":
-        """Of positions that all hold text."""
-        return cls(position=position, segment=segment, kind=jnp.zeros_like(position))
-
-
-# (marks of the queries [B, T, 1], marks of the keys [B, 1, S]) -> True where a query sees a key.
-Rule: TypeAlias = Callable[[Marks, Marks], Bool[Array, "B T S"]]
-
-
-def causal(query: Marks, key: Marks) -> Bool[Array, "B T S"]:
-    """A query sees its own segment, up to its own position."""
-    same = (query.segment == key.segment) & (key.segment != 0)
-    return same & (query.position >= key.position)
-
-
-def visible(rule: Rule, query: Marks, key: Marks) -> Bool[Array, "B T S"]:
-    """The rule as an array."""
-    queries: Marks = jax.tree.map(lambda mark: mark[:, :, None], query)
-    keys: Marks = jax.tree.map(lambda mark: mark[:, None, :], key)
-    return rule(queries, keys)
 
 
 def attention(

@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from stf_jax.models.attention import Marks, Rule, causal, platform, visible
+from stf_jax.models.attention import platform
+from stf_jax.models.marks import Marks, Rule, causal, visible
 
 # How keys and values are kept; None is the dtype that they are computed in.
 CacheDType = Literal["bfloat16", "int8"]

@@ -13,7 +13,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from stf_jax.config.text import RopeScaling, TextConfig
-from stf_jax.models.attention import Marks, Rule, causal
 from stf_jax.models.cache import CacheDType, KVCache
 from stf_jax.models.layers import (
     Init,
@@ -27,6 +26,7 @@ from stf_jax.models.layers import (
 )
 from stf_jax.models.loop import run_layers
 from stf_jax.models.lora import LoRAConfig
+from stf_jax.models.marks import Marks, Rule, causal
 from stf_jax.parallel.sharding import all_gather_fsdp, reshard
 
 

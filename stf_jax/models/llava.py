@@ -11,13 +11,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from stf_jax.data.batch import Batch
 from stf_jax.data.tokenizer import IGNORED_LABEL
-from stf_jax.models.attention import IMAGE, TEXT, Marks
 from stf_jax.models.cache import CacheDType, KVCache
 from stf_jax.models.clip import VisionTower
 from stf_jax.models.connector import Architecture, Tokens
 from stf_jax.models.layers import Init, Remat
 from stf_jax.models.llama import Llama
 from stf_jax.models.lora import LoRAConfig
+from stf_jax.models.marks import IMAGE, TEXT, Marks
 from stf_jax.parallel.sharding import ShardingRules, on_mesh
 
 

@@ -5,9 +5,10 @@ from typing import Any, Protocol, TypeAlias
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from stf_jax.models.attention import Marks, Rule, attention
+from stf_jax.models.attention import attention
 from stf_jax.models.cache import KVCache, cache_attention
 from stf_jax.models.layers import Remat, apply_layers
+from stf_jax.models.marks import Marks, Rule
 
 # Cosine and sine of each position's rotation.
 Angles: TypeAlias = tuple[Float[Array, "B T 1 D"], Float[Array, "B T 1 D"]]

@@ -230,12 +230,12 @@ def select(
         counts = count_outliers(scores) if counts is None else counts
         # The released arithmetic in float64: a share, then a number of patches.
         numbers = np.array([int(patches * (c / patches)) for c in range(patches + 1)], np.int32)
-        count = jnp.minimum(jnp.asarray(numbers)[counts], top.shape[1])
+        count = jnp.minimum(_look_up(numbers, counts), top.shape[1])
         first = jnp.arange(top.shape[1]) < count[:, None]
         if not system.plus:
             return _align(top, first, system=system)
         steps = [0] + [int(int(1 / (c / patches)) / 3) for c in range(1, patches + 1)]
-        step = jnp.asarray(np.array(steps, np.int32))[count][:, None]
+        step = _look_up(np.array(steps, np.int32), count)[:, None]
         place = jnp.arange(patches)
         spaced = (place % jnp.maximum(step, 1) == 0) & (place < patches - 1) & (step > 0)
         return _align(*_append(top, first, spaced), system=system)
@@ -251,6 +251,11 @@ def select(
     index, valid = _append(top, first, regular)
     rows = system.rows(patches)
     return _align(index[:, :rows], valid[:, :rows], system=system)
+
+
+def _look_up(table: Int[np.ndarray, "N"], index: Int[Array, "B"]) -> Int[Array, "B"]:
+    """Entries of a short table; a sum, since a mesh cannot tell where a gather's result lies."""
+    return jnp.where(jnp.arange(len(table)) == index[:, None], table, 0).sum(axis=1)
 
 
 def _append(

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import jax
 import jsonargparse
 import numpy as np
 import pytest
@@ -29,20 +30,16 @@ from tests.stf_jax.data.steps import K, Make, ids_of
 def assert_same(first: TrainingStep, second: TrainingStep) -> None:
     assert first.step == second.step
     assert first.example_ids == second.example_ids
-    for field in dataclasses.fields(Batch):
-        one, other = (getattr(step.batch, field.name) for step in (first, second))
+    leaves = zip(*(jax.tree.leaves(step.batch) for step in (first, second)), strict=True)
+    for one, other in leaves:
         assert one.dtype == other.dtype
         assert one.tobytes() == other.tobytes()
 
 
 def joined(parts: list[TrainingStep]) -> TrainingStep:
     """One global batch from those of all hosts."""
-    batch = Batch(
-        **{
-            field.name: np.concatenate([getattr(part.batch, field.name) for part in parts])
-            for field in dataclasses.fields(Batch)
-        }
-    )
+    batches = [part.batch for part in parts]
+    batch: Batch = jax.tree.map(lambda *arrays: np.concatenate(arrays), *batches)
     ids = tuple(row for part in parts for row in part.example_ids)
     return TrainingStep(step=parts[0].step, example_ids=ids, batch=batch, lost=())
 

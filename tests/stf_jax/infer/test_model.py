@@ -104,8 +104,7 @@ def test_a_template_that_does_not_fit_the_tokenizer_is_refused(model: Model) -> 
 
 def test_a_special_token_that_somebody_types_is_text(model: Model) -> None:
     """The end of text in a question would end it for the model."""
-    asked = model._prompt(
-        Request(prompt="Is </s> a tag?"), fit_template("v1", model.tokenizer), allow_urls=False
-    )
+    template, tokens = fit_template("v1", model.tokenizer), model.config.tokens_per_image
+    asked = model._prompt(Request(prompt="Is </s> a tag?"), template, tokens, allow_urls=False)
     assert model.tokenizer.eos_id not in asked.ids.tolist()
     assert "Is </s> a tag?" in model.tokenizer.decode(asked.ids)

@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from stf_jax.models import attention as module
-from stf_jax.models.attention import Marks, attention
+from stf_jax.models.attention import attention
+from stf_jax.models.marks import Marks
 from stf_jax.parallel.sharding import make_mesh
 from stf_jax.parallel.splash import splash_attention
 

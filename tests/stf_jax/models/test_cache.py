@@ -7,8 +7,9 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from stf_jax.models import cache as module
-from stf_jax.models.attention import Marks, attention
+from stf_jax.models.attention import attention
 from stf_jax.models.cache import CacheDType, KVCache, Quantized, Stored, cache_attention
+from stf_jax.models.marks import Marks
 from stf_jax.parallel.sharding import make_mesh
 
 

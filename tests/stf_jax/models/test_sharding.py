@@ -275,7 +275,7 @@ def test_logits_and_activations(on_mesh: OnMesh) -> None:
     seen = {}
 
     def forward(model: Llava, batch: Batch) -> dict[str, jax.Array]:
-        images, (spliced, marks) = model.encode(batch.pixels).values, model.insert(batch)
+        images, (spliced, marks) = model.encode(batch).values, model.insert(batch)
         hidden = model.text(spliced, marks=marks)
         actual = {"images": images, "spliced": spliced, "hidden": hidden}
         actual["logits"] = model.text.logits(hidden)

@@ -14,8 +14,8 @@ from flax import nnx
 import stf_jax
 from stf_jax.convert.infer import infer_system, system_keys
 from stf_jax.convert.mapping import connector_entries, table
-from stf_jax.models.attention import Marks
 from stf_jax.models.llava import Llava
+from stf_jax.models.marks import Marks
 from stf_jax.store.checkpoint import flatten
 from stf_jax.systems import SYSTEMS, config_from_dict, named_config
 from tests.stf_jax.systems.conftest import batch_of, build

@@ -1,0 +1,62 @@
+"""Every system on eight devices: the same loss, gradients and answers as on one."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from stf_jax.models.llava import Llava
+from stf_jax.parallel.sharding import BATCH_AXES, ShardingRules, make_mesh
+from stf_jax.store.checkpoint import flatten, unflatten
+from stf_jax.systems import SYSTEMS
+from tests.stf_jax.systems.conftest import batch_of, build, config_of
+
+MESHES = {"fsdp 8": {"fsdp": 8}, "data 2 x fsdp 2 x tensor 2": {"data": 2, "fsdp": 2, "tensor": 2}}
+Result = tuple[jax.Array, jax.Array, dict[str, jax.Array]]
+
+
+def compute(model: Llava, batch: Any) -> Result:
+    """Logits after the prompt, loss, and gradients."""
+    graph, state, keys = nnx.split(model, nnx.Param, ...)
+
+    @jax.jit
+    def run(state: nnx.State, batch: Any) -> tuple[jax.Array, jax.Array, nnx.State]:
+        def mean(state: nnx.State) -> jax.Array:
+            total, count = nnx.merge(graph, state, keys).loss(batch)
+            return total / count
+
+        logits, _ = nnx.merge(graph, state, keys).prefill(batch)
+        return logits, *jax.value_and_grad(mean)(state)
+
+    logits, loss, gradient = run(state, batch)
+    return logits, loss, flatten(nnx.to_pure_dict(gradient))
+
+
+@pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_mesh_changes_nothing(name: str, axes: dict[str, int]) -> None:
+    config = config_of(name)
+    alone, batch = build(config, seed=1), batch_of(config, rows=8)
+    expected = compute(alone, batch)
+    weights = flatten(nnx.to_pure_dict(nnx.state(alone)))
+    mesh = make_mesh(**axes)
+    with jax.set_mesh(mesh):
+        model = Llava.abstract(config, rules=ShardingRules.default())
+        like = flatten(nnx.to_pure_dict(nnx.state(model)))
+        placed = {path: jax.device_put(weights[path], like[path].sharding) for path in like}
+        nnx.update(model, unflatten(placed))
+        rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+        logits, loss, gradients = compute(model, jax.device_put(batch, rows))
+        np.testing.assert_allclose(logits, expected[0], rtol=0, atol=2e-5)
+        np.testing.assert_allclose(loss, expected[1], rtol=1e-5)
+        for path, gradient in gradients.items():
+            wanted = np.asarray(expected[2][path])
+            largest = max(float(np.abs(wanted).max()), 1e-4)
+            np.testing.assert_allclose(
+                np.asarray(gradient), wanted, rtol=0, atol=2e-5 * largest, err_msg=path
+            )
+            assert jnp.asarray(gradient).sharding.spec == like[path].sharding.spec, path
