@@ -1,6 +1,5 @@
 """Batches from disk: nothing lost or doubled, the same wherever and whenever they are made."""
 
-import dataclasses
 import os
 import signal
 import subprocess
