@@ -60,7 +60,12 @@ def _chat(options: argparse.Namespace) -> None:
 
     check_output()
     sampling = Sampling(temperature=options.temperature, top_p=options.top_p, seed=options.seed)
-    model = load(options.model, dtype=options.dtype, vision_tower=options.vision_tower)
+    model = load(
+        options.model,
+        dtype=options.dtype,
+        vision_tower=options.vision_tower,
+        system=options.system,
+    )
     chat = Chat(
         model,
         template=options.template,

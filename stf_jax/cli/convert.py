@@ -31,7 +31,8 @@ def add_convert(verbs: Verbs) -> None:
     parser.add_argument(
         "--system",
         metavar="NAME",
-        help="what a language model alone gets, with random weights (stf)",
+        help="what a language model alone gets, with random weights (stf); for a whole model, "
+        "another system that its weights fit",
     )
     parser.add_argument(
         "--taps",

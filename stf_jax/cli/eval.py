@@ -205,6 +205,7 @@ def _answerer(options: argparse.Namespace, config: "InferenceConfig") -> "Answer
         dtype=dtype,
         mesh=_make_mesh(config.mesh),
         vision_tower=options.vision_tower,
+        system=options.system,
         cache_dtype=config.cache_dtype,
     )
     return ModelAnswerer(

@@ -84,7 +84,12 @@ def _generate(options: argparse.Namespace) -> None:
             "--top-p and --top-k do nothing at temperature 0, which is greedy; "
             "add --temperature 1, or leave them out"
         )
-    model = load(options.model, dtype=options.dtype, vision_tower=options.vision_tower)
+    model = load(
+        options.model,
+        dtype=options.dtype,
+        vision_tower=options.vision_tower,
+        system=options.system,
+    )
 
     def show(index: int, text: str) -> None:
         sys.stdout.write(text)

@@ -59,6 +59,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--vision-tower", metavar="DIR", type=path, help="CLIP, for a PyTorch directory"
     )
     parser.add_argument(
+        "--system",
+        metavar="NAME",
+        help="another system over the weights of a PyTorch directory, such as prumerge over "
+        "LLaVA-1.5's (its own)",
+    )
+    parser.add_argument(
         "--tokens",
         type=int,
         metavar="K",

@@ -63,7 +63,9 @@ def infer_system(shapes: Shapes, hf: Mapping[str, Any], vision: VisionConfig) ->
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     try:
-        return system_from_dict({"name": system.name, **_merge(fields, given)})
+        # What neither weights nor config tell is as published, for a tower of this size.
+        proposed = system.for_model(vision=vision, text=TextConfig()).to_dict()
+        return system_from_dict({"name": system.name, **_merge(_merge(proposed, fields), given)})
     except ValueError as error:
         if not given:
             raise CheckpointError(str(error)) from error
@@ -104,6 +106,19 @@ def new_system(
             + ", ".join(sorted(proposed.keys() - {"name"}))
         )
     return system_from_dict({"name": system.name, **_merge(proposed, fields)})
+
+
+def replace_system(
+    hf: Mapping[str, Any], system: str | System | None, fields: Mapping[str, Any] | None
+) -> Mapping[str, Any]:
+    """A config.json whose model is to be of another system, over the same weights."""
+    if system is None:
+        return hf
+    own = {KEY, OLDER_KEY}.union(*(kind.published_keys for kind in SYSTEMS.values()))
+    given = system.to_dict() if isinstance(system, System) else {"name": system}
+    return {key: value for key, value in hf.items() if key not in own} | {
+        KEY: {**given, **(fields or {})}
+    }
 
 
 def name_fields(fields: Mapping[str, Any]) -> list[str]:

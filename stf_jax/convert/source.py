@@ -26,7 +26,7 @@ from stf_jax.convert.dtypes import (
     is_float,
 )
 from stf_jax.convert.hf_config import TEXT_DEFAULTS, text_from_hf
-from stf_jax.convert.infer import infer_system, name_fields, new_system
+from stf_jax.convert.infer import infer_system, name_fields, new_system, replace_system
 from stf_jax.convert.layouts import Layout
 from stf_jax.convert.lora import merge_lora
 from stf_jax.convert.mapping import carried_shapes, connector_entries, is_buffer, table
@@ -146,7 +146,8 @@ def open_source(
         base: The language model under an adapter; of a LoRA adapter, the model that it was trained
             on, into which it is merged.
         system: What makes the tokens of a language model alone: a name, with the published
-            proportions, or a system. Its weights are new, random ones; "stf" by default.
+            proportions, or a system. Its weights are new, random ones; "stf" by default. For a
+            model that has a connector, another system that its weights fit, such as "prumerge".
         fields: Of that system, those that differ from its published proportions: {"taps": [11, 6]}.
         seed: Of these random weights.
         dtype: The dtype of every parameter; None keeps those of the file.
@@ -184,13 +185,12 @@ def open_source(
         chosen = _name_errors(
             place, lambda: new_system(system, fields, vision=tower.config, text=text)
         )
-    elif system is not None or fields:
-        given = system.name if isinstance(system, System) else system
-        options = f"--system {given}" if given else ", ".join(name_fields(fields or {}))
+    elif system is None and fields:
+        options = ", ".join(name_fields(fields))
         raise CheckpointError(f"{path} has a system of its own; leave out {options}")
     else:
         tensors |= part.connector
-        hf = part.hf or language.hf
+        hf = replace_system(part.hf or language.hf, system, fields)
         shapes = {name: tensor.info.shape for name, tensor in tensors.items()}
         chosen = _name_errors(
             part.path,

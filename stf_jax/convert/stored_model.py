@@ -11,7 +11,7 @@ from stf_jax.convert.source import Source, open_source
 from stf_jax.data.processors import Processors, read_processors
 from stf_jax.store.checkpoint import extra_files, flatten, is_native, place, unflatten
 from stf_jax.store.run import is_run, open_model
-from stf_jax.systems.base import LlavaConfig
+from stf_jax.systems.base import LlavaConfig, System
 from stf_jax.util.errors import CheckpointError
 from stf_jax.util.files import expand
 
@@ -43,7 +43,12 @@ class StoredModel:
         return read_processors(self.path, self.files, config=self.config)
 
 
-def open_any(path: epath.PathLike, *, vision_tower: epath.PathLike | None = None) -> StoredModel:
+def open_any(
+    path: epath.PathLike,
+    *,
+    vision_tower: epath.PathLike | None = None,
+    system: str | System | None = None,
+) -> StoredModel:
     """Opens a model without reading its weights.
 
     Args:
@@ -51,6 +56,7 @@ def open_any(path: epath.PathLike, *, vision_tower: epath.PathLike | None = None
             in a layout that `stf-jax convert import` reads, recognized by what lies in it; local
             or on gs://.
         vision_tower: a directory with CLIP, for a PyTorch directory that does not lead to one.
+        system: another one over the same weights, such as "prumerge" over LLaVA-1.5's.
 
     Raises:
         CheckpointError: what is missing, damaged or does not fit, and what to do.
@@ -61,6 +67,11 @@ def open_any(path: epath.PathLike, *, vision_tower: epath.PathLike | None = None
         if vision_tower is not None:
             raise CheckpointError(f"{path} has its vision tower inside; leave out --vision-tower")
         checkpoint = open_model(path)
+        if system is not None:
+            raise CheckpointError(
+                f"{path} is a native checkpoint; another system is chosen on import: stf-jax "
+                "convert export it, then convert import --system"
+            )
         files = extra_files(checkpoint.extras)
         return StoredModel(
             path=checkpoint.extras / "hf",
@@ -69,7 +80,7 @@ def open_any(path: epath.PathLike, *, vision_tower: epath.PathLike | None = None
             restore=checkpoint.restore,
             layout=None,
         )
-    source = open_source(path, vision_tower=vision_tower)
+    source = open_source(path, vision_tower=vision_tower, system=system)
     return StoredModel(
         path=path,
         config=_with_generation(source.config, source.files),

@@ -14,7 +14,7 @@ from stf_jax.infer.model import Model
 from stf_jax.models.cache import CacheDType
 from stf_jax.models.llava import Llava
 from stf_jax.parallel.sharding import ShardingRules
-from stf_jax.systems.base import LlavaConfig, check_divisible
+from stf_jax.systems.base import LlavaConfig, System, check_divisible
 from stf_jax.util.errors import CheckpointError
 
 DTypeName = Literal["float32", "float16", "bfloat16"]
@@ -27,6 +27,7 @@ def load(
     mesh: Mesh | None = None,
     vision_tower: epath.PathLike | None = None,
     cache_dtype: CacheDType | None = None,
+    system: str | System | None = None,
 ) -> Model:
     """Loads a model to answer questions with.
 
@@ -38,6 +39,8 @@ def load(
         mesh: from `stf_jax.parallel.sharding.make_mesh`; one device by default.
         vision_tower: a directory with CLIP, for a PyTorch directory that does not lead to one.
         cache_dtype: how keys and values are kept while answering; by default as they are computed.
+        system: another one over the same weights of a PyTorch directory: a name, such as
+            "prumerge" over LLaVA-1.5's, or a system with its fields.
 
     Raises:
         CheckpointError: what is missing, damaged or does not fit, and what to do.
@@ -50,7 +53,7 @@ def load(
     if dtype == "float16" and jax.default_backend() == "cpu":
         # XLA has no attention of float16 for it.
         raise ValueError("float16 does not run on CPU; choose float32 or bfloat16")
-    opened = open_any(path, vision_tower=vision_tower)
+    opened = open_any(path, vision_tower=vision_tower, system=system)
     if opened.layout == "llama":
         # Its system would be new, of random weights.
         raise CheckpointError(

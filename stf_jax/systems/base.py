@@ -50,6 +50,8 @@ class System:
     family: ClassVar[str]
     # Scores of the 7B model by benchmark, as its paper states them.
     published: ClassVar[Mapping[str, float]] = {}
+    # The keys of config.json by which its published code knows such a model.
+    published_keys: ClassVar[tuple[str, ...]] = ()
     # What the tensors of its connector begin with, and the layout that each prefix tells.
     prefixes: ClassVar[Mapping[str, str]] = {"mm_projector.": "llava"}
 

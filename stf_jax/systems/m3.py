@@ -38,6 +38,7 @@ class M3(System):
     name: ClassVar[str] = "m3"
     title: ClassVar[str] = "M3"
     family: ClassVar[str] = "llava_m3"
+    published_keys: ClassVar = (_SCALES_KEY,)
     # With 144 tokens (paper, table 1).
     published: ClassVar = {"mmbench": 66.4, "gqa": 61.3, "pope": 87.0, "vizwiz": 53.1}
 

@@ -65,6 +65,7 @@ class QueCC(System):
     name: ClassVar[str] = "quecc"
     title: ClassVar[str] = "QueCC"
     family: ClassVar[str] = "llava_quecc"
+    published_keys: ClassVar = (_TYPE, _KERNEL, _STRIDE)
     # With 36 tokens (paper, table 1).
     published: ClassVar = {
         "gqa": 60.5,

@@ -223,7 +223,8 @@ def test_parts_alone(reference: Path, tmp_path: Path, checkpoint: Callable) -> N
     refused(reference / "vicuna", out, r"names no vision tower; give one: --vision-tower DIR$")
     whole = checkpoint()
     refused(whole, out, r"has a language model of its own; leave out --base", base=whole)
-    refused(whole, out, r"has a system of its own; leave out --system stf$", system="stf")
+    refused(whole, out, r"these are no weights of QueCC$", system="quecc")
+    refused(whole, out, r"system .nonesuch. is not one of llava, average", system="nonesuch")
 
 
 def test_an_adapter_alone(reference: Path, tmp_path: Path) -> None:

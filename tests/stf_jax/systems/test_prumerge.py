@@ -1,15 +1,19 @@
 """PruMerge and PruMerge+ against what the released code computed, and by hand."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
+import stf_jax
 from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
+from stf_jax.convert import export_checkpoint, import_checkpoint
 from stf_jax.data.batch import Batch
 from stf_jax.models.connector import ClassAttention
 from stf_jax.models.llava import Llava, marks_of
@@ -23,6 +27,8 @@ from stf_jax.systems.prumerge import (
     merge,
     select,
 )
+from stf_jax.systems.random import Random
+from stf_jax.util.errors import CheckpointError
 from tests.stf_jax.systems.conftest import batch_of, build
 from tests.stf_jax.systems.reference import Case, assert_near, find_case, insert_images
 
@@ -253,3 +259,29 @@ def test_an_image_has_its_own_count() -> None:
     alone = jax.tree.map(lambda array: array[1:2], batch)
     run = jax.jit(Llava.__call__)
     np.testing.assert_allclose(run(model, batch)[1], run(model, alone)[0], rtol=0, atol=1e-5)
+
+
+def test_a_plain_llava_answers_as_prumerge(reference: Path, tmp_path: Path) -> None:
+    """Without training, from a PyTorch directory whose config.json says nothing of it."""
+    native, published = tmp_path / "native", tmp_path / "llava"
+    tower = reference / "clip"
+    import_checkpoint(reference / "vicuna", native, vision_tower=tower, system="llava")
+    export_checkpoint(native, published, layout="llava")
+    plain = stf_jax.load(published)
+    fixed = PruMerge(
+        taps=plain.config.system.taps,
+        projector_width=plain.config.system.projector_width,
+        neighbors=3,
+        ratio=0.25,
+    )
+    merged = stf_jax.load(published, system=fixed)
+    patches = plain.config.vision.patches
+    assert plain.config.tokens_per_image == patches
+    assert merged.config.tokens_per_image == patches // 4 + 1
+    question = [stf_jax.Request(prompt="What is it?", images=Image.new("RGB", (9, 9), "red"))]
+    (answer,) = merged.generate(question, max_new_tokens=2)
+    assert len(answer.token_ids) == 2
+    assert stf_jax.load(published, system="prumerge").config.system.neighbors == patches - 1
+    with pytest.raises(CheckpointError, match="neighbors is 32; an image has 16 patches"):
+        stf_jax.load(published, system=dataclasses.replace(fixed, neighbors=32))
+    assert isinstance(stf_jax.load(published, system="random").config.system, Random)
