@@ -227,8 +227,10 @@ def test_a_name_twice_once_wrapped_is_refused(checkpoint: Callable, tmp_path: Pa
     refused(source, tmp_path / "out", r"\n  extra: (module\.)?model.norm.weight$")
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [(np.nan, np.float32), (np.inf, np.float16), (-np.inf, ml_dtypes.bfloat16)],
+)
 @pytest.mark.parametrize(
     "name",
     [
