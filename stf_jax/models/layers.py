@@ -131,6 +131,40 @@ class MLP(nnx.Module):
         return self.linear_2(hidden, out=self.rules.tokens)
 
 
+class PackedAttention(nnx.Module):
+    """Attention whose query, key and value projections are one weight, as `torch.nn` packs them.
+
+    It is small enough to lie whole on every device. Who attends to what, a subclass says.
+    """
+
+    def __init__(self, width: int, heads: int, *, init: Init):
+        self.rules = rules = init.rules
+        parts = (3, heads, width // heads)
+        self.kernel = init.normal(width, *parts, spec=rules.vector)
+        self.bias = init.zeros(*parts, spec=rules.vector)
+        self.output = Linear((width,), (width,), init=init, kernel=rules.vector, bias=rules.vector)
+
+    def split(
+        self,
+        queries: Float[Array, "... C"],
+        keys: Float[Array, "... C"],
+        values: Float[Array, "... C"],
+    ) -> tuple[Float[Array, "... N D"], Float[Array, "... N D"], Float[Array, "... N D"]]:
+        """Projected, in heads."""
+        query, key, value = (
+            jnp.einsum("...c,cnd->...nd", x, self.kernel[...][:, part]) + self.bias[...][part]
+            for part, x in enumerate((queries, keys, values))
+        )
+        return query, key, value
+
+    def join(self, attended: Float[Array, "B K N D"]) -> Float[Array, "B K C"]:
+        """The heads side by side, projected."""
+        rows, tokens, heads, width = attended.shape
+        joined = (rows, tokens, heads * width)
+        attended = jax.lax.reshape(attended, joined, out_sharding=self.rules.tokens)
+        return self.output(attended, out=self.rules.tokens)
+
+
 class LayerNorm(nnx.Module):
     """Mean and variance over channels, in float32."""
 

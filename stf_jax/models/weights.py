@@ -63,6 +63,19 @@ def join_heads(heads: int) -> Transform:
     )
 
 
+def packed_heads(heads: int) -> Transform:
+    """Query, key and value projections in one weight: [3*N*D, C] <-> [C, 3, N, D]."""
+    return Transform(
+        lambda tensor: transpose(tensor).reshape(tensor.shape[1], 3, heads, -1),
+        lambda array: transpose(array.reshape(len(array), -1)),
+    )
+
+
+def packed_head_bias(heads: int) -> Transform:
+    """Their biases: [3*N*D] <-> [3, N, D]."""
+    return Transform(lambda tensor: tensor.reshape(3, heads, -1), lambda array: array.reshape(-1))
+
+
 def patches(patch: int) -> Transform:
     """The tower's patch convolution: [C, 3, side, side] <-> [side*side*3, C].
 
@@ -178,11 +191,43 @@ def mlp_entries(
         (1, modules[0], hidden, inputs, first),
         (2, modules[1], outputs, hidden, LINEAR),
     ):
-        to, name = f"{native}/linear_{number}", f"{torch}{module}"
-        entries += [
-            make_entry(
-                f"{to}/kernel", f"{name}.weight", (rows, columns), (columns, rows), transform
-            ),
-            make_entry(f"{to}/bias", f"{name}.bias", (rows,), (rows,), SAME),
-        ]
+        entries += linear_entries(
+            f"{native}/linear_{number}",
+            f"{torch}{module}",
+            inputs=columns,
+            outputs=rows,
+            first=transform,
+        )
     return tuple(entries)
+
+
+def linear_entries(
+    native: str, torch: str, *, inputs: int, outputs: int, first: Transform = LINEAR
+) -> tuple[Entry, Entry]:
+    """One `torch.nn.Linear`, whose weight is changed by `first`."""
+    shape, to = (outputs, inputs), (inputs, outputs)
+    return (
+        make_entry(f"{native}/kernel", f"{torch}.weight", shape, to, first),
+        make_entry(f"{native}/bias", f"{torch}.bias", (outputs,), (outputs,), SAME),
+    )
+
+
+def norm_entries(native: str, torch: str, *, width: int) -> tuple[Entry, Entry]:
+    """One `torch.nn.LayerNorm`."""
+    return (
+        make_entry(f"{native}/scale", f"{torch}.weight", (width,), (width,), SAME),
+        make_entry(f"{native}/bias", f"{torch}.bias", (width,), (width,), SAME),
+    )
+
+
+def attention_entries(native: str, torch: str, *, width: int, heads: int) -> tuple[Entry, ...]:
+    """One `torch.nn.MultiheadAttention`."""
+    name, parts = f"{torch}.in_proj_", (3, heads, width // heads)
+    kernel, bias = packed_heads(heads), packed_head_bias(heads)
+    return (
+        make_entry(
+            f"{native}/kernel", f"{name}weight", (3 * width, width), (width, *parts), kernel
+        ),
+        make_entry(f"{native}/bias", f"{name}bias", (3 * width,), parts, bias),
+        *linear_entries(f"{native}/output", f"{torch}.out_proj", inputs=width, outputs=width),
+    )

@@ -26,14 +26,16 @@ from stf_jax.config.checks import check_positive
 from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
 from stf_jax.models.connector import Connector, Tokens, VisionFeatures
-from stf_jax.models.layers import MLP, Init, LayerNorm, Linear, gelu
+from stf_jax.models.layers import MLP, Init, LayerNorm, Linear, PackedAttention, gelu
 from stf_jax.models.weights import (
-    LINEAR,
     SAME,
     Entry,
     Transform,
+    attention_entries,
+    linear_entries,
     make_entry,
     mlp_entries,
+    norm_entries,
     transpose,
 )
 from stf_jax.systems.base import Shapes, System, matrix
@@ -130,20 +132,11 @@ class QueCC(System):
         width, inputs = vision.width, len(self.taps) * vision.width
         entries: list[Entry] = []
 
-        def same(native: str, torch: str, *shape: int) -> None:
-            entries.append(make_entry(f"connector/{native}", _PREFIX + torch, shape, shape, SAME))
-
         def norm(native: str, torch: str) -> None:
-            same(f"{native}/scale", f"{torch}.weight", width)
-            same(f"{native}/bias", f"{torch}.bias", width)
+            entries.extend(norm_entries(f"connector/{native}", _PREFIX + torch, width=width))
 
-        def linear(native: str, torch: str, columns: int) -> None:
-            name = f"connector/{native}/kernel"
-            shape, to = (width, columns), (columns, width)
-            entries.append(make_entry(name, f"{_PREFIX}{torch}.weight", shape, to, LINEAR))
-            same(f"{native}/bias", f"{torch}.bias", width)
-
-        linear("text/linear", "text_projection.0", text.width)
+        name = f"{_PREFIX}text_projection.0"
+        entries += linear_entries("connector/text/linear", name, inputs=text.width, outputs=width)
         norm("text/norm", "text_projection.1")
         for native, torch, columns in (
             ("query", "q_proj", width),
@@ -163,26 +156,11 @@ class QueCC(System):
         entries.append(
             make_entry("connector/window/kernel", f"{name}.weight", shape, to, _depthwise())
         )
-        same("window/bias", "q_downsample.bias", width)
-        parts = (width, 3, self.heads, width // self.heads)
+        entries.append(
+            make_entry("connector/window/bias", f"{name}.bias", (width,), (width,), SAME)
+        )
         name = f"{_PREFIX}clip_attn"
-        entries += [
-            make_entry(
-                "connector/attention/kernel",
-                f"{name}.in_proj_weight",
-                (3 * width, width),
-                parts,
-                _packed(self.heads),
-            ),
-            make_entry(
-                "connector/attention/bias",
-                f"{name}.in_proj_bias",
-                (3 * width,),
-                parts[1:],
-                _packed_bias(self.heads),
-            ),
-        ]
-        linear("attention/output", "clip_attn.out_proj", width)
+        entries += attention_entries("connector/attention", name, width=width, heads=self.heads)
         projector = mlp_entries(
             "connector/projector",
             "mm_projector.",
@@ -241,19 +219,6 @@ def _depthwise() -> Transform:
         return transpose(array).reshape(-1, 1, side, side)
 
     return Transform(lambda tensor: transpose(tensor.reshape(len(tensor), -1)), torch)
-
-
-def _packed(heads: int) -> Transform:
-    """Query, key and value of one attention in one weight: [3*N*D, C] <-> [C, 3, N, D]."""
-    return Transform(
-        lambda tensor: transpose(tensor).reshape(tensor.shape[1], 3, heads, -1),
-        lambda array: transpose(array.reshape(len(array), -1)),
-    )
-
-
-def _packed_bias(heads: int) -> Transform:
-    """Their biases: [3*N*D] <-> [3, N, D]."""
-    return Transform(lambda tensor: tensor.reshape(3, heads, -1), lambda array: array.reshape(-1))
 
 
 class QueCCConnector(Connector):
@@ -332,15 +297,8 @@ class WindowQuery(nnx.Module):
         return (x * self.kernel[...]).sum(axis=2) + self.bias[...]
 
 
-class WindowAttention(nnx.Module):
-    """Each query attends to its own window; projections of queries, keys, values are packed."""
-
-    def __init__(self, width: int, heads: int, *, init: Init):
-        self.rules = rules = init.rules
-        parts = (3, heads, width // heads)
-        self.kernel = init.normal(width, *parts, spec=rules.vector)
-        self.bias = init.zeros(*parts, spec=rules.vector)
-        self.output = Linear((width,), (width,), init=init, kernel=rules.vector, bias=rules.vector)
+class WindowAttention(PackedAttention):
+    """Each query attends to its own window."""
 
     def __call__(
         self,
@@ -349,15 +307,9 @@ class WindowAttention(nnx.Module):
         values: Float[Array, "B K W C"],
     ) -> Float[Array, "B K C"]:
         """No residual and no norm follow."""
-        query, key, value = (
-            jnp.einsum("...c,cnd->...nd", x, self.kernel[...][:, part]) + self.bias[...][part]
-            for part, x in enumerate((queries, keys, values))
-        )
+        query, key, value = self.split(queries, keys, values)
         weights = self.weigh(query, key)
-        attended = jnp.einsum("bknw,bkwnd->bknd", weights.astype(value.dtype), value)
-        joined = (*queries.shape[:2], queries.shape[-1])
-        attended = jax.lax.reshape(attended, joined, out_sharding=self.rules.tokens)
-        return self.output(attended, out=self.rules.tokens)
+        return self.join(jnp.einsum("bknw,bkwnd->bknd", weights.astype(value.dtype), value))
 
     def weigh(
         self, query: Float[Array, "B K N D"], key: Float[Array, "B K W N D"]
