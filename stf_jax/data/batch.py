@@ -17,11 +17,14 @@ class Batch:
             loss shifts.
         positions: rotary positions, from 0 in each segment.
         segments: which conversation of a packed row a position belongs to, from 1; 0 is padding.
-        image_slots: index into the row's I*K image tokens, -1 where text is.
+        image_slots: index into the row's image tokens, -1 where text is: I*K of its images, behind
+            them those of its clips, where the system joins frames.
         pixels: images, channels last, zeros where a row has fewer than I; normalized for the model,
             8-bit values on their way into a training step.
         questions: ids of what each image is asked, where the system reads it.
         question_lengths: of these, without padding; 1 or more.
+        clips: the images that are the frames of each clip, where the system joins them; -1 behind
+            the last frame of a clip.
         budget: K, where the system has several; None is its most.
     """
 
@@ -33,4 +36,5 @@ class Batch:
     pixels: Float[Array, "B I height width 3"] | UInt8[Array, "B I height width 3"]
     questions: Int[Array, "B I Q"] | None = None
     question_lengths: Int[Array, "B I"] | None = None
+    clips: Int[Array, "B C F"] | None = None
     budget: int | None = dataclasses.field(default=None, metadata={"static": True})

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
@@ -106,6 +106,26 @@ class Connector(nnx.Module):
     def views(self, tokens: Tokens) -> tuple[Tokens, ...]:
         """What a training step takes the mean loss over, each with K slots an image."""
         return (tokens,)
+
+    def join(
+        self, tokens: Tokens, *, rows: int, clips: Int[Array, "B C F"] | None = None
+    ) -> Tokens:
+        """Tokens of a row's images one after the other: [B*I, K, ...] -> [B, I*K, ...].
+
+        Args:
+            tokens: of each image.
+            rows: B.
+            clips: of the batch; a system that makes one thing of a clip's frames writes this.
+        """
+        del clips
+
+        def join(array: Array) -> Array:
+            images = array.shape[0] // rows
+            row = (rows, images * array.shape[1], *array.shape[2:])
+            return jax.lax.reshape(array, row, out_sharding=self.rules.tokens)
+
+        joined: Tokens = jax.tree.map(join, tokens)
+        return joined
 
     def reduce(self, features: VisionFeatures) -> Float[Array, "B K _"]:
         """Every patch of the one tap."""

@@ -56,11 +56,14 @@ class Llava(nnx.Module):
         return model
 
     def encode(self, batch: Batch) -> Tokens:
-        """Vision tokens of every image of a row, one image after the other: [B, I*K, H]."""
+        """Vision tokens of every image of a row, one image after the other: [B, I*K, H].
+
+        Where the system joins the frames of clips, those of the clips come last.
+        """
         tokens, budget = self._encode_images(batch), batch.budget
         if budget is not None and budget != self.config.tokens_per_image:
             tokens = self.connector.shrink(tokens, budget)
-        return self._join_images(tokens, len(batch.pixels))
+        return self._join_images(tokens, batch)
 
     def insert(self, batch: Batch) -> tuple[Float[Array, "B T H"], Marks]:
         """Text embeddings with image tokens at their slots, and what each position is."""
@@ -178,24 +181,16 @@ class Llava(nnx.Module):
         rows, images, *rest = array.shape
         return jax.lax.reshape(array, (rows * images, *rest), out_sharding=self.rules.tokens)
 
-    def _join_images(self, tokens: Tokens, rows: int) -> Tokens:
+    def _join_images(self, tokens: Tokens, batch: Batch) -> Tokens:
         """[B*I, K, ...] -> [B, I*K, ...]."""
-
-        def join(array: Array) -> Array:
-            images = array.shape[0] // rows
-            row = (rows, images * array.shape[1], *array.shape[2:])
-            return jax.lax.reshape(array, row, out_sharding=self.rules.tokens)
-
-        joined: Tokens = jax.tree.map(join, tokens)
-        return joined
+        return self.connector.join(tokens, rows=len(batch.pixels), clips=batch.clips)
 
     def _views(self, batch: Batch) -> list[tuple[Float[Array, "B T H"], Marks]]:
         """What goes into the decoder, once for each budget that a step trains."""
         if batch.pixels.shape[1] == 0:
             return [self.insert(batch)]
         views = self.connector.views(self._encode_images(batch))
-        rows = len(batch.pixels)
-        return [self._insert_tokens(batch, self._join_images(view, rows)) for view in views]
+        return [self._insert_tokens(batch, self._join_images(view, batch)) for view in views]
 
     def _insert_tokens(self, batch: Batch, tokens: Tokens) -> tuple[Float[Array, "B T H"], Marks]:
         """Two gathers, no ragged pieces."""

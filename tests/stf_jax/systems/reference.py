@@ -91,8 +91,8 @@ class Case:
 
     @property
     def tap(self) -> int:
-        """The hidden state that `select_layer` names."""
-        return self.vision.layers + 1 + self.hyper["select_layer"]
+        """The hidden state that `select_layer` names; LLaVA's is the last but one."""
+        return self.vision.layers + 1 + self.hyper.get("select_layer", -2)
 
     def config(self, system: System) -> LlavaConfig:
         return LlavaConfig(vision=self.vision, text=self.text, system=system)
