@@ -240,19 +240,20 @@ class VQTokenConnector(Connector):
     def reduce_clips(self, tokens: Float[Array, "M F P H"], present: Bool[Array, "M F"]) -> Tokens:
         """M clips in `clip_tokens` slots; a clip's frames come first, the rest is not present."""
         system = self.system
+        clips, most, patches, width = tokens.shape
         frames = present.sum(axis=1)
         with jax.named_scope("vqtoken"):
             units = normalize(tokens)
-            flat = self._reshape(units, len(tokens), -1, tokens.shape[-1])
-            mask = jnp.repeat(present, tokens.shape[2], axis=1)
-            order = choose_seeds(frames * tokens.shape[2], count=system.clusters, seed=system.seed)
+            flat = self._reshape(units, clips, most * patches, width)
+            mask = jnp.repeat(present, patches, axis=1)
+            order = choose_seeds(frames * patches, count=system.clusters, seed=system.seed)
             found = quantize(system, jax.lax.stop_gradient(flat), mask, order)
             codebook = average_clusters(flat, mask, found.labels, count=system.most)
             codebook = codebook.astype(tokens.dtype)
             if system.output == "codebook":
                 values, valid = align(codebook, found.clusters, rows=system.most)
             else:
-                labels = self._reshape(found.labels, *tokens.shape[:3]).astype(tokens.dtype)
+                labels = self._reshape(found.labels, clips, most, patches).astype(tokens.dtype)
                 values, valid = self.attention(labels, codebook, frames, found.clusters)
         return Tokens(
             values=self._end(values),
@@ -265,9 +266,6 @@ class VQTokenConnector(Connector):
         return jnp.concatenate([values, row.astype(values.dtype)], axis=1)
 
     def _reshape(self, array: Array, *shape: int) -> Array:
-        if -1 in shape:
-            rest = array.size // -int(np.prod(shape))
-            shape = tuple(rest if size == -1 else size for size in shape)
         return jax.lax.reshape(array, shape, out_sharding=self.rules.tokens)
 
     def _full(self, shape: tuple[int, ...], value: Any) -> Array:
@@ -321,66 +319,66 @@ def quantize(
         order: the tokens that clusters begin with.
     """
     start = jnp.take_along_axis(units, order[..., None], axis=1)
-    cluster = partial(find_clusters, steps=system.steps)
     if not system.adaptive:
-        used = jnp.ones(system.clusters, bool)
-        labels, _ = jax.vmap(cluster, in_axes=(0, 0, 0, None))(units, mask, start, used)
-        return Clusters(labels=labels, clusters=jnp.full_like(order[:, 0], system.clusters))
+        used = jnp.ones((1, system.clusters), bool)
+        labels, _ = find_clusters(units, mask, start, used, steps=system.steps)
+        return Clusters(labels=labels[:, 0], clusters=jnp.full_like(order[:, 0], system.clusters))
     tried = np.arange(system.least, system.clusters + 1, dtype=np.int32)
     used = jnp.asarray(np.arange(system.clusters) < tried[:, None])
+    labels, centroids = find_clusters(units, mask, start, used, steps=system.steps)
+    missed = units[:, None] - jnp.take_along_axis(centroids, labels[..., None], axis=2)
+    distortions = jnp.where(mask[:, None], jnp.square(missed).sum(axis=-1), 0).sum(axis=-1)
+    bend = jnp.argmax(jnp.diff(distortions, 2, axis=1), axis=1).astype(jnp.int32)
+    chosen = jnp.maximum(bend + 4, system.least) if system.slip else bend + system.least + 1
+    labels = jnp.take_along_axis(labels, (chosen - system.least)[:, None, None], axis=1)[:, 0]
+    return Clusters(labels=labels, clusters=chosen, distortions=distortions)
 
-    def search(
-        units: Float[Array, "n H"], mask: Bool[Array, "n"], start: Float[Array, "K H"]
-    ) -> tuple[Int[Array, "n"], Int[Array, ""], Float[Array, "_"]]:
-        labels, centroids = jax.vmap(lambda used: cluster(units, mask, start, used))(used)
-        missed = units - jnp.take_along_axis(centroids, labels[..., None], axis=1)
-        distortions = jnp.where(mask, jnp.square(missed).sum(axis=-1), 0).sum(axis=1)
-        bend = jnp.argmax(jnp.diff(distortions, 2))
-        chosen = jnp.maximum(bend + 4, system.least) if system.slip else bend + system.least + 1
-        return labels[chosen - system.least], chosen, distortions
 
-    labels, clusters, distortions = jax.vmap(search)(units, mask, start)
-    return Clusters(labels=labels, clusters=clusters, distortions=distortions)
+# Steps taken, whether a clip has stopped, its labels and its centroids.
+_State = tuple[Int[Array, ""], Bool[Array, "M G"], Int[Array, "M G n"], Float[Array, "M G K H"]]
 
 
 def find_clusters(
-    units: Float[Array, "n H"],
-    mask: Bool[Array, "n"],
-    start: Float[Array, "K H"],
-    used: Bool[Array, "K"],
+    units: Float[Array, "M n H"],
+    mask: Bool[Array, "M n"],
+    start: Float[Array, "M K H"],
+    used: Bool[Array, "G K"],
     *,
     steps: int,
-) -> tuple[Int[Array, "n"], Float[Array, "K H"]]:
+) -> tuple[Int[Array, "M G n"], Float[Array, "M G K H"]]:
     """K-means by cosine: the labels of the last assignment, and the centroids.
 
     Centroids are means of unit vectors; an empty cluster keeps its own. A step that moves them by
     less than the tolerance is the last one, and is not adopted.
 
     Args:
-        units: unit vectors.
+        units: unit vectors of M clips.
         mask: whether there is one.
         start: the first centroids, of any length.
-        used: which of them there are.
+        used: which of them there are, in each of G runs.
         steps: at most.
     """
+    # On a TPU the default would round to bfloat16, and labels with it.
+    einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
-    def move(
-        state: tuple[Int[Array, ""], Bool[Array, ""], Int[Array, "n"], Float[Array, "K H"]],
-    ) -> tuple[Int[Array, ""], Bool[Array, ""], Int[Array, "n"], Float[Array, "K H"]]:
-        step, _, _, centroids = state
-        # On a TPU the default would round to bfloat16, and labels with it.
-        einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-        distance = 1 - einsum("nh,kh->nk", units, normalize(centroids))
-        labels = jnp.argmin(jnp.where(used, distance, jnp.inf), axis=1).astype(jnp.int32)
-        members, counts = _members(labels, mask, count=len(centroids))
-        means = einsum("nk,nh->kh", members, units) / jnp.maximum(counts, 1)[:, None]
-        moved = jnp.where((counts > 0)[:, None], means, centroids)
-        stopped = jnp.linalg.norm(moved - centroids) < _TOLERANCE
-        return step + 1, stopped, labels, jnp.where(stopped, centroids, moved)
+    def move(state: _State) -> _State:
+        step, stopped, labels, centroids = state
+        distance = 1 - einsum("mnh,mgkh->mgnk", units, normalize(centroids))
+        distance = jnp.where(used[:, None], distance, jnp.inf)
+        nearest = jnp.argmin(distance, axis=-1).astype(jnp.int32)
+        members, counts = _members(nearest, mask[:, None], count=used.shape[1])
+        means = einsum("mgnk,mnh->mgkh", members, units) / jnp.maximum(counts, 1)[..., None]
+        moved = jnp.where((counts > 0)[..., None], means, centroids)
+        distance = jnp.sqrt(jnp.square(moved - centroids).sum(axis=(2, 3)))
+        labels = jnp.where(stopped[..., None], labels, nearest)
+        stopped |= distance < _TOLERANCE
+        return step + 1, stopped, labels, jnp.where(stopped[..., None, None], centroids, moved)
 
-    state = jnp.int32(0), jnp.bool(False), jnp.zeros(len(units), jnp.int32), start
+    centroids = jnp.repeat(start[:, None], len(used), axis=1)
+    labels = jnp.zeros_like(jnp.repeat(mask[:, None], len(used), axis=1), jnp.int32)
+    state = jnp.int32(0), jnp.zeros_like(labels[..., 0], bool), labels, centroids
     _, _, labels, centroids = jax.lax.while_loop(
-        lambda state: (state[0] < steps) & ~state[1], move, state
+        lambda state: (state[0] < steps) & ~state[1].all(), move, state
     )
     return labels, centroids
 

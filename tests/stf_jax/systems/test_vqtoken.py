@@ -1,7 +1,6 @@
-"""VQToken against what its released code computed, and by hand."""
+"""VQToken by hand: its clusters, its clips, its weights, eight devices."""
 
 import dataclasses
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -13,337 +12,221 @@ from flax import nnx
 
 from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
+from stf_jax.convert.infer import infer_system, system_keys
 from stf_jax.convert.mapping import connector_entries
 from stf_jax.data.batch import Batch
-from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID
-from stf_jax.models.layers import Init
-from stf_jax.systems import vqtoken
+from stf_jax.data.tokenizer import IGNORED_LABEL
+from stf_jax.models.llava import Llava
+from stf_jax.parallel.sharding import ShardingRules, make_mesh
 from stf_jax.systems.base import LlavaConfig
 from stf_jax.systems.vqtoken import (
-    VQAttention,
     VQToken,
     average_clusters,
+    choose_seeds,
     find_clusters,
     normalize,
-    quantize,
 )
-from tests.stf_jax.systems.reference import Case, assert_near, fill, find_case
+from tests.stf_jax.systems.conftest import build
 
-PREFIX = "connector/attention/"
+VISION, TEXT = VisionConfig.tiny(), TextConfig.tiny()
 
 
-@pytest.fixture(scope="module")
-def reference_case() -> Case:
-    return find_case("vqtoken")
+def tiny(**fields: Any) -> LlavaConfig:
+    system = dataclasses.replace(VQToken.for_model(vision=VISION, text=TEXT), **fields)
+    return LlavaConfig(vision=VISION, text=TEXT, system=system)
+
+
+def clip_batch(config: LlavaConfig, *, rows: int, frames: int, seed: int = 1) -> Batch:
+    """Rows of text with a clip behind the second token; every second has one frame less."""
+    rng = np.random.default_rng(seed)
+    assert isinstance(config.system, VQToken)
+    slots = config.system.clip_tokens(frames)
+    first = frames * config.tokens_per_image if config.system.images == "whole" else 0
+    length, side = slots + 6, config.image_size
+    ids = rng.integers(3, config.text.vocab_size, (rows, length)).astype(np.int32)
+    placed = np.full(length, -1, np.int32)
+    placed[2 : 2 + slots] = first + np.arange(slots)
+    clips = np.tile(np.arange(frames, dtype=np.int32), (rows, 1, 1))
+    clips[1::2, :, -1] = -1
+    pixels = rng.standard_normal((rows, frames, side, side, 3)).astype(np.float32)
+    labels = np.where(placed < 0, ids, IGNORED_LABEL).astype(np.int32)
+    whole = np.zeros((rows, length), np.int32)
+    arrays = {
+        "ids": ids,
+        "labels": labels,
+        "positions": whole + np.arange(length, dtype=np.int32),
+        "segments": whole + 1,
+        "image_slots": whole + placed,
+        "pixels": pixels,
+        "clips": clips,
+    }
+    return Batch(**jax.tree.map(jnp.asarray, arrays))
+
+
+def loss_of(model: Llava, batch: Batch) -> tuple[jax.Array, Any]:
+    graph, state = nnx.split(model)
+
+    def total(state: nnx.State, batch: Batch) -> jax.Array:
+        return nnx.merge(graph, state).loss(batch)[0]
+
+    return jax.jit(jax.value_and_grad(total))(state, batch)
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [{"data": 1, "fsdp": 8, "tensor": 1}, {"data": 2, "fsdp": 2, "tensor": 2}],
+    ids=["fsdp 8", "data 2 x fsdp 2 x tensor 2"],
+)
+def test_eight_devices_compute_what_one_does(axes: dict[str, int]) -> None:
+    """Adaptive clips beside images that pass through: the loss and every gradient."""
+    config = tiny(adaptive=True, clusters=6, least=2, images="whole")
+    model = build(config, seed=3)
+    batch = clip_batch(config, rows=8, frames=3)
+    expected, gradient = loss_of(model, batch)
+    rules = ShardingRules.default()
+    with jax.set_mesh(make_mesh(**axes)):
+        spread = Llava.abstract(config, rules=rules)
+        placed = jax.tree.map(
+            lambda like, leaf: jax.device_put(np.asarray(leaf), like.sharding),
+            nnx.state(spread),
+            nnx.state(model),
+        )
+        nnx.update(spread, placed)
+        loss, found = loss_of(spread, jax.device_put(batch, rules.tokens))
+        np.testing.assert_allclose(loss, expected, rtol=1e-6)
+        for actual, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(gradient), strict=True):
+            largest = max(np.abs(wanted).max(), 1e-6)
+            np.testing.assert_allclose(actual, wanted, rtol=0, atol=1e-5 * largest)
 
 
 @partial(jax.jit, static_argnames="steps")
-def cluster(units: jax.Array, start: jax.Array, *, steps: int) -> tuple[jax.Array, ...]:
-    """All of the clusters over all of the tokens."""
-    mask, used = jnp.ones(len(units), bool), jnp.ones(len(start), bool)
-    labels, centroids = find_clusters(units, mask, start, used, steps=steps)
-    means = average_clusters(units[None], mask[None], labels[None], count=len(start))[0]
-    return labels, centroids, means
+def cluster(units: jax.Array, start: jax.Array, *, steps: int) -> tuple[jax.Array, jax.Array]:
+    """Labels and codebook, all of the clusters over all of the tokens."""
+    mask, used = jnp.ones((1, len(units)), bool), jnp.ones((1, len(start)), bool)
+    labels, _ = find_clusters(units[None], mask, start[None], used, steps=steps)
+    return labels[0, 0], average_clusters(units[None], mask, labels[:, 0], count=len(start))[0]
 
 
-def units_of(tokens: np.ndarray) -> jax.Array:
-    return normalize(jnp.asarray(tokens.reshape(-1, tokens.shape[-1])))
+def random_units(*shape: int, seed: int = 0) -> jax.Array:
+    return normalize(jnp.asarray(np.random.default_rng(seed).standard_normal(shape)))
 
 
-def adaptive(case: Case, **fields: Any) -> VQToken:
-    hyper = case.hyper
-    return VQToken(
-        clusters=hyper["max_K"],
-        least=hyper["first_K"],
-        steps=hyper["max_iteration_adaptive"],
-        adaptive=True,
-        **fields,
+def test_every_token_its_own_cluster_is_the_tokens() -> None:
+    units = random_units(20, 5)
+    order = np.random.default_rng(1).permutation(20)
+    labels, means = cluster(units, units[order], steps=9)
+    np.testing.assert_array_equal(order[np.asarray(labels)], np.arange(20))
+    np.testing.assert_array_equal(means, units[order])
+
+
+def test_a_codebook_adds_up_to_its_tokens_and_knows_no_length() -> None:
+    tokens = np.random.default_rng(0).standard_normal((30, 5))
+    lengths = np.random.default_rng(1).uniform(0.5, 9, (30, 1))
+    units, scaled = normalize(jnp.asarray(tokens)), normalize(jnp.asarray(tokens * lengths))
+    labels, means = cluster(units, units[:4], steps=9)
+    np.testing.assert_array_equal(labels, cluster(scaled, scaled[:4], steps=9)[0])
+    counts = np.bincount(labels, minlength=4)
+    np.testing.assert_allclose(counts @ np.asarray(means), units.sum(axis=0), atol=1e-5)
+
+
+def test_the_order_of_frames_is_no_matter_to_a_codebook() -> None:
+    frames = random_units(3, 10, 5)
+    order = np.array([2, 0, 1])
+    labels, means = cluster(frames.reshape(30, 5), frames[0, :4], steps=9)
+    moved, same = cluster(frames[order].reshape(30, 5), frames[0, :4], steps=9)
+    np.testing.assert_array_equal(labels.reshape(3, 10)[order], moved.reshape(3, 10))
+    np.testing.assert_allclose(same, means, atol=1e-6)
+
+
+def test_seeds_are_tokens_of_the_clip_each_once() -> None:
+    for tokens in (7, 16, 1000):
+        (seeds,) = np.asarray(choose_seeds(jnp.array([tokens]), count=7, seed=0))
+        assert len(set(seeds.tolist())) == 7
+        assert seeds.min() >= 0
+        assert seeds.max() < tokens
+        assert seeds.tolist() != sorted(seeds.tolist())
+
+
+@pytest.mark.parametrize("fields", [{}, {"adaptive": True, "clusters": 6, "least": 2}])
+def test_a_clip_is_the_same_beside_a_longer_one(fields: dict[str, Any]) -> None:
+    """Frames that are not there have no influence, whatever stands in them."""
+    config = tiny(**fields)
+    model, run = build(config, seed=4), jax.jit(Llava.encode)
+    batch = clip_batch(config, rows=2, frames=3)
+    tokens = run(model, batch)
+    assert tokens.valid is not None
+    other = dataclasses.replace(batch, pixels=batch.pixels.at[1, 2].set(5.0))
+    np.testing.assert_allclose(run(model, other).values[1], tokens.values[1], atol=1e-6)
+    alone = dataclasses.replace(batch, pixels=batch.pixels[:, :2], clips=batch.clips[..., :2])
+    cut = run(model, alone)
+    assert cut.valid is not None
+    valid, expected = np.asarray(tokens.valid[1]), np.asarray(cut.valid[1])
+    assert valid[-1]
+    assert expected[-1]
+    actual = tokens.values[1][valid]
+    np.testing.assert_allclose(actual, cut.values[1][expected], rtol=0, atol=1e-5)
+
+
+def test_an_image_is_a_clip_of_one_frame_where_asked() -> None:
+    config = tiny()
+    model, run = build(config), jax.jit(Llava.encode)
+    batch = clip_batch(config, rows=2, frames=2)
+    clips = jnp.array([[[0, -1], [1, -1]]] * 2, jnp.int32)
+    single = run(model, dataclasses.replace(batch, clips=None)).values
+    np.testing.assert_allclose(
+        run(model, dataclasses.replace(batch, clips=clips)).values, single, rtol=0, atol=1e-5
     )
 
 
-def test_reference_fixed_clusters(reference_case: Case) -> None:
-    """Every video: the first assignment and means, the last labels, the codebook."""
-    case = reference_case
-    for video in range(len(case.json["sizes"]["a"]["planted"])):
-        units, order = units_of(case[f"a.{video}.tokens"]), case[f"a.{video}.init_order"]
-        for count in case.json["sizes"]["a"]["ks"]:
-            name, start = f"a.{video}.fixed{count}", units[order[:count]]
-            labels, centroids, _ = cluster(units, start, steps=1)
-            np.testing.assert_array_equal(labels, case[f"{name}.labels_first"].ravel())
-            assert_near(centroids, case[f"{name}.centroids_first"], tolerance=1e-5)
-            labels, _, means = cluster(units, start, steps=case.hyper["max_iteration_fixed"])
-            np.testing.assert_array_equal(labels, case[f"{name}.labels"].ravel())
-            assert_near(means, case[f"{name}.means"], tolerance=1e-5)
+def test_an_image_passes_through_with_a_row_behind_it() -> None:
+    """LLaVA-1.5's tokens, to the bit."""
+    config = tiny(images="whole")
+    model = build(config)
+    batch = dataclasses.replace(clip_batch(config, rows=2, frames=2), clips=None)
+    tokens = jax.jit(Llava.encode)(model, batch)
+    assert tokens.valid is None
+    flat = batch.pixels.reshape(-1, *batch.pixels.shape[2:])
+    plain = jax.jit(lambda m, x: m.connector.project(m.vision(x).taps[0]))(model, flat)
+    each = np.asarray(tokens.values).reshape(4, -1, TEXT.width)
+    np.testing.assert_array_equal(each[:, :-1], plain)
+    np.testing.assert_array_equal(each[:, -1], np.broadcast_to(model.connector.newline, (4, 64)))
 
 
-def test_reference_given_centroids(reference_case: Case) -> None:
-    """Some clusters stay empty; the cap ends it before it has stopped."""
-    case = reference_case
-    units, start = units_of(case["a.0.tokens"]), jnp.asarray(case["a.given.init"])
-    for steps in case.hyper["max_iteration_given"]:
-        labels, centroids, means = cluster(units, start, steps=steps)
-        np.testing.assert_array_equal(labels, case[f"a.given.{steps}.labels"])
-        assert_near(centroids, case[f"a.given.{steps}.centroids"], tolerance=1e-5)
-        empty = case.json["runs"][f"a.given.{steps}"]["empty"]
-        assert not np.any(means[jnp.array(empty)])
-    np.testing.assert_array_equal(labels, case["a.given.tokens_fn.labels"].ravel())
-    assert_near(means, case["a.given.tokens_fn.means"], tolerance=1e-5)
+def test_a_token_of_zeros_is_no_nan() -> None:
+    """Where the released code divides by its length."""
+    units = normalize(jnp.zeros((6, 4)).at[1:].set(random_units(5, 4)))
+    assert np.isfinite(cluster(units, units[:3], steps=5)[1]).all()
+    slope = jax.grad(lambda x: normalize(x).sum())(jnp.zeros((2, 4)))
+    assert np.isfinite(slope).all()
 
 
-def test_reference_elbow(reference_case: Case) -> None:
-    """All videos in one batch, though they have different numbers of frames."""
-    case = reference_case
-    videos = [case[f"a.{n}.tokens"] for n in range(len(case.json["sizes"]["a"]["planted"]))]
-    longest = max(map(len, videos))
-    padded = np.stack([np.pad(v, ((0, longest - len(v)), (0, 0), (0, 0))) for v in videos])
-    padded[0, len(videos[0]) :] = 3.0  # What stands there is no matter.
-    patches = padded.shape[2]
-    mask = np.arange(longest * patches) < np.array([[len(v) * patches] for v in videos])
-    units = normalize(jnp.asarray(padded.reshape(len(videos), -1, padded.shape[-1])))
-    order = np.stack([case[f"a.{n}.init_order"] for n in range(len(videos))])
-    system = adaptive(case)
-    run = jax.jit(partial(quantize, system))
-    found = run(units, jnp.asarray(mask), jnp.asarray(order))
-    honest = jax.jit(partial(quantize, dataclasses.replace(system, slip=False)))
-    bends = honest(units, jnp.asarray(mask), jnp.asarray(order)).clusters
-    means = average_clusters(units, jnp.asarray(mask), found.labels, count=system.most)
-    for number, video in enumerate(videos):
-        name = f"a.{number}.elbow"
-        expected = case.json["runs"][name]
-        assert int(found.clusters[number]) == expected["K"]
-        assert int(bends[number]) == expected["elbow_without_the_offset_slip"]
-        assert_near(found.distortions[number], case[f"{name}.distortions"], tolerance=1e-5)
-        labels = found.labels[number, : len(video) * patches]
-        np.testing.assert_array_equal(labels, case[f"{name}.labels"].ravel())
-        assert_near(means[number, : expected["K"]], case[f"{name}.means"], tolerance=1e-5)
-        assert not np.any(means[number, expected["K"] :])
+def test_the_weights_tell_vqtoken() -> None:
+    """Published shapes: 10,762,112 parameters of VQ-Attn over SigLIP's 729 patches."""
+    vision = VisionConfig(image_size=378, patch_size=14)
+    text = dataclasses.replace(TextConfig.tiny(), width=896)
+    config = LlavaConfig(vision=vision, text=text, system=VQToken(clusters=32))
+    shapes = {name: e.shape for e in connector_entries(config) for name in e.tensors}
+    attention = [s for n, s in shapes.items() if n.startswith("cross_attention.")]
+    assert sum(int(np.prod(shape)) for shape in attention) == 10_762_112
+    assert shapes["cross_attention.to_q_proj.weight"] == (896, 729)
+    assert shapes["image_newline"] == (896,)
+    keys = system_keys(config)
+    assert keys == {"mm_vision_select_layer": -2}
+    assert infer_system(shapes, keys, vision) == config.system
 
 
-def attention_of(
-    tensors: Mapping[str, np.ndarray], *, patches: int, width: int, inner: int, heads: int
-) -> VQAttention:
-    """With released weights, through the table that imports them."""
-    module = nnx.eval_shape(
-        lambda: VQAttention(patches, width, inner=inner, heads=heads, init=Init(rngs=nnx.Rngs(0)))
-    )
-    side = round(patches**0.5)
-    vision = VisionConfig(image_size=side, patch_size=1)
-    config = LlavaConfig(
-        vision=vision,
-        text=dataclasses.replace(TextConfig.tiny(), width=width),
-        system=VQToken(clusters=patches, attention_width=inner, heads=heads),
-    )
-    entries = [e for e in connector_entries(config) if e.native.startswith(PREFIX)]
-    given = {f"cross_attention.{name}": tensor for name, tensor in tensors.items()}
-    fill(module, entries, given, at=PREFIX)
-    return module
-
-
-def test_reference_attention(reference_case: Case) -> None:
-    """Fewer frames than clusters, more, as many; and a probe of the norms' epsilon."""
-    case = reference_case
-    tensors, sizes = case.group("a.attn.weights."), case.json["sizes"]
-    build_module = partial(
-        attention_of,
-        patches=sizes["a"]["N"],
-        width=sizes["a"]["D"],
-        inner=sizes["vq_attn"]["a_ffn"],
-        heads=sizes["vq_attn"]["a_heads"],
-    )
-    run = jax.jit(lambda module, *given: module(*given))
-
-    def attend(module: VQAttention, name: str, frames: int, clusters: int) -> np.ndarray:
-        labels, codebook = (jnp.asarray(case[f"{name}.{n}"]) for n in ("index_map", "codebook"))
-        out, valid = run(
-            module, labels[None], codebook[None], jnp.array([frames]), jnp.array([clusters])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"clusters": 577}, "clusters is 577; a frame has 576 patches"),
+        ({"adaptive": True, "clusters": 13}, "least is 12 and clusters is 13; an elbow needs"),
+        ({"adaptive": True, "least": 1}, "least is 1 and clusters is 32"),
+        ({"heads": 7}, "heads is 7, which does not divide the language model's width 4096"),
+        ({"steps": 0}, "steps"),
+    ],
+)
+def test_what_cannot_be_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LlavaConfig(
+            vision=VisionConfig.clip_l_336(), text=TextConfig.vicuna_7b(), system=VQToken(**fields)
         )
-        assert valid.all()
-        return np.asarray(out[0])
-
-    module = build_module(tensors)
-    for number, (frames, clusters) in enumerate(sizes["a"]["attn_cases"]):
-        name = f"a.attn.{number}"
-        out = attend(module, name, frames, clusters)
-        assert_near(out, case[f"{name}.out"], tolerance=1e-5)
-        assert_near(_cross(module, case, name), case[f"{name}.cross"], tolerance=1e-5)
-    small = ("to_q_proj.", "self_attn.out_proj.")
-    scaled = {
-        k: v * np.float32(2e-3 if any(s in k for s in small) else 1) for k, v in tensors.items()
-    }
-    frames, clusters = sizes["a"]["attn_cases"][0]
-    out = attend(build_module(scaled), "a.attn.0", frames, clusters)
-    assert_near(out, case["a.attn.probe.out"], tolerance=2e-4)
-
-
-@jax.jit
-def _cross_of(module: VQAttention, labels: jax.Array, codebook: jax.Array) -> jax.Array:
-    rows = max(len(labels), len(codebook))
-    x, memory = (a[jnp.arange(rows) % len(a)][None] for a in (labels, codebook))
-    valid = jnp.ones((1, rows), bool)
-    x = module.query(x, out=None)
-    x = module.norm_1(x + module.self_attention(x, x, valid))
-    return module.cross(x, memory, valid)[0]
-
-
-def _cross(module: VQAttention, case: Case, name: str) -> jax.Array:
-    labels, codebook = (jnp.asarray(case[f"{name}.{n}"]) for n in ("index_map", "codebook"))
-    return _cross_of(module, labels, codebook)
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A mode of the whole model."""
-
-    case: Case
-    name: str
-    system: VQToken
-
-    @property
-    def visuals(self) -> list[np.ndarray]:
-        """Of each row of the batch: an image, or the frames of a video."""
-        named = {"image": self.case["b.image"]}
-        for name in self.case.tensors:
-            if name.startswith("b.video."):
-                named[name.removeprefix("b.").replace(".", " ")] = self.case[name]
-        return [named[name] for name in self.case.hyper["batch"]]
-
-    @property
-    def videos(self) -> list[int]:
-        """The rows that show a video."""
-        return [row for row, name in enumerate(self.case.hyper["batch"]) if name != "image"]
-
-    @property
-    def batch(self) -> Batch:
-        """Videos are clips of all the batch's frames, some of which are not there."""
-        case, visuals = self.case, self.visuals
-        most = max(map(len, visuals))
-        side = visuals[0].shape[-1]
-        image = self.system.tokens(case.vision)
-        joined = self.system.clip_tokens(most)
-        pixels = np.zeros((len(visuals), most, side, side, 3), np.float32)
-        clips = np.full((len(visuals), 1, most), -1, np.int32)
-        rows = []
-        for row, shown in enumerate(visuals):
-            pixels[row, : len(shown)] = shown.transpose(0, 2, 3, 1)
-            slots = np.arange(image)
-            if row in self.videos:
-                clips[row, 0, : len(shown)] = np.arange(len(shown))
-                slots = most * image + np.arange(joined)
-            real = case["b.attention_mask"][row] > 0
-            ids, labels = case["b.input_ids"][row][real], case["b.labels"][row][real]
-            at = ids == IMAGE_TOKEN_ID
-            repeats = np.where(at, len(slots), 1)
-            ids, at = np.repeat(ids, repeats), np.repeat(at, repeats)
-            placed = np.full(len(ids), -1)
-            placed[at] = slots
-            rows.append((ids, np.where(at, IGNORED_LABEL, np.repeat(labels, repeats)), placed))
-        length = max(len(ids) for ids, _, _ in rows)
-
-        def pad(arrays: list[np.ndarray], value: int) -> jax.Array:
-            wide = [np.pad(a, (0, length - len(a)), constant_values=value) for a in arrays]
-            return jnp.asarray(np.stack(wide).astype(np.int32))
-
-        ids, labels, placed = (list(column) for column in zip(*rows, strict=True))
-        return Batch(
-            ids=pad([np.maximum(row, 0) for row in ids], 0),
-            labels=pad(labels, IGNORED_LABEL),
-            positions=pad([np.arange(length)] * len(rows), 0),
-            segments=pad([np.ones_like(row) for row in ids], 0),
-            image_slots=pad(placed, -1),
-            pixels=jnp.asarray(pixels),
-            clips=jnp.asarray(clips),
-        )
-
-
-def run_of(case: Case, mode: str) -> Run:
-    sizes = case.json["sizes"]["vq_attn"]
-    fields: dict[str, Any] = {
-        "taps": (case.tap,),
-        "projector_width": case.text.width,
-        "heads": sizes["b_heads"],
-        "attention_width": sizes["b_ffn"],
-        "output": "codebook" if mode == "released" else "attention",
-    }
-    if mode == "vqattn_fixed":
-        steps = case.hyper["max_iteration_fixed"]
-        return Run(case, mode, VQToken(clusters=case.hyper["fixed_K_b"], steps=steps, **fields))
-    return Run(case, mode, adaptive(case, **fields))
-
-
-@pytest.mark.parametrize("mode", ["released", "vqattn_fixed", "vqattn_elbow"])
-def test_reference_model(reference_case: Case, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Videos of different lengths and an image in one batch: tokens, logits, loss, gradients."""
-    case, run = reference_case, run_of(reference_case, mode)
-    model = case.model(run.system, weights="b.weights.")
-    batch, name = run.batch, f"b.{mode}"
-    orders = np.zeros((len(run.visuals), run.system.clusters), np.int32)
-    for number, row in enumerate(run.videos):
-        orders[row] = case[f"b.init_order.{number}"][: run.system.clusters]
-    monkeypatch.setattr(vqtoken, "choose_seeds", lambda *_, **__: jnp.asarray(orders))
-    seen: dict[str, jax.Array] = {}
-    original = vqtoken.quantize
-
-    def watch(system: VQToken, units: jax.Array, *rest: jax.Array) -> vqtoken.Clusters:
-        found = original(system, units, *rest)
-        seen["labels"], seen["clusters"] = found.labels, found.clusters
-        seen["means"] = average_clusters(units, rest[0], found.labels, count=system.most)
-        if found.distortions is not None:
-            seen["distortions"] = found.distortions
-        return found
-
-    monkeypatch.setattr(vqtoken, "quantize", watch)
-    graph, state = nnx.split(model)
-
-    @jax.jit
-    def compute(state: nnx.State) -> Any:
-        model = nnx.merge(graph, state)
-
-        def mean(state: nnx.State) -> jax.Array:
-            total, count = nnx.merge(graph, state).loss(batch)
-            return total / count
-
-        features = model.vision(batch.pixels.reshape(-1, *batch.pixels.shape[2:]))
-        projected = model.connector(features).values
-        joined = model.connector.join(
-            vqtoken.Tokens(values=projected), rows=len(batch.pixels), clips=batch.clips
-        )
-        found = dict(seen)
-        embeds, marks = model.insert(batch)
-        return (
-            (projected, joined, found, embeds, marks, model(batch)),
-            jax.value_and_grad(mean)(state),
-        )
-
-    (projected, joined, found, embeds, marks, logits), (loss, gradient) = compute(state)
-    projected = np.asarray(projected).reshape(*batch.pixels.shape[:2], *projected.shape[1:])
-    clips = run.system.clip_tokens(batch.pixels.shape[1])
-    for number, row in enumerate(run.videos):
-        frames = len(run.visuals[row])
-        expected = case.json["runs"][name][number]
-        assert_near(projected[row, :frames], case[f"b.tokens.{number}"], tolerance=1e-5)
-        assert int(found["clusters"][row]) == expected["K"]
-        video = f"{name}.{number}"
-        if f"{video}.labels" in case.tensors:
-            labels = case[f"{video}.labels"]
-            actual = np.asarray(found["labels"][row])[: labels.size]
-            np.testing.assert_array_equal(actual, labels.ravel())
-            means = found["means"][row, : expected["K"]]
-            assert_near(means, case[f"{video}.means"], tolerance=1e-5)
-        if f"{video}.distortions" in case.tensors:
-            assert_near(found["distortions"][row], case[f"{video}.distortions"], tolerance=1e-5)
-        valid = np.asarray(joined.valid[row, -clips:])
-        assert valid.sum() == expected["to_llm"]
-        if f"{video}.out" in case.tensors:
-            out = np.asarray(joined.values[row, -clips:])[valid][:-1]
-            assert_near(out, case[f"{video}.out"], tolerance=1e-5)
-    real, theirs = np.asarray(marks.segment) > 0, case[f"{name}.mask"] > 0
-    np.testing.assert_array_equal(real.sum(axis=1), theirs.sum(axis=1))
-    np.testing.assert_array_equal(
-        np.asarray(batch.labels)[real], case[f"{name}.spliced_labels"][theirs]
-    )
-    if f"{name}.embeds" in case.tensors:
-        assert_near(np.asarray(embeds)[real], case[f"{name}.embeds"][theirs], tolerance=1e-5)
-    assert_near(np.asarray(logits)[real], case[f"{name}.logits"][theirs], tolerance=1e-4)
-    assert_near(loss, case[f"{name}.loss"][0], tolerance=1e-5)
-    if case.group(f"{name}.grad."):
-        case.check_gradients(model, gradient, prefix=f"{name}.grad.")
