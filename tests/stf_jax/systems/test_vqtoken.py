@@ -199,7 +199,8 @@ def test_the_weights_tell_vqtoken() -> None:
     """Published shapes: 10,762,112 parameters of VQ-Attn over SigLIP's 729 patches."""
     vision = VisionConfig(image_size=378, patch_size=14)
     text = dataclasses.replace(TextConfig.tiny(), width=896)
-    config = LlavaConfig(vision=vision, text=text, system=VQToken(clusters=32))
+    system = VQToken.for_model(vision=vision, text=text)
+    config = LlavaConfig(vision=vision, text=text, system=system)
     shapes = {name: e.shape for e in connector_entries(config) for name in e.tensors}
     attention = [s for n, s in shapes.items() if n.startswith("cross_attention.")]
     assert sum(int(np.prod(shape)) for shape in attention) == 10_762_112
@@ -207,7 +208,7 @@ def test_the_weights_tell_vqtoken() -> None:
     assert shapes["image_newline"] == (896,)
     keys = system_keys(config)
     assert keys == {"mm_vision_select_layer": -2}
-    assert infer_system(shapes, keys, vision) == config.system
+    assert infer_system(shapes, keys, vision) == system
 
 
 @pytest.mark.parametrize(
