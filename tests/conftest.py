@@ -36,6 +36,18 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+import importlib.util
+
+from jaxtyping import install_import_hook
+
+# Shapes and types of these modules are checked at every call, which is when a program is traced.
+# Left out are modules whose dataclasses also hold specs, shapes and broadcast views: batches, marks
+# and caches. The environment of the wheel has no checker.
+if importlib.util.find_spec("beartype"):
+    models = ("attention", "clip", "connector", "layers", "llama", "llava", "loop", "lora")
+    checked = ["stf_jax.systems", *(f"stf_jax.models.{name}" for name in models)]
+    install_import_hook([*checked, "stf_jax.infer.sampling"], "beartype.beartype")
+
 import json
 from collections.abc import Callable, Iterator
 from typing import Any

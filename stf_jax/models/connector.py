@@ -1,7 +1,7 @@
 """What lies between the vision tower and the language model: what it takes, and what it gives."""
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 from flax import nnx
@@ -25,7 +25,7 @@ class ClassAttention:
     """
 
     query: Float[Array, "B C"]
-    keys: Float[Array, "B P+1 C"]
+    keys: Float[Array, "B _ C"]
 
 
 @jax.tree_util.register_dataclass
@@ -133,6 +133,7 @@ class Connector(nnx.Module):
         return tap
 
 
+@runtime_checkable
 class ConnectedSystem(Protocol):
     """What the networks ask of a system; `stf_jax.systems.base.System` is one."""
 
@@ -162,6 +163,7 @@ class ConnectedSystem(Protocol):
         """Tokens an image of each view that a training step takes the mean loss over."""
 
 
+@runtime_checkable
 class Architecture(Protocol):
     """The sizes of a whole model; `stf_jax.systems.base.LlavaConfig` is one."""
 

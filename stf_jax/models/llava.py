@@ -162,7 +162,7 @@ class Llava(nnx.Module):
         tower = nnx.merge(graph, jax.lax.stop_gradient(state))
         return self.connector(tower(flat, extra), question)
 
-    def _read_questions(self, batch: Batch) -> Float[Array, "B*I H"] | None:
+    def _read_questions(self, batch: Batch) -> Float[Array, "_ H"] | None:
         """The last hidden state of each image's question, read alone; nothing is learnt by it."""
         if batch.questions is None or batch.question_lengths is None:
             return None

@@ -1,6 +1,6 @@
 """The one loop over the decoder's layers: whole sequences, or further tokens against a cache."""
 
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -16,6 +16,7 @@ Angles: TypeAlias = tuple[Float[Array, "B T 1 D"], Float[Array, "B T 1 D"]]
 KeyValue: TypeAlias = tuple[Float[Array, "B T G D"], Float[Array, "B T G D"]]
 
 
+@runtime_checkable
 class Block(Protocol):
     """A layer, in the two halves between which attention lies."""
 

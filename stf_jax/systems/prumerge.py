@@ -304,7 +304,7 @@ def merge(
     kept: Kept,
     *,
     neighbors: int,
-) -> Float[Array, "B M+1 C"]:
+) -> Float[Array, "B _ C"]:
     """Kept tokens with their neighbors, and the sum of the dropped, in float32.
 
     Args:

@@ -60,7 +60,8 @@ def test_a_smaller_image_has_fewer_tokens(side: int, tokens: int) -> None:
     system = Downsample(taps=(3,), side=side, projector_width=8)
     assert system.tokens(VISION) == tokens
     tower = VisionTower(VISION, taps=system.taps, init=Init(rngs=nnx.Rngs(0)))
-    (tap,) = jax.eval_shape(tower, jnp.zeros((1, side, side, 3))).taps
+    pixels = jnp.zeros((1, side, side, 3))
+    (tap,) = jax.eval_shape(lambda tower, pixels: tower(pixels).taps, tower, pixels)
     assert tap.shape == (1, tokens, VISION.width)
 
 
