@@ -34,6 +34,8 @@ def add_convert(verbs: Verbs) -> None:
         help="what a language model alone gets, with random weights (stf); for a whole model, "
         "another system that its weights fit",
     )
+    # What it was called before systems had names.
+    parser.add_argument("--fusion", dest="system", help=argparse.SUPPRESS)
     parser.add_argument(
         "--taps",
         metavar="N,N",
