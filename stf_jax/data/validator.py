@@ -69,7 +69,8 @@ class CheckReport:
 
     def to_json(self) -> dict[str, Any]:
         """For `json.dumps`."""
-        return {"clean": self.clean, **dataclasses.asdict(self)}
+        # Scripts of older releases ask for "pictures".
+        return {"clean": self.clean, **dataclasses.asdict(self), "pictures": self.images}
 
     def render(self, limit: int = 20) -> str:
         """For a terminal; names at most `limit` of each kind of offender."""
