@@ -35,12 +35,29 @@ def add_generate(verbs: Verbs) -> None:
         type=path,
         help="an image; may be given several times",
     )
+    parser.add_argument(
+        "--clip",
+        action="append",
+        default=[],
+        metavar="PATH",
+        type=path,
+        help="a video file, or a folder of its frames; may be given several times",
+    )
+    parser.add_argument(
+        "--frames", type=int, default=8, metavar="N", help="of a clip, at most, spread over it (8)"
+    )
+    parser.add_argument(
+        "--rate", type=float, metavar="N", help="frames a second of a clip, up to --frames"
+    )
+    parser.add_argument(
+        "--timestamps", action="store_true", help="say in the prompt when the frames are"
+    )
     add_allow_urls(parser)
     parser.add_argument(
         "--prompt",
         required=True,
         metavar="TEXT",
-        help="the question; <image> marks where each image stands (first)",
+        help="the question; <image> and <video> mark where images and clips stand (first)",
     )
     parser.add_argument(
         "--template",
@@ -68,6 +85,7 @@ def add_generate(verbs: Verbs) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
+    from stf_jax.data.clips import FrameSampling
     from stf_jax.infer.load import load
     from stf_jax.infer.model import Request
     from stf_jax.infer.sampling import Sampling
@@ -96,7 +114,15 @@ def _generate(options: argparse.Namespace) -> None:
         sys.stdout.flush()
 
     (answer,) = model.generate(
-        [Request(prompt=options.prompt, images=options.image)],
+        [
+            Request(
+                prompt=options.prompt,
+                images=options.image,
+                clips=options.clip,
+                sampling=FrameSampling(frames=options.frames, rate=options.rate),
+                timestamps=options.timestamps,
+            )
+        ],
         template=options.template,
         max_new_tokens=options.max_new_tokens,
         sampling=sampling,

@@ -6,6 +6,21 @@ import jax
 from jaxtyping import Array, Float, Int, UInt8
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClipLayout:
+    """The slots of a clip, where a system joins the frames of a clip to one thing.
+
+    Attributes:
+        frames: F, the most that a clip has.
+        tokens: slots of a clip.
+        after_images: I*K slots of images come before those of clips; else an image is a clip.
+    """
+
+    frames: int
+    tokens: int
+    after_images: bool
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:

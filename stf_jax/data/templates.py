@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 IMAGE_MARKER = "<image>"
+# Where a clip stands; its frames become images.
+VIDEO_MARKER = "<video>"
 
 # LLaMA's tokens. In a template they stand for the tokenizer's own beginning and end of text.
 BEGIN, END = "<s>", "</s>"

@@ -260,9 +260,11 @@ def encode_prompt(tokenizer: Tokenizer, prompt: PromptText | str) -> np.ndarray:
     return np.array(ids_with_images(tokenizer, prompt.text, typed=prompt.typed), np.int32)
 
 
-def expand_images(ids: np.ndarray, *, tokens_per_image: int) -> np.ndarray:
-    """Repeats each `IMAGE_TOKEN_ID` of int32 [T] `tokens_per_image` times."""
-    return np.repeat(ids, np.where(ids == IMAGE_TOKEN_ID, tokens_per_image, 1))
+def expand_images(ids: np.ndarray, *, tokens_per_image: int | Sequence[int]) -> np.ndarray:
+    """Repeats each `IMAGE_TOKEN_ID` of int32 [T] so many times, or each as often as it says."""
+    repeats = np.ones(len(ids), int)
+    repeats[ids == IMAGE_TOKEN_ID] = tokens_per_image
+    return np.repeat(ids, repeats)
 
 
 def chunks(text: str, *, with_images: bool = True) -> Iterator[tuple[int, str]]:

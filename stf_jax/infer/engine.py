@@ -191,9 +191,9 @@ class _Feed:
     ):
         self._program, self._prompts, self._rows = program, prompts, rows
         self._readers = readers
-        # A batch has one budget.
-        budgets = itertools.groupby(groups, key=lambda group: prompts[group.prompts[0]].budget)
-        alike = [list(same) for _, same in budgets]
+        # A batch has one budget, and clips of one shape.
+        shapes = itertools.groupby(groups, key=lambda group: _shape(prompts[group.prompts[0]]))
+        alike = [list(same) for _, same in shapes]
         self._chunks = deque(
             same[at : at + rows] for same in alike for at in range(0, len(same), rows)
         )
@@ -237,12 +237,17 @@ def _groups(prompts: Sequence[Prompt], *, share: bool) -> list[_Group]:
         key = (prompt.prefix_key, prompt.ids[:end].tobytes()) if shared else number
         groups.setdefault(key, _Group(prefix=end, prompts=[])).prompts.append(number)
 
-    def size(group: _Group) -> tuple[int, int, int]:
+    def size(group: _Group) -> tuple[object, int, int]:
         prompt = prompts[group.prompts[0]]
         images = int((prompt.ids == IMAGE_TOKEN_ID).sum())
-        return prompt.budget or 0, images, bucket(group.prefix)
+        return _shape(prompt), images, bucket(group.prefix)
 
     return sorted(groups.values(), key=size)
+
+
+def _shape(prompt: Prompt) -> tuple[int, tuple[int, ...]]:
+    """What is the same for all prompts of a batch."""
+    return prompt.budget or 0, prompt.clip_shape
 
 
 def _questions(

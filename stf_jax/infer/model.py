@@ -13,10 +13,19 @@ from functools import partial
 import numpy as np
 from jax.sharding import Mesh
 
+from stf_jax.data.clips import (
+    UNIFORM,
+    Clip,
+    ClipSource,
+    FrameSampling,
+    open_clip,
+    order_visuals,
+    place_clips,
+)
 from stf_jax.data.conversation import render_prompt
 from stf_jax.data.fit import fit_template, stop_ids
 from stf_jax.data.images import ImageError, ImageProcessor, ImageSource
-from stf_jax.data.templates import IMAGE_MARKER, Template
+from stf_jax.data.templates import IMAGE_MARKER, VIDEO_MARKER, Template
 from stf_jax.data.tokenizer import Tokenizer
 from stf_jax.infer.answers import Answer, AnswerBuilder
 from stf_jax.infer.engine import Engine
@@ -35,14 +44,23 @@ class Request:
     """A question about images.
 
     Attributes:
-        prompt: the question. `<image>` marks where each image stands; without any mark the
-            images come first, as in training.
+        prompt: the question. `<image>` marks where each image stands, `<video>` each clip; without
+            any mark they come first, as in training.
         images: paths, bytes, Pillow images or uint8 [h, w, 3] of numpy; a single one, too; None
             is no image.
+        clips: video files, folders of frames, or uint8 [frames, h, w, 3] of numpy; a single one,
+            too.
+        sampling: which frames of a clip are shown.
+        clip_fps: frames a second of folders and arrays, where it is known.
+        timestamps: whether the prompt says when the frames are.
     """
 
     prompt: str
     images: ImageSource | Sequence[ImageSource] | None = ()
+    clips: ClipSource | Sequence[ClipSource] = ()
+    sampling: FrameSampling = UNIFORM
+    clip_fps: float | None = None
+    timestamps: bool = False
 
 
 class Model:
@@ -201,31 +219,42 @@ class Model:
         self, request: Request, template: Template, tokens: int, *, allow_urls: bool
     ) -> Prompt:
         """Text to ids with a placeholder for each vision token, images to pixels."""
-        images, question = request.images, request.prompt
+        images, sources, question = request.images, request.clips, request.prompt
         if images is None:
             images = ()
         elif isinstance(images, ImageSource):
             images = [images]
-        marks = question.count(IMAGE_MARKER)
-        if marks == 0:
-            question = f"{IMAGE_MARKER}\n" * len(images) + question
-        elif marks != len(images):
-            count = {0: "is no image", 1: "is 1 image"}.get(
-                len(images), f"are {len(images)} images"
-            )
-            fix = "give one for each" if images else "give one for each (--image FILE)"
-            raise ValueError(
-                f"the prompt has {marks} {IMAGE_MARKER} and there {count}; "
-                f"{fix}, or leave {IMAGE_MARKER} out"
-            )
-        if not request.prompt.replace(IMAGE_MARKER, "").strip():
+        if isinstance(sources, ClipSource):
+            sources = [sources]
+        clips = [open_clip(source, request.sampling, fps=request.clip_fps) for source in sources]
+        if not request.prompt.replace(IMAGE_MARKER, "").replace(VIDEO_MARKER, "").strip():
             raise ValueError("the prompt is empty; ask something")
-        pixels = read_pixels(images, self.image_processor, upright=True, allow_urls=allow_urls)
+        for marker, shown_first in ((VIDEO_MARKER, clips), (IMAGE_MARKER, images)):
+            if marker not in request.prompt:
+                question = f"{marker}\n" * len(shown_first) + question
+        shown = order_visuals(question, images, clips)
+        layout = self.config.system.clip_layout(request.sampling.frames) if clips else None
+        if clips:
+            question = place_clips(
+                question, clips, joined=layout is not None, timestamps=request.timestamps
+            )
+        visuals: tuple[int, ...] = ()
+        if layout is not None:
+            alone = 0 if layout.after_images else 1
+            visuals = tuple(one.count if isinstance(one, Clip) else alone for one in shown)
+        pixels = read_pixels(
+            [frame for one in shown for frame in (one.load() if isinstance(one, Clip) else [one])],
+            self.image_processor,
+            upright=True,
+            allow_urls=allow_urls,
+        )
         return make_prompt(
             render_prompt(question, template=template),
             pixels,
             tokenizer=self.tokenizer,
             tokens_per_image=tokens,
             question_length=self.config.question_length,
-            image_key=hashlib.sha256(pixels.tobytes()).digest() if images else None,
+            image_key=(hashlib.sha256(pixels.tobytes()).digest(), visuals) if shown else None,
+            visuals=visuals,
+            layout=layout,
         )

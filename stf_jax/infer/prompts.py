@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from stf_jax.data.batch import Batch
+from stf_jax.data.batch import Batch, ClipLayout
 from stf_jax.data.conversation import PromptText
 from stf_jax.data.fetch import URL_SCHEMES, fetch
 from stf_jax.data.images import ImageError, ImageProcessor, ImageSource, load_image
@@ -35,6 +35,9 @@ class Prompt:
         budget: K, where the system has several; None is its most.
         image_key: prompts with equal keys have the same images; None equals no other.
         question: int32 [_], what the images are asked, where the model reads it.
+        visuals: where the system joins the frames of clips and there are clips: frames of each
+            clip, 0 for an image beside them, in the order of the prompt.
+        layout: of the clips, likewise.
     """
 
     ids: np.ndarray
@@ -42,6 +45,16 @@ class Prompt:
     image_key: Hashable | None = None
     budget: int | None = None
     question: np.ndarray | None = None
+    visuals: tuple[int, ...] = ()
+    layout: ClipLayout | None = None
+
+    @property
+    def clip_shape(self) -> tuple[int, ...]:
+        """Clips, the most frames of one, and images; equal for prompts that a batch can hold."""
+        if self.layout is None:
+            return ()
+        clips = sum(frames > 0 for frames in self.visuals)
+        return clips, self.layout.frames, len(self.visuals) - clips
 
     @property
     def prefix_key(self) -> Hashable | None:
@@ -76,6 +89,8 @@ def make_prompt(
     tokens_per_image: int,
     question_length: int,
     image_key: Hashable | None = None,
+    visuals: tuple[int, ...] = (),
+    layout: ClipLayout | None = None,
 ) -> Prompt:
     """`text`, in a template's form, as ids with placeholders for every image.
 
@@ -86,17 +101,26 @@ def make_prompt(
         tokens_per_image: K, a budget of the model.
         question_length: of the model's system.
         image_key: as the prompt's.
+        visuals: as the prompt's.
+        layout: as the prompt's.
     """
     ids = encode_prompt(tokenizer, text)
     question = None
     if question_length:
         question = encode_question(tokenizer, ids, length=question_length)
     return Prompt(
-        ids=expand_images(ids, tokens_per_image=tokens_per_image),
+        ids=expand_images(
+            ids,
+            tokens_per_image=tokens_per_image
+            if layout is None
+            else [layout.tokens if frames else tokens_per_image for frames in visuals],
+        ),
         pixels=pixels,
         budget=tokens_per_image,
         image_key=image_key,
         question=question,
+        visuals=visuals,
+        layout=layout,
     )
 
 
@@ -148,13 +172,18 @@ def bucket(length: int, *, least: int = 64) -> int:
 
 
 def pad_prompts(prompts: Sequence[Prompt], *, rows: int, image_size: int) -> Batch:
-    """Pads prompts of one budget to the next bucket of the longest, to the most images, to `rows`.
+    """Pads prompts to the next bucket of the longest, to the most images, to `rows`.
 
-    Rows beyond the prompts hold one token, so that nothing they compute is undefined.
+    They have one budget and one `clip_shape`. Rows beyond the prompts hold one token, so that
+    nothing they compute is undefined.
     """
     loaded = [prompt.load() for prompt in prompts]
     length = bucket(max(len(prompt.ids) for prompt in prompts))
     images = max(map(len, loaded))
+    if prompts[0].layout is not None:
+        # The same for all clips of at most so many frames.
+        clips, frames, beside = prompts[0].clip_shape
+        images = clips * frames + beside
     shape = (rows, length)
     # Host arrays in a batch are what `jax.jit` and `jax.device_put` take.
     ids: Any = np.zeros(shape, np.int32)
@@ -169,7 +198,7 @@ def pad_prompts(prompts: Sequence[Prompt], *, rows: int, image_size: int) -> Bat
         at_image = prompt.ids == IMAGE_TOKEN_ID
         ids[row, :size] = prompt.ids
         segments[row, :size] = 1
-        image_slots[row, :size][at_image] = np.arange(at_image.sum())
+        image_slots[row, :size][at_image] = _slots(prompt, images=images)
         pixels[row, : len(shown)] = shown
     return Batch(
         ids=ids,
@@ -180,7 +209,43 @@ def pad_prompts(prompts: Sequence[Prompt], *, rows: int, image_size: int) -> Bat
         pixels=pixels,
         budget=prompts[0].budget,
         **_pad_questions(prompts, rows=rows, images=images),
+        **_place_clips(prompts, rows=rows),
     )
+
+
+def _slots(prompt: Prompt, *, images: int) -> np.ndarray:
+    """Which of its row's image tokens each placeholder is; a row has room for `images`."""
+    count = int((prompt.ids == IMAGE_TOKEN_ID).sum())
+    layout, image_tokens = prompt.layout, prompt.budget or 0
+    if layout is None:
+        return np.arange(count)
+    slots, next_clip = [], images * image_tokens if layout.after_images else 0
+    shown = 0
+    for frames in prompt.visuals:
+        if frames:
+            slots.append(next_clip + np.arange(layout.tokens))
+            next_clip += layout.tokens
+        else:
+            slots.append(shown * image_tokens + np.arange(image_tokens))
+        # An image's place among the row's pixels is behind the frames of earlier clips.
+        shown += max(frames, 1)
+    return np.concatenate(slots)
+
+
+def _place_clips(prompts: Sequence[Prompt], *, rows: int) -> dict[str, Any]:
+    """Which of a row's images are the frames of each clip; nothing where no prompt has clips."""
+    if prompts[0].layout is None:
+        return {}
+    count, frames, _ = prompts[0].clip_shape
+    clips = np.full((rows, count, frames), -1, np.int32)
+    for row, prompt in enumerate(prompts):
+        start = clip = 0
+        for shown in prompt.visuals:
+            if shown:
+                clips[row, clip, :shown] = start + np.arange(shown)
+                clip += 1
+            start += max(shown, 1)
+    return {"clips": clips}
 
 
 def _pad_questions(prompts: Sequence[Prompt], *, rows: int, images: int) -> dict[str, Any]:

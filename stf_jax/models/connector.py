@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
+from stf_jax.data.batch import ClipLayout
 from stf_jax.models.layers import MLP, Init, gelu
 
 
@@ -158,6 +159,9 @@ class ConnectedSystem(Protocol):
     @property
     def extra_count(self) -> int:
         """E, the tokens that go through the tower behind the patches."""
+
+    def clip_layout(self, frames: int) -> ClipLayout | None:
+        """The slots of a clip of at most so many frames; None where frames are images like any."""
 
     def training_budgets(self, vision: VisionConfig) -> tuple[int, ...]:
         """Tokens an image of each view that a training step takes the mean loss over."""

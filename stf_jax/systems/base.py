@@ -16,6 +16,7 @@ from stf_jax.config.checks import check_positive
 from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
 from stf_jax.config.yaml import plain
+from stf_jax.data.batch import ClipLayout
 from stf_jax.models.connector import Connector
 from stf_jax.models.layers import Init
 from stf_jax.models.weights import LINEAR, Entry, Transform, mlp_entries
@@ -90,6 +91,11 @@ class System:
     def tokens(self, vision: VisionConfig) -> int:
         """K, the tokens of an image that the language model sees."""
         return (self.image_size(vision) // vision.patch_size) ** 2
+
+    def clip_layout(self, frames: int) -> ClipLayout | None:
+        """The slots of a clip of at most so many frames; None where frames are images like any."""
+        del frames
+        return None
 
     def budgets(self, vision: VisionConfig) -> tuple[int, ...]:
         """Every number of tokens that an image can have, chosen at generation; the most first."""

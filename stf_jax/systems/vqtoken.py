@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 from stf_jax.config.checks import check_positive
 from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
+from stf_jax.data.batch import ClipLayout
 from stf_jax.models.connector import Connector, Tokens
 from stf_jax.models.layers import MLP, Init, LayerNorm, Linear, PackedAttention
 from stf_jax.models.weights import (
@@ -124,6 +125,11 @@ class VQToken(System):
         """Slots of a clip of so many frames, the last row among them."""
         rows = max(frames, self.most) if self.output == "attention" else self.most
         return rows + 1
+
+    def clip_layout(self, frames: int) -> ClipLayout:
+        """The frames of a clip are joined."""
+        whole = self.images == "whole"
+        return ClipLayout(frames=frames, tokens=self.clip_tokens(frames), after_images=whole)
 
     def tokens(self, vision: VisionConfig) -> int:
         """Of an image; the last row is `image_newline`."""
