@@ -75,6 +75,7 @@ def test_every_option_arrives(
     monkeypatch.setattr("stf_jax.infer.load.load", load)
     options = "--temperature 0.7 --top-p 0.8 --top-k 5 --seed 6 --max-new-tokens 7 --template plain"
     more = "--stop one --stop two --dtype bfloat16 --vision-tower clip --json --image b.png"
+    more += " --clip c.mp4 --frames 4 --rate 2 --timestamps"
     assert (
         main([*ask("model", "a.png", "Why?"), *options.split(), *more.split(), "--allow-urls"]) == 0
     )
@@ -83,7 +84,17 @@ def test_every_option_arrives(
         "path": "model",
         "dtype": "bfloat16",
         "vision_tower": "clip",
-        "requests": [Request(prompt="Why?", images=["a.png", "b.png"])],
+        "requests": [
+            Request(
+                prompt="Why?",
+                images=["a.png", "b.png"],
+                clips=["c.mp4"],
+                sampling=FrameSampling(frames=4, rate=2.0),
+                timestamps=True,
+            )
+        ],
+        "system": None,
+        "tokens": None,
         "sampling": Sampling(temperature=0.7, top_p=0.8, top_k=5, seed=6),
         "max_new_tokens": 7,
         "template": "plain",
