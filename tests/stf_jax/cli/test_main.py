@@ -15,6 +15,7 @@ from PIL import Image
 from stf_jax import Answer, Request, Sampling
 from stf_jax.cli.main import main
 from stf_jax.convert import Source
+from stf_jax.data.clips import FrameSampling
 
 
 @pytest.fixture(scope="module")
