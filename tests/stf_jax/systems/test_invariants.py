@@ -18,7 +18,7 @@ from stf_jax.models.llava import Llava
 from stf_jax.models.marks import Marks
 from stf_jax.store.checkpoint import flatten
 from stf_jax.systems import SYSTEMS, config_from_dict, named_config
-from tests.stf_jax.systems.conftest import batch_of, build
+from tests.stf_jax.systems.conftest import VISION, batch_of, build, config_of
 
 PACKAGE = Path(stf_jax.__file__).parent
 
@@ -166,3 +166,24 @@ def test_nothing_outside_tests_a_name() -> None:
             if named and ("system" in about or "name" in about):
                 wrong.append(f"{path.relative_to(PACKAGE)}:{node.lineno}: {about}")
     assert not wrong
+
+
+# What makes a system keep everything, where its paper says that LLaVA-1.5 remains.
+EVERYTHING: dict[str, dict[str, object]] = {
+    "average": {"window": 1},
+    "random": {"keep": VISION.patches},
+    "downsample": {"side": VISION.image_size},
+    "m3": {},
+}
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_everything_kept_is_llava(name: str) -> None:
+    """The same weights give the same logits."""
+    plain = build(config_of("llava"))
+    system = dataclasses.replace(config_of(name).system, **EVERYTHING[name])
+    model = build(dataclasses.replace(plain.config, system=system))
+    nnx.update(model, nnx.state(plain))
+    batch = batch_of(plain.config)
+    assert model.config.tokens_per_image == plain.config.tokens_per_image
+    np.testing.assert_allclose(logits_of(model, batch), logits_of(plain, batch), rtol=0, atol=1e-6)
