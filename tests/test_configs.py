@@ -6,11 +6,12 @@ import os
 import re
 import subprocess
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 from etils.epath.testing import mock_epath
+from jax.sharding import AbstractMesh
 
 from stf_jax.infer.config import InferenceConfig, is_inference
 from stf_jax.parallel.hosts import BatchLayout
@@ -82,7 +83,7 @@ def test_it_divides_its_chips(path: Path) -> None:
     model = named_config(config.architecture)
     for topology in topologies:
         sizes = (config.mesh or MeshConfig(fsdp=1)).sizes(Topology.parse(topology).chips)
-        mesh: Any = SimpleNamespace(shape=sizes)
+        mesh: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes))
         check_divisible(model, mesh)
 
 
@@ -96,7 +97,7 @@ def test_it_divides_its_slices(path: Path) -> None:
     assert config.data.sequence_length <= model.text.max_positions
     for topology in topologies:
         sizes = (config.mesh or MeshConfig(fsdp=1)).sizes(Topology.parse(topology).chips)
-        mesh: Any = SimpleNamespace(shape=sizes)
+        mesh: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes))
         check_divisible(model, mesh)
         BatchLayout(mesh=mesh, rows=config.data.batch_size, micro_batches=config.micro_batches)
 

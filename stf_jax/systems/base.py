@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import jsonargparse
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from stf_jax.config.checks import check_positive
 from stf_jax.config.text import TextConfig
@@ -345,7 +345,7 @@ def matrix(shapes: Shapes, name: str) -> tuple[int, int]:
     return rows, columns
 
 
-def check_divisible(config: LlavaConfig, mesh: Mesh) -> None:
+def check_divisible(config: LlavaConfig, mesh: Mesh | AbstractMesh) -> None:
     """Refuses a mesh that does not divide the model.
 
     Raises:
