@@ -12,7 +12,6 @@ has been read, so that damage on disk is found and not computed with.
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -20,7 +19,6 @@ import json
 import logging
 import math
 import secrets
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -30,6 +28,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
 
 from stf_jax.store.checksum import checksum, checksums, has_checksum
+from stf_jax.store.quiet import quiet, quiet_failures
 from stf_jax.systems import config_from_dict
 from stf_jax.systems.base import LlavaConfig
 from stf_jax.systems.older import older_path, upgrade_config, upgrade_path
@@ -200,7 +199,7 @@ class NativeCheckpoint:
         Raises:
             CheckpointError: what describes the parameters is damaged.
         """
-        with _quiet("absl", logging.ERROR):
+        with quiet("absl", logging.ERROR):
             stored = ocp.metadata(self.path / _PARAMS).metadata
         # Orbax logs what it cannot read, and gives None.
         if stored is None:
@@ -313,7 +312,7 @@ def load_some(path: epath.Path, wanted: Tree) -> dict[str, Any]:
     """The leaves of an Orbax checkpoint that are wanted, in the form of `wanted`."""
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    with context:
+    with context, quiet_failures():
         loaded: dict[str, Any] = ocp.load(path, wanted)
     return loaded
 
@@ -441,11 +440,9 @@ def _write_params(path: epath.Path, leaves: Iterable[Leaf]) -> dict[str, int]:
         ocp.partial.save(path, unflatten(batch))
         recorded.update({name: future.result() for name, future in summed.items()})
 
-    # Orbax reports each failure that it raises, too.
     with (
         context,
-        _quiet("absl", logging.CRITICAL),
-        _ignore_closed_loops(),
+        quiet_failures(),
         concurrent.futures.ThreadPoolExecutor(1) as adder,
     ):
         batch: dict[str, np.ndarray[Any, Any]] = {}
@@ -458,34 +455,6 @@ def _write_params(path: epath.Path, leaves: Iterable[Leaf]) -> dict[str, int]:
             save(batch)
         ocp.partial.finalize(path)
     return recorded
-
-
-@contextlib.contextmanager
-def _ignore_closed_loops() -> Iterator[None]:
-    """Keeps tensorstore silent about writes that end after one of them has failed.
-
-    Orbax closes its event loop then, and each of the others prints a traceback from its thread, up
-    to the end of the process. So the filter goes only where all went well.
-    """
-    before = sys.unraisablehook
-
-    def hook(raised: Any) -> None:
-        if str(raised.exc_value) != "Event loop is closed":
-            before(raised)
-
-    sys.unraisablehook = hook
-    yield
-    sys.unraisablehook = before
-
-
-@contextlib.contextmanager
-def _quiet(logger: str, least: int) -> Iterator[None]:
-    before = logging.getLogger(logger).level
-    logging.getLogger(logger).setLevel(least)
-    try:
-        yield
-    finally:
-        logging.getLogger(logger).setLevel(before)
 
 
 def _sizes(path: epath.Path) -> dict[str, int]:

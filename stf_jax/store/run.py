@@ -33,9 +33,10 @@ from stf_jax.store.checkpoint import (
     place,
 )
 from stf_jax.store.checksum import checksums, name_leaves
+from stf_jax.store.quiet import quiet_failures
 from stf_jax.systems.older import is_older, older_path, upgrade_path
 from stf_jax.util.errors import CheckpointError, first_line
-from stf_jax.util.files import absolute
+from stf_jax.util.files import absolute, check_files
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -219,7 +220,9 @@ def describe(path: epath.Path) -> dict[str, Any]:
         CheckpointError: what describes it is damaged.
     """
     try:
-        described = ocp.metadata(path).metadata
+        check_files(path)
+        with quiet_failures():
+            described = ocp.metadata(path).metadata
     except Exception as error:  # Orbax raises bare ones, too
         raise _damage_error(path, first_line(error)) from error
     if not isinstance(described, Mapping) or PARAMETERS not in described:

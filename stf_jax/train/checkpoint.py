@@ -24,10 +24,12 @@ from jax.experimental import multihost_utils
 
 from stf_jax.store.checkpoint import flatten
 from stf_jax.store.checksum import NO_MESH, checksums, name_leaves
+from stf_jax.store.quiet import quiet_failures
 from stf_jax.store.run import CHECKSUMS, PARAMETERS
 from stf_jax.systems.older import is_older, older_path, upgrade_path
 from stf_jax.train.step import TrainState
 from stf_jax.util.errors import CheckpointError, first_line
+from stf_jax.util.files import check_files
 
 # What storage says where the fault may pass, or is the machine's: nothing is damaged then.
 _PASSING = ("PERMISSION_DENIED", "UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")
@@ -68,6 +70,8 @@ class Checkpoints:
         # Orbax reports each save at length, and each failure that it raises, too.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._every = every
+        if jax.process_index() == 0:
+            check_files(self._directory, error=CheckpointError, fix="move it away")
         with self._explain_errors():
             self._checkpointer = ocp.training.Checkpointer(
                 self._directory,
@@ -187,7 +191,8 @@ class Checkpoints:
         """The checkpoint of a step; or None, on all hosts, and why."""
         state, reason, older = None, "", False
         try:
-            described: Any = self._checkpointer.metadata(step).metadata
+            with quiet_failures():
+                described: Any = self._checkpointer.metadata(step).metadata
             if not isinstance(described, Mapping) or PARAMETERS not in described:
                 raise ValueError("nothing describes its arrays")
             older = is_older(described[PARAMETERS])
@@ -195,7 +200,8 @@ class Checkpoints:
             if CHECKSUMS in described:
                 shape = described[CHECKSUMS].shape
                 like |= {CHECKSUMS: np.zeros(shape, np.uint32)}
-            tree = self._checkpointer.load(step, like)
+            with quiet_failures():
+                tree = self._checkpointer.load(step, like)
             recorded = tree.pop(CHECKSUMS, None)
             state = TrainState(**tree)
         except MemoryError:
