@@ -17,6 +17,7 @@ Config = TypeVar("Config")
 
 _FIX = "see configs/ for some"
 _MOST = 2**20  # bytes
+_LONGEST = 500  # characters of a message, which may quote a value
 
 
 def read_yaml(path: epath.PathLike) -> Mapping[str, Any]:
@@ -81,7 +82,8 @@ def plain(message: str) -> str:
     ):
         message = message.replace(theirs, ours)
     message = message.replace("the following arguments are required:", "these keys are missing:")
-    return " ".join(re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).split())
+    message = " ".join(re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).split())
+    return message if len(message) <= _LONGEST else f"{message[:_LONGEST]}..."
 
 
 class _Loader(yaml.SafeLoader):

@@ -8,7 +8,7 @@ from etils import epath
 
 from stf_jax.convert.safetensors_file import TensorInfo
 from stf_jax.util.errors import CheckpointError
-from stf_jax.util.files import name_some
+from stf_jax.util.files import check_file, explain_file, name_some
 
 # Other formats, by what their files begin with and by their suffixes.
 _MAGIC = {
@@ -85,8 +85,10 @@ def refuse_file(path: epath.Path) -> None:
     Raises:
         CheckpointError: what the file is, and what to do.
     """
-    with path.open("rb") as file:
-        kind = _MAGIC.get(file.read(4)) or _SUFFIXES.get(path.suffix)
+    with explain_file(path, CheckpointError, "download or copy it again"):
+        check_file(path)
+        with path.open("rb") as file:
+            kind = _MAGIC.get(file.read(4)) or _SUFFIXES.get(path.suffix)
     if kind is not None:
         raise CheckpointError(f"{path} is {kind}, {_TAKE_OTHER}")
 

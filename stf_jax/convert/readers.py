@@ -134,7 +134,8 @@ def open_file(path: epath.Path) -> Tensors:
 
 def _open_shards(index: epath.Path) -> Shards:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    shards = weight_map.values() if isinstance(weight_map, dict) else ()
+    if not shards or not all(isinstance(shard, str) for shard in shards):
         raise CheckpointError(f"{index} has no weight_map; download or copy it again")
     files: dict[str, Tensors] = {}
     problems: list[str] = []

@@ -29,9 +29,10 @@ from stf_jax.convert.mapping import connector_entries
 from stf_jax.convert.processor import ImageTokens, Json, encode_json, processor_files
 from stf_jax.convert.readers import read_json
 from stf_jax.convert.tower import PUBLISHED
-from stf_jax.data.processors import find_image_settings
+from stf_jax.data.processors import MOST_TOKENIZER, find_image_settings
 from stf_jax.systems.base import LlavaConfig
 from stf_jax.util.errors import CheckpointError
+from stf_jax.util.files import check_file, explain_file
 
 # Files of a tokenizer, which come from one directory together.
 _TOKENIZER = (
@@ -57,6 +58,9 @@ def find_sidecars(*folders: epath.Path, tower: epath.Path | None = None) -> dict
     Args:
         folders: where they are looked for, one after the other.
         tower: the vision tower's directory. Its image processor counts where there is no other.
+
+    Raises:
+        CheckpointError: one of them is a pipe, a device, or too large for what it is.
     """
     files: dict[str, epath.Path] = {}
     for folder in folders:
@@ -73,6 +77,9 @@ def find_sidecars(*folders: epath.Path, tower: epath.Path | None = None) -> dict
             if not _has_image_settings({name: its[name]} if name in its else {}):
                 name = "preprocessor_config.json"
             files[name] = its[name]
+    for path in files.values():
+        with explain_file(path, CheckpointError, "download or copy it again"):
+            check_file(path, most=MOST_TOKENIZER)
     return files
 
 

@@ -34,11 +34,11 @@ from stf_jax.data.images import ImageProcessor
 from stf_jax.data.index import Index, index_name
 from stf_jax.data.inspection import Finding, Inspection, Inspector, Measures, measure
 from stf_jax.data.pool import map_in_processes
-from stf_jax.data.sources import RawExample, read_examples
+from stf_jax.data.sources import RawExample, check_text, read_examples
 from stf_jax.data.templates import Template
 from stf_jax.data.tokenizer import Tokenizer
 from stf_jax.data.validator import CheckReport, Progress, Tally, check_folder, default_workers
-from stf_jax.util.files import expand, read_json, sha256, write_json
+from stf_jax.util.files import expand, explain_file, read_json, sha256, write_json
 
 _INDEX_CHUNK = 512
 
@@ -178,6 +178,9 @@ def build(
         template=fitted,
         image_processor=image_processor or ImageProcessor(),
     )
+    for path in files:
+        with explain_file(path, fix="check the path"):
+            check_text(Path(path))
     source: dict[str, Any] = {"files": [sha256(path) for path in files]}
     if out.is_dir():
         _compare(source, _read_json(out / SOURCE_FILE), out, keys=("files",))

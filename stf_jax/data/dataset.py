@@ -3,6 +3,7 @@
 Any TFDS user can read one: `tfds.builder_from_directory(path).as_data_source("train")`.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from stf_jax.data.index import Index, index_name
 from stf_jax.data.templates import Template
 from stf_jax.data.tokenizer import Tokenizer
 from stf_jax.util.errors import first_line
-from stf_jax.util.files import expand, read_json, write_whole
+from stf_jax.util.files import check_files, expand, read_json, write_whole
 
 NAME = "llava"
 SPLIT = "train"
@@ -79,11 +80,13 @@ class Dataset:
             raise DatasetError(f"{path}: no such folder; make it with 'stf-jax data build'")
         if not (self.path / "dataset_info.json").is_file():
             raise DatasetError(f"{path}: not a dataset; make one with 'stf-jax data build'")
+        check_files(self.path, error=DatasetError, fix="copy it again")
 
     @cached_property
     def _builder(self) -> Any:
         self._refuse_other_features()
-        return tfds.builder_from_directory(self.path)
+        with self._explain_damage():
+            return tfds.builder_from_directory(self.path)
 
     def _refuse_other_features(self) -> None:
         """TFDS imports whatever module features.json names; here that is one of these alone."""
@@ -101,7 +104,20 @@ class Dataset:
 
     @cached_property
     def _source(self) -> Any:
-        return self._builder.as_data_source(SPLIT)
+        builder = self._builder
+        with self._explain_damage():
+            return builder.as_data_source(SPLIT)
+
+    @contextlib.contextmanager
+    def _explain_damage(self) -> Iterator[None]:
+        try:
+            yield
+        # TFDS, protobuf and ArrayRecord raise any kind for damaged files.
+        except Exception as error:
+            raise DatasetError(
+                f"{self.path}: damaged ({shorten(first_line(error))}); copy it again, or build it "
+                "again"
+            ) from error
 
     @property
     def shards(self) -> int:

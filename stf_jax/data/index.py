@@ -11,6 +11,7 @@ import numpy as np
 from stf_jax.data.inspection import Measures
 from stf_jax.data.templates import IMAGE_MARKER, Template, get_template
 from stf_jax.data.tokenizer import Tokenizer
+from stf_jax.util.errors import first_line
 from stf_jax.util.files import write_whole
 
 
@@ -76,9 +77,21 @@ class Index:
         """
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                return cls(**{field.name: arrays[field.name] for field in dataclasses.fields(cls)})
-        except (OSError, EOFError, KeyError, ValueError) as error:
-            raise ValueError(f"{path}: damaged ({error}); delete it and build again") from error
+                index = cls(**{field.name: arrays[field.name] for field in dataclasses.fields(cls)})
+            columns = dataclasses.asdict(index)
+            kinds = {
+                name: "U" if name == "ids" else "b" if name == "mismatches" else "i"
+                for name in columns
+            }
+            for name, column in columns.items():
+                if column.shape != (len(index.ids),) or column.dtype.kind != kinds[name]:
+                    raise ValueError(f"{name} is {column.dtype} {list(column.shape)}")
+        # numpy and zipfile raise any kind.
+        except Exception as error:
+            raise ValueError(
+                f"{path}: damaged ({first_line(error)}); delete it and build again"
+            ) from error
+        return index
 
 
 def index_name(tokenizer: Tokenizer, template: Template) -> str:

@@ -18,7 +18,7 @@ from stf_jax.util.errors import CheckpointError
 from stf_jax.util.files import check_file, explain_file, read_json
 
 # Bytes; tokenizers of 256,000 tokens have 33 million.
-_MOST = 2**28
+MOST_TOKENIZER = 2**28
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,6 +184,6 @@ def _local(files: Mapping[str, epath.Path], wanted: Any) -> Iterator[Path]:
         for name, file in files.items():
             if wanted(name):
                 with explain_file(file, CheckpointError, "copy it again"):
-                    check_file(file, most=_MOST)
-                file.copy(Path(directory, name), overwrite=True)
+                    check_file(file, most=MOST_TOKENIZER)
+                    file.copy(Path(directory, name), overwrite=True)
         yield Path(directory)

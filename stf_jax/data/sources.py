@@ -115,15 +115,24 @@ def _is_object(line: str) -> bool:
     return isinstance(_parse(line)[0], dict)
 
 
+def check_text(path: Path) -> None:
+    """Looks at the beginning of a file: what is no text at all may be of any size.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: a pipe, a device, or zero bytes; in a few words.
+    """
+    check_file(path)
+    with path.open("rb") as file:
+        begins = file.read(4096)
+    if b"\0" in begins and not begins.startswith((_GZIP, _PARQUET)):
+        raise ValueError("not UTF-8 (zero bytes)")
+
+
 def _read_text(path: Path) -> str:
     try:
         with explain_file(path, fix="check the path"):
-            check_file(path)
-            with path.open("rb") as file:
-                # What is no text at all may be of any size.
-                begins = file.read(4096)
-            if b"\0" in begins and not begins.startswith((_GZIP, _PARQUET)):
-                raise ValueError("not UTF-8 (zero bytes)")
+            check_text(path)
             data = read_bytes(path)
         if data.startswith(_GZIP):
             data = _unpack(data, path)

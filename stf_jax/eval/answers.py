@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 from stf_jax.eval.files import read_jsonl
 from stf_jax.eval.questions import Question
-from stf_jax.util.files import explain_file, name_some, read_bytes
+from stf_jax.util.files import MOST_TEXT, explain_file, name_some, read_bytes
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -88,7 +88,7 @@ def count_answers(path: Path, questions: Sequence[Question]) -> int:
     if not path.exists():
         return 0
     with explain_file(path, fix="give another --out"):
-        whole = read_bytes(path).rfind(b"\n") + 1
+        whole = read_bytes(path, most=MOST_TEXT).rfind(b"\n") + 1
     if whole < path.stat().st_size:
         os.truncate(path, whole)
     if not whole:

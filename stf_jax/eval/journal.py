@@ -13,7 +13,7 @@ from typing import IO, Any, Self
 from stf_jax.eval.answers import answer_line, count_answers
 from stf_jax.eval.hosts import Hosts
 from stf_jax.eval.questions import Question, Reply
-from stf_jax.util.files import check_file, explain_file, read_bytes, read_jsonl
+from stf_jax.util.files import MOST_TEXT, check_file, explain_file, read_bytes, read_jsonl
 
 _PART = re.compile(r"answers\.part-(\d+)\.jsonl")
 
@@ -157,7 +157,7 @@ def _read(part: Path) -> list[list[Any]]:
     """[number, text, mark] of a part's replies; a kill may have cut its last line short."""
     fix = "give another --out, or delete that file"
     with explain_file(part, fix=fix):
-        os.truncate(part, read_bytes(part).rfind(b"\n") + 1)
+        os.truncate(part, read_bytes(part, most=MOST_TEXT).rfind(b"\n") + 1)
     lines = read_jsonl(part, fix=fix)
     for number, line in lines.items():
         if not isinstance(line, list) or list(map(type, line)) != [int, str, str]:

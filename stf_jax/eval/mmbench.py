@@ -54,7 +54,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         if None in row or not row["index"].isdecimal():
             raise ValueError(
                 f"{path}: row {number} has too many columns or an index that is no number "
-                f"({row['index']!r}); fetch it again"
+                f"({row['index']!r:.40}); fetch it again"
             )
     return [
         {name: None if cell in _EMPTY else cell for name, cell in row.items()}

@@ -87,7 +87,7 @@ def _differences(stored: Any, now: Any, name: str = "") -> list[str]:
             for key, first, second in pairs
             for line in _differences(first, second, f"{name}.{key}" if name else key)
         ]
-    return [] if stored == now else [f"{name} {stored!r}, now {now!r}"]
+    return [] if stored == now else [f"{name} {stored!r:.200}, now {now!r:.200}"]
 
 
 def read_protocol(answers: Path) -> dict[str, Any] | None:

@@ -71,7 +71,8 @@ def _choice(text: str, choices: int) -> int | None:
 def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -> Score:
     split = read_json(paths["splits"])
     problems = read_json(paths["problems"])
-    if not isinstance(split.get("test"), list):
+    test = split.get("test")
+    if not isinstance(test, list) or not all(isinstance(id_, str) for id_ in test):
         raise ValueError(f"{paths['splits']}: has no split 'test'; fetch the official file again")
     if lost := [id_ for id_ in split["test"] if id_ not in problems]:
         raise ValueError(

@@ -399,7 +399,8 @@ def limit_new_tokens(max_new_tokens: int, *, room: int) -> int:
     Raises:
         ValueError: none wanted, or no whole number.
     """
-    whole = isinstance(max_new_tokens, int | np.integer)
+    given: object = max_new_tokens
+    whole = isinstance(given, int | np.integer) and not isinstance(given, bool)
     if not whole or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; give 1 or more, a whole number")
     return min(max_new_tokens, room)

@@ -15,7 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from stf_jax.store.run import METRICS, TENSORBOARD
 from stf_jax.train.validation import HeldOutLoss
-from stf_jax.util.files import decode_text, explain_file, parse_json, read_bytes, write_text
+from stf_jax.util.files import check_file, decode_text, explain_file, parse_json, write_text
+
+_LONGEST_LINE = 2**16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,17 +164,20 @@ class MetricsLog:
 
 
 def _lines_before(path: epath.Path, start: int) -> list[str]:
-    """The lines of earlier steps, without one that a kill has cut."""
+    """The lines of earlier steps, up to one that a kill has cut, or that is too long for one."""
     if not path.exists():
         return []
-    lines = []
+    lines, damaged = [], 0
     with explain_file(path, fix="move it away"):
-        data = read_bytes(path)
-    for line in data.split(b"\n")[:-1]:
-        try:
-            text = decode_text(line)
-            if parse_json(text)["step"] < start:
-                lines.append(f"{text}\n")
-        except (ValueError, KeyError, TypeError):
-            continue
+        check_file(path)
+        with path.open("rb") as file:
+            while (line := file.readline(_LONGEST_LINE)).endswith(b"\n"):
+                try:
+                    text = decode_text(line)
+                    if parse_json(text)["step"] < start:
+                        lines.append(text)
+                except (ValueError, KeyError, TypeError):
+                    damaged += 1
+    if damaged:
+        sys.stderr.write(f"{path}: {damaged} lines are damaged and are left out\n")
     return lines

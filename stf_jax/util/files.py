@@ -21,7 +21,9 @@ _FIX = "fix it or fetch it again"
 
 # Bytes. No config or index has more; parsed, JSON takes some ten times its size.
 _MOST_JSON = 2**26
-_MOST_TEXT = 2**29
+MOST_TEXT = 2**29
+
+_LONGEST_NAME = 300  # characters
 
 # JSON can name half a surrogate pair, such as \ud800 alone, which no UTF-8 can hold.
 _HALF = re.compile(r"[\ud800-\udfff]")
@@ -48,6 +50,28 @@ def check_file(path: epath.PathLike, *, most: int | None = None) -> None:
         raise ValueError(f"{found.st_size:,} bytes, where {most:,} are expected at most")
 
 
+def check_files(
+    folder: epath.PathLike, *, error: type[ValueError] = ValueError, fix: str = _FIX
+) -> None:
+    """Refuses a local folder with a pipe, a device, or a link that leads nowhere, at any depth.
+
+    Libraries in C++ would wait for them without end. What describes arrays (`_METADATA`, `.zarray`,
+    `manifest.ocdbt`, JSON) has the size of JSON.
+
+    Raises:
+        ValueError: or `error`, with one line that names it.
+    """
+    if "://" in os.fspath(folder):
+        return
+    for path in Path(folder).rglob("*"):
+        described = path.name.startswith(("_", ".")) or path.suffix in (".json", ".ocdbt")
+        with explain_file(path, error, fix):
+            check_file(path, most=_MOST_JSON if described else None)
+            # Files may come and go meanwhile.
+            if path.is_symlink():
+                path.stat()
+
+
 def read_bytes(path: epath.PathLike, *, most: int | None = None) -> bytes:
     """All of a file.
 
@@ -69,7 +93,7 @@ def read_text(
     *,
     error: type[ValueError] = ValueError,
     fix: str = _FIX,
-    most: int = _MOST_TEXT,
+    most: int = MOST_TEXT,
 ) -> str:
     """The text of a UTF-8 file, without its byte order mark.
 
@@ -114,7 +138,7 @@ def read_jsonl(
     """
     lines: dict[int, Any] = {}
     with explain_file(path, error, fix):
-        text = decode_text(read_bytes(path, most=_MOST_TEXT))
+        text = decode_text(read_bytes(path, most=MOST_TEXT))
         # Not splitlines(), which would also cut at the odd line separators inside a string.
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
@@ -301,7 +325,8 @@ def list_some(lines: list[str], *, most: int = 100) -> str:
 def name_some(names: Sequence[object], *, most: int = 5) -> str:
     """The first names, in one line, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(str, names[:most])) + more
+    # A name from a damaged file may be of any length.
+    return ", ".join(str(name)[:_LONGEST_NAME] for name in names[:most]) + more
 
 
 def expand(path: epath.PathLike) -> str:

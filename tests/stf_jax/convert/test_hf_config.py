@@ -59,6 +59,14 @@ def test_mistyped(hf: dict[str, Any], message: str) -> None:
         text_from_hf(hf)
 
 
+@pytest.mark.parametrize(("value", "most"), [(10**9, 4096), (10**30, 4096)])
+def test_more_layers_than_any_model_has(value: int, most: int) -> None:
+    """Each has names of its own, so that a list of them would have no end."""
+    for read in (text_from_hf, vision_from_hf):
+        with pytest.raises(ValueError, match=f"layers is {value}; it must be at most {most}"):
+            read({"num_hidden_layers": value})
+
+
 def test_mistyped_in_the_tower() -> None:
     with pytest.raises(ValueError, match=r"layer_norm_eps is '1e-5' in this config.json"):
         vision_from_hf({"vision_config": {"layer_norm_eps": "1e-5"}})

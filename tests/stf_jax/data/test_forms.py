@@ -208,6 +208,8 @@ def test_one_example_alone(tmp_path: Path) -> None:
         (b"PAR1\0\0PAR1", "Parquet is not read; make JSON lines of it: pip install pandas pyarrow"),
         (gzip.compress(b"[]" * 1000, mtime=0)[:-20], "a damaged gzip file"),
         (b"\x1f\x8b\x08garbage", "a damaged gzip file"),
+        (gzip.compress(b"[" + b" " * 2**27, mtime=0), "unpacks to more than 200 times its size"),
+        (b'[{"id": 1}]\0', "not UTF-8 (zero bytes)"),
         ('[{"id": 1}]'.encode("utf-16"), "not UTF-8"),
     ],
 )

@@ -99,6 +99,15 @@ def test_every_unknown_key_of_a_file_is_named(tmp_path: Path) -> None:
         ("model: a", "these keys are missing: out"),
         ("model: a\nout: b\nmodel: c", "cannot be read .*'model' is there twice"),
         ("model: a\nout: b\ndata: [1]", r"data is \[1\]; it is a section of keys"),
+        ("a: " + "[" * 10_000, "cannot be read .*; see configs/"),
+        ("a: &a {b: 1}\nc: *a", "cannot be read .an alias .* is not read; write it out"),
+        ("model: a\nout: b\nsteps: 1000000000000", "steps is .*; give 1 to 10000000, or null"),
+        ("model: a\nout: b\nepochs: 1000000000000", "epochs is .*; it must be at most 10000"),
+        (
+            "model: a\nout: b\ndata: {sequence_length: 1000000000}",
+            "sequence_length is .*at most 1048576",
+        ),
+        ("model: a\nout: b\nstage: " + "x" * 10_000, r".stage.{1,600}\.\.\.$"),
     ],
 )
 def test_no_config(tmp_path: Path, text: str, message: str) -> None:

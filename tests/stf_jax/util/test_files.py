@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ import pytest
 
 from stf_jax.util.errors import CheckpointError
 from stf_jax.util.files import (
+    check_files,
     decode_json,
     parse_json,
+    read_bytes,
     read_json,
     read_jsonl,
+    read_text,
     sha256,
     write_json,
     write_text,
@@ -54,6 +58,38 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         read_json(tmp_path / "no.json")
     with pytest.raises(ValueError, match=r"cannot be read \(Is a directory\)"):
         read_json(tmp_path)
+
+
+@pytest.mark.parametrize("read", [read_bytes, read_text, read_json, read_jsonl, sha256])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_has_no_end_is_not_read(kind: str, read: Any, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="a pipe or a device where a file is expected"):
+        read(path)
+    with pytest.raises(CheckpointError, match=r"config.json: a pipe or a device .*; copy it again"):
+        check_files(tmp_path, error=CheckpointError, fix="copy it again")
+
+
+def test_what_is_too_large_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    with path.open("wb") as file:
+        file.truncate(2**40)
+    for read in (read_json, read_jsonl, read_text):
+        with pytest.raises(ValueError, match=r"json: 1,099,511,627,776 bytes, where .* at most"):
+            read(path)
+    with pytest.raises(ValueError, match=r"json: 1,099,511,627,776 bytes"):
+        check_files(tmp_path)
+
+
+def test_a_folder_of_files_links_and_folders_passes(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "c.json").write_text("{}")
+    (tmp_path / "d").symlink_to(tmp_path / "a")
+    check_files(tmp_path)
+    (tmp_path / "e").symlink_to("e")
+    with pytest.raises(ValueError, match=r"e: cannot be read \(Too many levels"):
+        check_files(tmp_path)
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
