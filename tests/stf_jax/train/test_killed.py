@@ -4,8 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,53 +14,9 @@ import orbax.checkpoint.experimental.v1 as ocp
 import yaml
 
 from stf_jax.train.config import TrainConfig
+from tests.runs import Server
 
 KILLS = 10
-
-# A process that has imported everything forks one run after the other: a run begins within
-# a fraction of a second, so that the kills fall into its work and not into its imports.
-SERVER = """
-import os, sys
-from stf_jax.train.config import TrainConfig
-from stf_jax.train.loop import train
-
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            code = 0 if train(TrainConfig.load(line.strip())) == "finished" else 75
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-class Server:
-    """Begins runs, each in a process of its own."""
-
-    def __init__(self, cache: Path):
-        # Not that of all tests: a kill may cut an entry short.
-        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", SERVER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-
-    def start(self, path: Path) -> int:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{path}\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-    def answer(self) -> int:
-        assert self.process.stdout is not None
-        return int(self.process.stdout.readline())
 
 
 def records(run: Path) -> list[dict[str, Any]]:
