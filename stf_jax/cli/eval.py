@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stf_jax.cli.train import add_hosts
-from stf_jax.cli.verbs import FLOATS, Verbs, add_model_options, add_verb, path
+from stf_jax.cli.verbs import (
+    FLOATS,
+    Verbs,
+    add_clip_options,
+    add_model_options,
+    add_verb,
+    path,
+)
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -36,7 +43,8 @@ def add_eval(verbs: Verbs) -> None:
     parser.add_argument(
         "benchmark",
         metavar="BENCHMARK",
-        help="vqav2, gqa, vizwiz, scienceqa, textvqa, pope, mme, mmbench, mmbench-cn or all; or "
+        help="vqav2, gqa, vizwiz, scienceqa, textvqa, pope, mme, mmbench, mmbench-cn or all; "
+        "nextqa, about clips; or "
         "loss, the mean over the supervised tokens of a dataset",
     )
     parser.add_argument(
@@ -92,6 +100,7 @@ def add_eval(verbs: Verbs) -> None:
     )
     parser.add_argument("--dtype", choices=FLOATS, help="(float32 on CPU, else bfloat16)")
     add_model_options(parser)
+    add_clip_options(parser)
     parser.add_argument(
         "--template", metavar="NAME", help="for loss: form of the conversations (the run's, or v1)"
     )
@@ -196,6 +205,7 @@ def _ask(options: argparse.Namespace) -> "list[Result]":
 def _answerer(options: argparse.Namespace, config: "InferenceConfig") -> "Answerer":
     import jax
 
+    from stf_jax.data.clips import FrameSampling
     from stf_jax.eval.generation import ModelAnswerer
     from stf_jax.infer.load import load
 
@@ -213,6 +223,7 @@ def _answerer(options: argparse.Namespace, config: "InferenceConfig") -> "Answer
         model_id=Path(options.model).name,
         slots=config.slots,
         tokens=options.tokens,
+        sampling=FrameSampling(frames=options.frames, rate=options.rate),
         dtype=dtype,
     )
 

@@ -9,6 +9,7 @@ from stf_jax.cli.verbs import (
     FLOATS,
     Verbs,
     add_allow_urls,
+    add_clip_options,
     add_model_options,
     add_verb,
     check_output,
@@ -43,12 +44,7 @@ def add_generate(verbs: Verbs) -> None:
         type=path,
         help="a video file, or a folder of its frames; may be given several times",
     )
-    parser.add_argument(
-        "--frames", type=int, default=8, metavar="N", help="of a clip, at most, spread over it (8)"
-    )
-    parser.add_argument(
-        "--rate", type=float, metavar="N", help="frames a second of a clip, up to --frames"
-    )
+    add_clip_options(parser)
     parser.add_argument(
         "--timestamps", action="store_true", help="say in the prompt when the frames are"
     )

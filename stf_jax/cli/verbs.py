@@ -53,6 +53,16 @@ def add_verb(
     return parser
 
 
+def add_clip_options(parser: argparse.ArgumentParser) -> None:
+    """Which frames of a clip are shown."""
+    parser.add_argument(
+        "--frames", type=int, default=8, metavar="N", help="of a clip, at most, spread over it (8)"
+    )
+    parser.add_argument(
+        "--rate", type=float, metavar="N", help="frames a second of a clip, up to --frames"
+    )
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """What opens a model, beside its path, and the tokens in which it sees an image."""
     parser.add_argument(

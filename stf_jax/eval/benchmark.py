@@ -40,6 +40,7 @@ class Benchmark:
     """A benchmark: its files, questions, score and submission.
 
     Attributes:
+      follows: whose prompts and figures these are.
       name: on the command line, and of its folder of results.
       title: as papers write it, with the figure that they quote.
       paths: by role, where LLaVA's instructions put each official file or folder, under the data
@@ -55,6 +56,7 @@ class Benchmark:
 
     name: str
     title: str
+    follows: str = "LLaVA-1.5's own evaluation scripts, as LLaVA-STF runs them"
     paths: Mapping[str, str]
     to_ask: tuple[str, ...]
     to_score: tuple[str, ...]

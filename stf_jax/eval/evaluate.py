@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 
+from stf_jax.data.clips import UNIFORM, FrameSampling
 from stf_jax.eval.benchmark import Benchmark
 from stf_jax.eval.generation import ModelAnswerer
 from stf_jax.eval.registry import BENCHMARKS, get_benchmark
@@ -25,6 +26,7 @@ def evaluate(
     limit: int | None = None,
     slots: int = 16,
     tokens: int | None = None,
+    sampling: FrameSampling = UNIFORM,
     model_id: str = "model",
 ) -> list[Result]:
     """Asks a model every question of a benchmark, and scores its answers.
@@ -40,6 +42,7 @@ def evaluate(
         limit: ask only the first so many.
         slots: how many answers are generated at a time.
         tokens: an image, where the system has several budgets; by default its most.
+        sampling: which frames of a clip are shown.
         model_id: the model's name in the answer files.
 
     Raises:
@@ -49,7 +52,9 @@ def evaluate(
     chosen = choose(benchmark, paths)
     prepared = prepare_all(chosen, data=data, paths=paths, limit=limit)
     dtype = jax.tree.leaves(model.engine.program.weights)[0].dtype.name
-    answerer = ModelAnswerer(model, model_id=model_id, slots=slots, tokens=tokens, dtype=dtype)
+    answerer = ModelAnswerer(
+        model, model_id=model_id, slots=slots, tokens=tokens, sampling=sampling, dtype=dtype
+    )
     return [ask(ready, answerer, out=Path(out) / ready.benchmark.name) for ready in prepared]
 
 

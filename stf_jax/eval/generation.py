@@ -1,15 +1,19 @@
 """A loaded model as an answerer: all questions through the engine, by image."""
 
 from collections.abc import Iterator, Sequence
-from functools import partial
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from stf_jax.data.clips import UNIFORM, Clip, FrameSampling, open_clip
 from stf_jax.data.conversation import render_prompt
 from stf_jax.data.fit import fit_template
 from stf_jax.data.templates import IMAGE_MARKER, Template
 from stf_jax.eval.questions import Decoding, Question, Reply
 from stf_jax.infer.model import Model
-from stf_jax.infer.prompts import Prompt, make_prompt, read_pixels
+from stf_jax.infer.prompts import Prompt, make_prompt, read_pixels, show
 from stf_jax.infer.sampling import GREEDY
 from stf_jax.util.files import name_some
 
@@ -22,6 +26,7 @@ class ModelAnswerer:
       model_id: its name in the answer files.
       slots: answers in the making at a time; greedy answers in float32 do not depend on it.
       tokens: an image, where the system has several budgets; by default its most.
+      sampling: which frames of a clip are shown.
       dtype: of weights and arithmetic, for the protocol.
     """
 
@@ -32,6 +37,7 @@ class ModelAnswerer:
         model_id: str,
         slots: int = 16,
         tokens: int | None = None,
+        sampling: FrameSampling = UNIFORM,
         dtype: str,
     ):
         if slots < 1:
@@ -39,11 +45,15 @@ class ModelAnswerer:
         self._tokens = model.config.choose_budget(tokens)
         self.model_id = model_id
         self._model, self._slots, self._dtype = model, slots, dtype
+        self._sampling = sampling
+        # Several questions are about one clip.
+        self._clips: dict[Path, Clip] = {}
 
     def describe(self) -> dict[str, Any]:
         """Weights, image mode, vision tokens, dtypes, and what stands round an image."""
         marker = self._model.tokenizer.image_marker
         return {
+            **({} if self._sampling == UNIFORM else {"clips": asdict(self._sampling)}),
             **({} if marker == IMAGE_MARKER else {"image_marker": marker}),
             "weights": self._model.engine.program.checksum,
             "image_mode": self._model.image_processor.mode,
@@ -73,20 +83,35 @@ class ModelAnswerer:
             yield Reply(number=questions[index].number, text=answer.text)
 
     def _prompt(self, question: Question, template: Template) -> Prompt:
-        pixels = partial(
-            read_pixels,
+        clips = []
+        for path in question.clips:
+            if path not in self._clips:
+                self._clips[path] = open_clip(path, self._sampling)
+            clips.append(self._clips[path])
+        shown = show(
+            question.prompt,
             question.images,
-            self._model.image_processor,
-            upright=False,  # The reference ignores EXIF.
-            unnamed=f"the image of {question.question_id}",
+            clips,
+            layout=self._model.config.system.clip_layout(self._sampling.frames),
         )
+
+        def pixels() -> np.ndarray:
+            return read_pixels(
+                shown.load(),
+                self._model.image_processor,
+                upright=False,  # The reference ignores EXIF.
+                unnamed=f"the image of {question.question_id}",
+            )
+
         return make_prompt(
-            render_prompt(question.prompt, template=template),
+            render_prompt(shown.text, template=template),
             pixels,
             tokenizer=self._model.tokenizer,
             tokens_per_image=self._tokens,
             question_length=self._model.config.question_length,
-            image_key=question.images or None,
+            image_key=(*question.images, *question.clips) or None,
+            visuals=shown.visuals,
+            layout=shown.layout,
         )
 
     def _check_lengths(self, questions: Sequence[Question], prompts: Sequence[Prompt]) -> None:

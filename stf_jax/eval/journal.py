@@ -168,9 +168,9 @@ def _read(part: Path) -> list[list[Any]]:
 def share(questions: Sequence[Question], hosts: Hosts) -> list[Question]:
     """This host's questions; those about the same images stay together."""
     groups: dict[tuple[Path | bytes, ...] | int, int] = {}
-    return [
-        question
-        for question in questions
-        if groups.setdefault(question.images or question.number, len(groups)) % hosts.count
-        == hosts.number
-    ]
+    own = []
+    for question in questions:
+        shown = (*question.images, *question.clips) or question.number
+        if groups.setdefault(shown, len(groups)) % hosts.count == hosts.number:
+            own.append(question)
+    return own

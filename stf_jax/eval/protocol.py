@@ -17,7 +17,6 @@ from stf_jax.util.files import read_json, sha256, write_json
 NAME = "protocol.json"
 
 # Other harnesses leave OCR tokens out, or have other system texts or limits (docs/evaluation.md).
-_FOLLOWS = "LLaVA-1.5's own evaluation scripts, as LLaVA-STF runs them"
 _PACKAGES = ("stf-jax", "jax", "jaxlib", "flax", "numpy", "pillow", "sentencepiece", "transformers")
 
 
@@ -32,12 +31,12 @@ def describe(
     prompt = render_prompt(first.prompt, template=get_template(decoding.template))
     return {
         "benchmark": benchmark.name,
-        "follows": _FOLLOWS,
+        "follows": benchmark.follows,
         "template": decoding.template,
         "first_prompt": prompt.text,
         "decoding": {"method": "greedy", "max_new_tokens": decoding.max_new_tokens},
         "model": {"model_id": answerer.model_id, **answerer.describe()},
-        "files": hashes({role: paths[role] for role in benchmark.to_ask if role != "images"}),
+        "files": hashes({role: paths[role] for role in benchmark.to_ask if paths[role].is_file()}),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in _PACKAGES},
     }

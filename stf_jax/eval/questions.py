@@ -1,6 +1,7 @@
 """A question of a benchmark, and LLaVA's question files."""
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +13,10 @@ from stf_jax.util.files import name_some
 # What the reference appends to a question with lettered options.
 OPTION_LETTER = "Answer with the option's letter from the given choices directly."
 
+_LETTERS = "ABCDE"
+# The last dot is the reference's: any character but a newline.
+_SENTENCE = re.compile(r"The answer is ([A-Z]).")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
@@ -22,8 +27,10 @@ class Question:
         TextVQA and MME use an image's name as the id of every question about it.
       question_id: as the official file has it.
       text: what the reference stores as `prompt` beside the answer.
-      prompt: the user's turn, `<image>` and a newline in front where there is an image.
-      images: paths, or an image file's bytes; at most one in these nine benchmarks.
+      prompt: the user's turn, `<image>` and a newline in front where there is an image, `<video>`
+        where there is a clip.
+      images: paths, or an image file's bytes; at most one in these benchmarks.
+      clips: video files; likewise.
       extra: further fields of the answer's line.
     """
 
@@ -32,6 +39,7 @@ class Question:
     text: str
     prompt: str
     images: tuple[Path | bytes, ...]
+    clips: tuple[Path, ...] = ()
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -113,9 +121,25 @@ def check_markers(path: Path, questions: Sequence[Question]) -> None:
         )
 
 
-def missing_images(questions: Sequence[Question]) -> list[Path]:
-    """Image files that are not there, each once, in the order asked."""
+def read_choice(text: str, choices: int) -> int | None:
+    """Which lettered option an answer names, from 0; None if none, or one that is not offered."""
+    if text in tuple(_LETTERS):
+        letter = text
+    elif text[:1] in tuple(_LETTERS) and text[1:3] == ". ":
+        letter = text[0]
+    else:
+        letters = _SENTENCE.findall(text)
+        letter = letters[0] if len(letters) == 1 else ""
+    index = _LETTERS.find(letter) if letter else -1
+    return index if 0 <= index < choices else None
+
+
+def missing_files(questions: Sequence[Question]) -> list[Path]:
+    """Files of images and clips that are not there, each once, in the order asked."""
     paths = {
-        path: None for question in questions for path in question.images if isinstance(path, Path)
+        path: None
+        for question in questions
+        for path in (*question.images, *question.clips)
+        if isinstance(path, Path)
     }
     return [path for path in paths if not path.is_file()]

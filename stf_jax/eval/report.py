@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from stf_jax.eval.registry import BENCHMARKS
+from stf_jax.eval.registry import get_benchmark
 from stf_jax.eval.runner import Result
 from stf_jax.util.files import name_some
 
@@ -16,7 +16,7 @@ def render(results: Sequence[Result]) -> str:
     titles = (system.title for system in systems)
     rows: list[tuple[str, ...]] = [("", "this model", *titles)]
     for result in results:
-        benchmark = BENCHMARKS[result.benchmark]
+        benchmark = get_benchmark(result.benchmark)
         unknown = "on the server" if benchmark.submit else "-"
         ours = unknown if result.score.headline is None else f"{result.score.headline:.1f}"
         published = (system.published.get(benchmark.name) for system in systems)

@@ -11,7 +11,7 @@ from stf_jax.eval.benchmark import Benchmark, Score
 from stf_jax.eval.files import check_there
 from stf_jax.eval.hosts import Alone, Hosts
 from stf_jax.eval.journal import AnswerLog, share
-from stf_jax.eval.questions import Answerer, Question, check_markers, missing_images
+from stf_jax.eval.questions import Answerer, Question, check_markers, missing_files
 from stf_jax.util.files import name_some, write_json
 
 ANSWERS = "answers.jsonl"
@@ -96,11 +96,12 @@ def prepare(
     located = _find_image(benchmark, (*benchmark.to_ask, *benchmark.to_score), data, paths)
     questions = benchmark.read(located)
     check_markers(located["questions"], questions)
-    if lost := missing_images(questions[:limit]):
+    if lost := missing_files(questions[:limit]):
+        kind = "images" if "images" in benchmark.paths else "videos"
         raise ValueError(
-            f"{benchmark.name}: {len(lost)} images are not there "
+            f"{benchmark.name}: {len(lost)} {kind} are not there "
             f"({name_some(lost, most=_NAMED)}); fetch them, or give their "
-            "folder with --path images=DIR"
+            f"folder with --path {kind}=DIR"
         )
     _check_truth(benchmark, located, questions)
     return Prepared(benchmark=benchmark, paths=located, questions=questions, limit=limit)

@@ -1,6 +1,5 @@
 """ScienceQA test: lettered options, with and without an image."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,14 @@ from stf_jax.data.templates import IMAGE_MARKER
 from stf_jax.eval.answers import AnswerRecord, by_id, pair
 from stf_jax.eval.benchmark import Benchmark, Paths, Score
 from stf_jax.eval.files import check_fields, check_kinds
-from stf_jax.eval.questions import OPTION_LETTER, Decoding, Question, image_prompt
+from stf_jax.eval.questions import (
+    OPTION_LETTER,
+    Decoding,
+    Question,
+    image_prompt,
+    read_choice,
+)
 from stf_jax.util.files import name_some, read_json
-
-_LETTERS = "ABCDE"
-# The last dot is the reference's: any character but a newline.
-_SENTENCE = re.compile(r"The answer is ([A-Z]).")
 
 _NO_IMAGES = f"no SQA-I, since no answer's prompt has {IMAGE_MARKER}, by which it knows the images"
 _MISSING_IMAGES = "SQA-I leaves out what has no answer, as the reference's script does"
@@ -55,19 +56,6 @@ def _question(number: int, entry: dict[str, Any], images: Path) -> Question:
     )
 
 
-def _choice(text: str, choices: int) -> int | None:
-    """Which option an answer names, from 0; None if none, or one that is not offered."""
-    if text in tuple(_LETTERS):
-        letter = text
-    elif text[:1] in tuple(_LETTERS) and text[1:3] == ". ":
-        letter = text[0]
-    else:
-        letters = _SENTENCE.findall(text)
-        letter = letters[0] if len(letters) == 1 else ""
-    index = _LETTERS.find(letter) if letter else -1
-    return index if 0 <= index < choices else None
-
-
 def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -> Score:
     split = read_json(paths["splits"])
     problems = read_json(paths["problems"])
@@ -86,7 +74,7 @@ def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -
     right, right_images, images = 0, 0, 0
     for id_, answer in paired.answers:
         problem = problems[id_]
-        correct = _choice(answer.text, len(problem["choices"])) == problem["answer"]
+        correct = read_choice(answer.text, len(problem["choices"])) == problem["answer"]
         about_image = IMAGE_MARKER in answer.prompt
         right += correct
         images += about_image

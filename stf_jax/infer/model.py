@@ -15,12 +15,9 @@ from jax.sharding import Mesh
 
 from stf_jax.data.clips import (
     UNIFORM,
-    Clip,
     ClipSource,
     FrameSampling,
     open_clip,
-    order_visuals,
-    place_clips,
 )
 from stf_jax.data.conversation import render_prompt
 from stf_jax.data.fit import fit_template, stop_ids
@@ -29,7 +26,7 @@ from stf_jax.data.templates import IMAGE_MARKER, VIDEO_MARKER, Template
 from stf_jax.data.tokenizer import Tokenizer
 from stf_jax.infer.answers import Answer, AnswerBuilder
 from stf_jax.infer.engine import Engine
-from stf_jax.infer.prompts import Prompt, make_prompt, read_pixels
+from stf_jax.infer.prompts import Prompt, make_prompt, read_pixels, show
 from stf_jax.infer.sampling import GREEDY, Sampling
 from stf_jax.models.cache import CacheDType
 from stf_jax.models.llava import Llava
@@ -232,29 +229,25 @@ class Model:
         for marker, shown_first in ((VIDEO_MARKER, clips), (IMAGE_MARKER, images)):
             if marker not in request.prompt:
                 question = f"{marker}\n" * len(shown_first) + question
-        shown = order_visuals(question, images, clips)
-        layout = self.config.system.clip_layout(request.sampling.frames) if clips else None
-        if clips:
-            question = place_clips(
-                question, clips, joined=layout is not None, timestamps=request.timestamps
-            )
-        visuals: tuple[int, ...] = ()
-        if layout is not None:
-            alone = 0 if layout.after_images else 1
-            visuals = tuple(one.count if isinstance(one, Clip) else alone for one in shown)
+        shown = show(
+            question,
+            images,
+            clips,
+            layout=self.config.system.clip_layout(request.sampling.frames),
+            timestamps=request.timestamps,
+        )
         pixels = read_pixels(
-            [frame for one in shown for frame in (one.load() if isinstance(one, Clip) else [one])],
-            self.image_processor,
-            upright=True,
-            allow_urls=allow_urls,
+            shown.load(), self.image_processor, upright=True, allow_urls=allow_urls
         )
         return make_prompt(
-            render_prompt(question, template=template),
+            render_prompt(shown.text, template=template),
             pixels,
             tokenizer=self.tokenizer,
             tokens_per_image=tokens,
             question_length=self.config.question_length,
-            image_key=(hashlib.sha256(pixels.tobytes()).digest(), visuals) if shown else None,
-            visuals=visuals,
-            layout=layout,
+            image_key=(hashlib.sha256(pixels.tobytes()).digest(), shown.visuals)
+            if shown.sources
+            else None,
+            visuals=shown.visuals,
+            layout=shown.layout,
         )

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from stf_jax.data.batch import Batch, ClipLayout
+from stf_jax.data.clips import Clip, order_visuals, place_clips
 from stf_jax.data.conversation import PromptText
 from stf_jax.data.fetch import URL_SCHEMES, fetch
 from stf_jax.data.images import ImageError, ImageProcessor, ImageSource, load_image
@@ -122,6 +123,64 @@ def make_prompt(
         visuals=visuals,
         layout=layout,
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shown:
+    """What a prompt shows.
+
+    Attributes:
+        text: of the question, `<image>` for each image and for each frame, or for each clip where
+            the system joins frames.
+        sources: images and clips in their order.
+        visuals: as the prompt's.
+        layout: as the prompt's.
+    """
+
+    text: str
+    sources: tuple[ImageSource | Clip, ...]
+    visuals: tuple[int, ...]
+    layout: ClipLayout | None
+
+    def load(self) -> list[ImageSource]:
+        """The images, and the frames of the clips, decoded."""
+        return [
+            image
+            for source in self.sources
+            for image in (source.load() if isinstance(source, Clip) else [source])
+        ]
+
+
+def show(
+    question: str,
+    images: Sequence[ImageSource],
+    clips: Sequence[Clip],
+    *,
+    layout: ClipLayout | None,
+    timestamps: bool = False,
+) -> Shown:
+    """Images and clips where their markers stand in the question.
+
+    Args:
+        question: with an `<image>` for each image and a `<video>` for each clip.
+        images: of the prompt.
+        clips: of the prompt.
+        layout: of the system's clips; None where frames are images.
+        timestamps: whether the prompt says when the frames are.
+
+    Raises:
+        ValueError: more or fewer markers than there are.
+    """
+    sources = tuple(order_visuals(question, images, clips))
+    visuals: tuple[int, ...] = ()
+    if not clips:
+        layout = None
+    else:
+        question = place_clips(question, clips, joined=layout is not None, timestamps=timestamps)
+    if layout is not None:
+        alone = 0 if layout.after_images else 1
+        visuals = tuple(one.count if isinstance(one, Clip) else alone for one in sources)
+    return Shown(text=question, sources=sources, visuals=visuals, layout=layout)
 
 
 def read_pixels(
