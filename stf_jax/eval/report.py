@@ -12,7 +12,8 @@ def render(results: Sequence[Result]) -> str:
     # Imported here: scoring to JSON does without jax.
     from stf_jax.systems import SYSTEMS
 
-    systems = [system for system in SYSTEMS.values() if system.published]
+    shown = {get_benchmark(result.benchmark).name for result in results}
+    systems = [system for system in SYSTEMS.values() if shown & system.published.keys()]
     titles = (system.title for system in systems)
     rows: list[tuple[str, ...]] = [("", "this model", *titles)]
     for result in results:
