@@ -82,6 +82,8 @@ def load_image(
             f"{name}: neither base64 nor a URL is read; give a path or the bytes of the file, or "
             "allow URLs where it may be fetched (--allow-urls; in Python allow_urls=True)"
         )
+    if isinstance(source, str) and not source:
+        raise ImageError("the path of an image is empty; give a path, or leave it out")
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
             raise ImageError(

@@ -4,7 +4,7 @@ import dataclasses
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,13 +14,13 @@ from stf_jax.data.encoding import EncodedConversation, encode_conversation
 from stf_jax.data.forms import FormError, find_markers, read_form, shorten
 from stf_jax.data.images import MAX_BYTES, ImageError, ImageProcessor, load_image, open_header
 from stf_jax.data.sources import RawExample
-from stf_jax.data.templates import Template
+from stf_jax.data.templates import IMAGE_MARKER, Template
 from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID, Tokenizer
 from stf_jax.util.files import read_bytes
 
 Kind = Literal[
     "entry", "conversation", "missing image", "bad image", "marker", "nothing to learn",
-    "other extension", "empty reply", "strict mask", "layout",
+    "other extension", "empty reply", "strict mask", "layout", "special token",
 ]  # fmt: skip
 
 # Tried in this order where an image is not there under its own name.
@@ -174,6 +174,10 @@ class Inspector:
                     )
                 else:
                     notes.append(finding("marker", f"turn {number} has {marker} as a word"))
+            for number, token in self._find_special_tokens(turns):
+                notes.append(
+                    finding("special token", f"turn {number} has {token}, which is read as a token")
+                )
             if measures.mismatch and not problems:
                 notes.append(finding("strict mask", "strict labels would mask it whole"))
         return Inspection(
@@ -212,6 +216,12 @@ class Inspector:
         except ImageError as error:
             raise _Unfit("bad image", str(error)) from error
         return data, note
+
+    def _find_special_tokens(self, turns: Sequence[Mapping[str, str]]) -> Iterator[tuple[int, str]]:
+        """Special tokens that somebody typed, and their turns; training reads them as tokens."""
+        tokens = self.tokenizer.special_tokens - {IMAGE_MARKER}
+        for number, turn in enumerate(turns, start=1):
+            yield from ((number, token) for token in sorted(tokens) if token in turn["value"])
 
     def identify(self, examples: Sequence[RawExample]) -> list[str]:
         """Identifies the images of examples by name, size and time of change; opens none of them.

@@ -120,6 +120,12 @@ class Tokenizer:
         text_ids = [int(i) for i in ids if i >= 0]
         return self.backend.decode(text_ids, skip_special_tokens=True)
 
+    @functools.cached_property
+    def special_tokens(self) -> frozenset[str]:
+        """The texts of `special_ids`."""
+        texts = (self.backend.id_to_token(token_id) for token_id in self.special_ids)
+        return frozenset(text for text in texts if text)
+
     @property
     def _mark_id(self) -> int | None:
         return self.backend.token_to_id(_WORD_START)

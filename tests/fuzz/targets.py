@@ -350,13 +350,13 @@ def _config(base: Path, place: Path, rng: random.Random, told: Told) -> None:
 
 
 TARGETS = (
-    Target(name="inspect", prepare=_prepare_models, run=_inspect, cases=25),
-    Target(name="import", prepare=_prepare_models, run=_import, cases=8, all_or_nothing=("out",)),
+    Target(name="inspect", prepare=_prepare_models, run=_inspect, cases=15),
+    Target(name="import", prepare=_prepare_models, run=_import, cases=5, all_or_nothing=("out",)),
     Target(name="check", prepare=_prepare_corpus, run=_check, cases=40),
     Target(name="build", prepare=_prepare_corpus, run=_build, cases=10, all_or_nothing=("out",)),
     Target(name="dataset", prepare=_prepare_dataset, run=_read_dataset, cases=10),
     Target(name="generate", prepare=lambda base: model() and None, run=_generate, cases=60),
     Target(name="eval", prepare=make_all, run=_evaluate, cases=40),
-    Target(name="resume", prepare=_prepare_run, run=_resume, cases=5),
+    Target(name="resume", prepare=_prepare_run, run=_resume, cases=4),
     Target(name="config", prepare=_prepare_configs, run=_config, cases=20),
 )

@@ -393,6 +393,8 @@ def test_formats_that_are_read(kind: str) -> None:
 
 @pytest.mark.parametrize("source", ["data:image/png;base64,iVBORw0K", "https://example.org/a.png"])
 def test_neither_base64_nor_a_url_is_read(source: str) -> None:
+    with pytest.raises(ImageError, match="path of an image is empty; give a path, or leave it"):
+        load_image("")
     with pytest.raises(ImageError, match="neither base64 nor a URL is read; give a path"):
         load_image(source)
 

@@ -45,6 +45,16 @@ def run(tmp_path: Path, tokenizer: Tokenizer) -> Run:
     return run
 
 
+def test_special_tokens_that_somebody_typed_are_noted(run: Run) -> None:
+    reply = {"from": "gpt", "value": "It is <s>struck</s>, as HTML."}
+    report = run([{"id": "web", "conversations": [TEXT_QUESTION, reply]}])
+    assert report.clean
+    assert [(note.kind, note.reason) for note in report.notes if note.kind != "strict mask"] == [
+        ("special token", "turn 2 has </s>, which is read as a token"),
+        ("special token", "turn 2 has <s>, which is read as a token"),
+    ]
+
+
 def test_a_clean_corpus(corpus: Any, tokenizer: Tokenizer) -> None:
     report = check(
         [corpus.json], images=corpus.images, tokenizer=tokenizer, workers=1, tokens_per_image=4
