@@ -13,7 +13,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 # These compile four times as fast. Programs run slower, but each runs a few times only; the
 # operations are the same, and LLVM optimizes less. With STF_JAX_TEST_XLA=default a session compiles
-# as users do; the test of the wheel does.
+# as users do; the test of the wheel does so for the reference's answers and one of its curves.
 if os.environ.get("STF_JAX_TEST_XLA") != "default":
     os.environ["XLA_FLAGS"] += (
         " --xla_backend_optimization_level=0"

@@ -30,27 +30,30 @@ def lines(run: Path) -> int:
 
 
 def test_killed_ten_times(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    keys: dict[str, Any] = {
-        "steps": 40,
-        "checkpoint": {"every": 3, "keep": 2},
-        "data": {"batch_size": 4, "workers": 1},
-        "mesh": {"fsdp": 4, "tensor": 2},
-    }
-    paths, runs = [], []
-    for _ in range(2):
-        run = config(**keys)
-        path = tmp_path / f"{Path(run.out).name}.yaml"
-        path.write_text(yaml.safe_dump(json.loads(json.dumps(run.to_dict()))))
-        paths.append(path)
-        runs.append(Path(run.out))
+    runs = [tmp_path / "alone", tmp_path / "killed"]
+
+    def written(run: Path, workers: int) -> Path:
+        keys = config(
+            out=str(run),
+            steps=40,
+            checkpoint={"every": 3, "keep": 2},
+            data={"batch_size": 4, "workers": workers},
+            mesh={"fsdp": 4, "tensor": 2},
+        ).to_dict()
+        path = tmp_path / f"{run.name}-{workers}.yaml"
+        path.write_text(yaml.safe_dump(json.loads(json.dumps(keys))))
+        return path
+
+    # A worker imports everything in each start; with and without one the data are the same.
+    with_worker, without = (written(runs[1], workers) for workers in (1, 0))
     server = Server(tmp_path / "cache")
     try:
-        server.start(paths[0])
+        server.start(written(runs[0], 1))
         assert server.answer() == 0
         rng = random.Random(7)
         kills = progress = 0
         while kills < KILLS:
-            child = server.start(paths[1])
+            child = server.start(with_worker if kills % 5 == 4 else without)
             before = lines(runs[1])
             # Some die at any moment of their start, others once they have come further.
             if rng.random() < 0.3:
@@ -68,7 +71,7 @@ def test_killed_ten_times(config: Callable[..., TrainConfig], tmp_path: Path) ->
         assert kills == KILLS
         assert progress >= 4
         assert lines(runs[1]) < 40
-        server.start(paths[1])
+        server.start(without)
         assert server.answer() == 0
     finally:
         server.process.kill()

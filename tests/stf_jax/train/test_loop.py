@@ -1,5 +1,6 @@
 """Whole runs through `train`: the same losses however they are laid out, and when interrupted."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -39,44 +40,6 @@ def losses(config: TrainConfig) -> list[float]:
     return [record["loss"] for record in metrics(config)]
 
 
-@pytest.fixture(scope="module")
-def alone(request: pytest.FixtureRequest) -> list[float]:
-    """Filled by the first test that needs it: losses on one device, without a mesh."""
-    return []
-
-
-def reference_losses(config: Config, alone: list[float]) -> list[float]:
-    if not alone:
-        alone += losses(config())
-        assert len(alone) == 5
-        assert alone[-1] < 0.9 * alone[0]
-    return alone
-
-
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_same_losses_on_any_mesh(config: Config, alone: list[float], mesh: dict[str, int]) -> None:
-    expected = reference_losses(config, alone)
-    np.testing.assert_allclose(losses(config(mesh=mesh)), expected, rtol=1e-5)
-
-
-def test_same_losses_accumulated(config: Config, alone: list[float]) -> None:
-    expected = reference_losses(config, alone)
-    np.testing.assert_allclose(losses(config(micro_batches=4)), expected, rtol=1e-5)
-    both = config(micro_batches=2, mesh={"data": 2, "fsdp": 2, "tensor": 2})
-    np.testing.assert_allclose(losses(both), expected, rtol=1e-5)
-
-
-def test_same_losses_packed_and_unpacked(config: Config) -> None:
-    """All 48 examples in each global batch: 18 packed rows, or 48 rows of their own."""
-    packed = config(data={"batch_size": 18})
-    single = config(data={"batch_size": 48, "packing": "single"})
-    np.testing.assert_allclose(losses(single), losses(packed), rtol=1e-5)
-    fills = [metrics(run)[0]["fill"] for run in (packed, single)]
-    assert fills[0] > 2.5 * fills[1]
-    counts = [[record["supervised_tokens"] for record in metrics(run)] for run in (packed, single)]
-    assert counts[0] == counts[1]
-
-
 class Spy(TrainingData):
     """Notes the ids of every step that is taken, and may do something before one."""
 
@@ -97,12 +60,56 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> type[Spy]:
     return Spy
 
 
+@dataclasses.dataclass
+class Alone:
+    """The run on one device, without a mesh: filled by the first test that needs it."""
+
+    losses: list[float] = dataclasses.field(default_factory=list)
+    seen: list[tuple[int, tuple[tuple[str, ...], ...]]] = dataclasses.field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def shared() -> Alone:
+    return Alone()
+
+
+@pytest.fixture
+def alone(config: Config, shared: Alone, spy: type[Spy]) -> Alone:
+    if not shared.losses:
+        shared.losses += losses(config())
+        shared.seen += spy.seen
+        spy.seen.clear()
+        assert len(shared.losses) == 5
+        assert shared.losses[-1] < 0.9 * shared.losses[0]
+    return shared
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_same_losses_on_any_mesh(config: Config, alone: Alone, mesh: dict[str, int]) -> None:
+    np.testing.assert_allclose(losses(config(mesh=mesh)), alone.losses, rtol=1e-5)
+
+
+def test_same_losses_accumulated(config: Config, alone: Alone) -> None:
+    np.testing.assert_allclose(losses(config(micro_batches=4)), alone.losses, rtol=1e-5)
+    both = config(micro_batches=2, mesh={"data": 2, "fsdp": 2, "tensor": 2})
+    np.testing.assert_allclose(losses(both), alone.losses, rtol=1e-5)
+
+
+def test_same_losses_packed_and_unpacked(config: Config) -> None:
+    """All 48 examples in each global batch: 18 packed rows, or 48 rows of their own."""
+    packed = config(steps=3, data={"batch_size": 18})
+    single = config(steps=3, data={"batch_size": 48, "packing": "single"})
+    np.testing.assert_allclose(losses(single), losses(packed), rtol=1e-5)
+    fills = [metrics(run)[0]["fill"] for run in (packed, single)]
+    assert fills[0] > 2.5 * fills[1]
+    counts = [[record["supervised_tokens"] for record in metrics(run)] for run in (packed, single)]
+    assert counts[0] == counts[1]
+
+
 @pytest.mark.portable
 def test_preempted_and_resumed_on_another_mesh(
-    config: Config, alone: list[float], spy: type[Spy], capsys: pytest.CaptureFixture[str]
+    config: Config, alone: Alone, spy: type[Spy], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    expected = reference_losses(config, alone)
-    spy.seen.clear()
     spy.before[1] = lambda: os.kill(os.getpid(), signal.SIGTERM)
     before = signal.getsignal(signal.SIGTERM)
     first = config(mesh={"fsdp": 8})
@@ -114,13 +121,10 @@ def test_preempted_and_resumed_on_another_mesh(
     assert [step for step, _ in spy.seen] == [0, 1]
     spy.before.clear()
     again = config(out=first.out, mesh={"data": 4, "tensor": 2})
-    np.testing.assert_allclose(losses(again), expected, rtol=1e-5)
+    np.testing.assert_allclose(losses(again), alone.losses, rtol=1e-5)
     assert "continuing at step 2 of 5" in capsys.readouterr().err
-    resumed = list(spy.seen)
-    spy.seen.clear()
-    train(config())
-    assert spy.seen == resumed
-    assert [step for step, _ in resumed] == list(range(5))
+    assert spy.seen == alone.seen
+    assert [step for step, _ in spy.seen] == list(range(5))
 
 
 def test_an_epoch_has_every_example_once(config: Config, spy: type[Spy]) -> None:
