@@ -222,7 +222,7 @@ def _answerer(options: argparse.Namespace, config: "InferenceConfig") -> "Answer
         model,
         model_id=Path(options.model).name,
         slots=config.slots,
-        tokens=options.tokens,
+        tokens=config.tokens,
         sampling=FrameSampling(frames=options.frames, rate=options.rate),
         dtype=dtype,
     )
@@ -246,6 +246,7 @@ def _config(options: argparse.Namespace) -> "InferenceConfig":
 
     config = InferenceConfig.load(options.config) if options.config else InferenceConfig()
     given = {
+        "tokens": options.tokens,
         "slots": options.slots,
         "dtype": options.dtype,
         "cache_dtype": options.cache_dtype,

@@ -1,6 +1,7 @@
 """One directory of PyTorch weights, under canonical names: a whole model, or a part of one."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -111,28 +112,34 @@ def open_part(path: epath.PathLike) -> Part:
 
 @dataclasses.dataclass(frozen=True)
 class RandomTensors:
-    """New weights for linear layers, as PyTorch starts them: uniform within 1 / sqrt(inputs)."""
+    """New weights for a connector, as PyTorch starts its layers.
+
+    Linear layers and convolutions are uniform within 1 / sqrt(inputs), their biases too; a norm
+    scales by 1 and adds 0; learned tokens are normal with deviation 0.02, as CLIP's embeddings.
+    """
 
     infos: Mapping[str, TensorInfo]
-    inputs: Mapping[str, int]
     seed: int
 
     @classmethod
     def for_entries(cls, entries: tuple[Entry, ...], *, dtype: DType, seed: int) -> "RandomTensors":
-        """Weights (and the biases that follow them) for the layers of a table."""
-        infos: dict[str, TensorInfo] = {}
-        inputs: dict[str, int] = {}
-        for entry in entries:
-            infos[entry.torch] = TensorInfo(entry.shape, dtype)
-            layer, _, kind = entry.torch.rpartition(".")
-            inputs[layer] = entry.shape[1] if kind == "weight" else inputs[layer]
-        return cls(infos, inputs, seed)
+        """Weights for the layers of a table."""
+        return cls({entry.torch: TensorInfo(entry.shape, dtype) for entry in entries}, seed)
 
     def read(self, name: str) -> Array:
         """The same values at every call."""
         info = self.infos[name]
         # A stream for each tensor: none depends on which others are drawn.
         rng = np.random.default_rng([self.seed, list(self.infos).index(name)])
+        # "x.weight" and "x.bias", or "in_proj_weight" and "in_proj_bias".
+        layer, kind = name[: -len("weight")], "weight"
+        if name.endswith("bias"):
+            layer, kind = name[: -len("bias")], "bias"
+        weight = self.infos.get(f"{layer}weight")
+        if weight is None or not name.endswith(("weight", "bias")):
+            return (0.02 * rng.standard_normal(info.shape, np.float32)).astype(info.dtype)
+        if len(weight.shape) == 1:
+            return np.full(info.shape, kind == "weight", info.dtype)
         values = rng.random(info.shape, dtype=np.float32)
-        bound = np.float32(1 / np.sqrt(self.inputs[name.rpartition(".")[0]]))
+        bound = np.float32(1 / np.sqrt(math.prod(weight.shape[1:])))
         return ((2 * values - 1) * bound).astype(info.dtype)

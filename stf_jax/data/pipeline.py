@@ -22,12 +22,14 @@ from PIL import Image
 
 from stf_jax.data.batch import Batch
 from stf_jax.data.config import DataConfig
+from stf_jax.data.conversation import render_prompt
 from stf_jax.data.dataset import Dataset, DatasetError
 from stf_jax.data.fit import fit_template
 from stf_jax.data.images import ImageProcessor
 from stf_jax.data.index import Index
 from stf_jax.data.planner import Planner
 from stf_jax.data.pool import end_with_parent
+from stf_jax.data.question import check_prompt
 from stf_jax.data.rows import Lost, Row, RowMaker, RowSource
 from stf_jax.data.templates import Template
 from stf_jax.data.tokenizer import Tokenizer
@@ -119,6 +121,8 @@ class TrainingData:
     ):
         self.config = config
         template = fit_template(config.template, tokenizer)
+        if question_length:
+            check_prompt(render_prompt("?", template=template.training or template).text)
         datasets, indices = _open(config, tokenizer, template)
         self._prints = [dataset.fingerprint for dataset in datasets]
         columns = _Columns.of(indices, config, tokens_per_image)

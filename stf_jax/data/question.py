@@ -24,6 +24,19 @@ def find_question(tokenizer: Tokenizer, ids: np.ndarray) -> str:
     return text[: text.find(_END)].strip()
 
 
+def check_prompt(text: str) -> None:
+    """Refuses a prompt in which no question can be found.
+
+    Raises:
+        ValueError: it has no "ASSISTANT".
+    """
+    if _END not in text:
+        raise ValueError(
+            "this model reads the question, and the template does not mark where one ends; "
+            "take template v1"
+        )
+
+
 def encode_question(tokenizer: Tokenizer, ids: np.ndarray, *, length: int) -> np.ndarray:
     """The question's own ids, int32, no more than `length`: BOS and the text alone."""
     return encode_prompt(tokenizer, find_question(tokenizer, ids))[:length]

@@ -12,7 +12,7 @@ from stf_jax.data.clips import Clip, order_visuals, place_clips
 from stf_jax.data.conversation import PromptText
 from stf_jax.data.fetch import URL_SCHEMES, fetch
 from stf_jax.data.images import ImageError, ImageProcessor, ImageSource, load_image
-from stf_jax.data.question import encode_question
+from stf_jax.data.question import check_prompt, encode_question
 from stf_jax.data.tokenizer import (
     IGNORED_LABEL,
     IMAGE_TOKEN_ID,
@@ -108,6 +108,7 @@ def make_prompt(
     ids = encode_prompt(tokenizer, text)
     question = None
     if question_length:
+        check_prompt(text.text)
         question = encode_question(tokenizer, ids, length=question_length)
     return Prompt(
         ids=expand_images(

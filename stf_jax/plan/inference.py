@@ -48,14 +48,15 @@ def make_inference_plan(request: Request) -> InferencePlan:
         model, mesh=mesh, dtype=jnp.dtype(dtype), cache_dtype=config.cache_dtype
     )
     slots, rows = batch_sizes(config.slots, multiple=program.row_multiple)
-    prefix = work.prompt_tokens + work.images * model.tokens_per_image
+    tokens = model.choose_budget(config.tokens)
+    prefix = work.prompt_tokens + work.images * tokens
     longest = prefix + max(work.question_tokens) + work.max_new_tokens
     if longest > model.text.max_positions:
         raise ValueError(
             f"the workload makes {longest} positions; {config.architecture} has "
             f"{model.text.max_positions}; make it smaller"
         )
-    prompt = _prompt(model, prefix, work.images)
+    prompt = _prompt(model, prefix, work.images, tokens)
     lengths = sorted({bucket(tokens, least=LEAST_QUESTION) for tokens in work.question_tokens})
     lowered = lower(
         program,
@@ -116,13 +117,14 @@ def _compile(phase: Phase, lowered: Any, plan: InferencePlan, topology: Topology
     )
 
 
-def _prompt(model: LlavaConfig, length: int, images: int) -> Prompt:
+def _prompt(model: LlavaConfig, length: int, images: int, tokens: int) -> Prompt:
     """A prompt of text and then images, of so many positions."""
     size = model.image_size
     ids = np.zeros(length, np.int32)
-    ids[length - images * model.tokens_per_image :] = IMAGE_TOKEN_ID
+    ids[length - images * tokens :] = IMAGE_TOKEN_ID
     question = np.zeros(model.question_length, np.int32) if model.question_length else None
-    return Prompt(ids=ids, pixels=np.zeros((images, size, size, 3), np.float32), question=question)
+    pixels = np.zeros((images, size, size, 3), np.float32)
+    return Prompt(ids=ids, pixels=pixels, budget=tokens, question=question)
 
 
 def _reads(name: str, lowered: LoweredEngine, mesh: Mesh) -> float:

@@ -14,8 +14,11 @@ from stf_jax.config.vision import VisionConfig
 from stf_jax.convert.infer import infer_system, system_keys
 from stf_jax.convert.mapping import connector_entries
 from stf_jax.data.batch import Batch
+from stf_jax.data.conversation import render_prompt
 from stf_jax.data.question import encode_question, find_question
+from stf_jax.data.templates import get_template
 from stf_jax.data.tokenizer import Tokenizer, encode_prompt, load_tokenizer
+from stf_jax.infer.prompts import make_prompt
 from stf_jax.models.llava import Llava
 from stf_jax.systems.base import LlavaConfig
 from stf_jax.systems.quecc import QueCC, QueCCConnector
@@ -206,3 +209,14 @@ def test_published_shapes() -> None:
     keys = system_keys(config)
     assert keys["mm_vision_token_compression_type"] == "quecc"
     assert infer_system(shapes, keys, vision) == QueCC()
+
+
+def test_a_template_without_an_end_of_the_question_is_refused(tokenizer: Tokenizer) -> None:
+    pixels = np.zeros((1, 4, 4, 3), np.float32)
+    for name in ("plain", "v0", "llava_llama_2"):
+        text = render_prompt("<image>\nWhat?", template=get_template(name))
+        with pytest.raises(ValueError, match=r"this model reads the question, .*take template v1$"):
+            make_prompt(text, pixels, tokenizer=tokenizer, tokens_per_image=4, question_length=8)
+    text = render_prompt("<image>\nWhat?", template=get_template("v1"))
+    prompt = make_prompt(text, pixels, tokenizer=tokenizer, tokens_per_image=4, question_length=8)
+    assert tokenizer.decode(prompt.question) == "What?"
