@@ -16,6 +16,7 @@ from stf_jax.cli.verbs import (
     add_verb,
     check_output,
     path,
+    read_fields,
 )
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def _chat(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         vision_tower=options.vision_tower,
         system=options.system,
+        fields=read_fields(options.field),
     )
     chat = Chat(
         model,

@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from stf_jax.cli.verbs import FLOATS, Verbs, add_verb, path
+from stf_jax.cli.verbs import FLOATS, Verbs, add_field, add_verb, path, read_fields
 
 
 def add_convert(verbs: Verbs) -> None:
@@ -58,6 +58,7 @@ def add_convert(verbs: Verbs) -> None:
         type=int,
         help="between the two layers of the projector (as published)",
     )
+    add_field(parser)
     parser.add_argument("--seed", type=int, default=0, help="of these random weights (0)")
     parser.add_argument("--dtype", choices=FLOATS, help="of every weight (as they are)")
     parser.add_argument(
@@ -122,6 +123,7 @@ def _import(options: argparse.Namespace) -> None:
     fields = {name: arguments.pop(name) for name in ("taps", "window", "projector_width")}
     fields["mbtf"] = None if width is None else {"mlp_width": width}
     given = {name: value for name, value in fields.items() if value is not None}
+    given |= read_fields(arguments.pop("field"))
     import_checkpoint(fields=given, **arguments)
     out = epath.Path(options.out)
     for problem in unusable(out / "hf", extra_files(out)):

@@ -15,6 +15,7 @@ from stf_jax.cli.verbs import (
     add_model_options,
     add_verb,
     path,
+    read_fields,
 )
 
 if TYPE_CHECKING:
@@ -133,7 +134,16 @@ def _eval_loss(options: argparse.Namespace) -> int:
 
     if options.model is None or options.data is None:
         raise ValueError("give MODEL and --data DIR, a folder made by 'stf-jax data build'")
-    for name in ("path", "out", "answers", "limit", "slots", "cache_dtype", "coordinator"):
+    for name in (
+        "path",
+        "out",
+        "answers",
+        "limit",
+        "slots",
+        "cache_dtype",
+        "coordinator",
+        "tokens",
+    ):
         if getattr(options, name):
             raise ValueError(f"--{name.replace('_', '-')} means nothing for loss; leave it out")
     config = _config(options)
@@ -144,6 +154,8 @@ def _eval_loss(options: argparse.Namespace) -> int:
         mesh=_make_mesh(config.mesh),
         dtype=config.dtype,
         vision_tower=options.vision_tower,
+        system=options.system,
+        fields=read_fields(options.field),
     )
     sys.stdout.write(f"{json.dumps(asdict(result)) if options.json else result}\n")
     return 0
@@ -216,6 +228,7 @@ def _answerer(options: argparse.Namespace, config: "InferenceConfig") -> "Answer
         mesh=_make_mesh(config.mesh),
         vision_tower=options.vision_tower,
         system=options.system,
+        fields=read_fields(options.field),
         cache_dtype=config.cache_dtype,
     )
     return ModelAnswerer(

@@ -14,6 +14,7 @@ from stf_jax.cli.verbs import (
     add_verb,
     check_output,
     path,
+    read_fields,
 )
 
 
@@ -103,6 +104,7 @@ def _generate(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         vision_tower=options.vision_tower,
         system=options.system,
+        fields=read_fields(options.field),
     )
 
     def show(index: int, text: str) -> None:

@@ -8,7 +8,9 @@ import argparse
 import codecs
 import sys
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
+
+import yaml
 
 FLOATS = ("float32", "float16", "bfloat16")
 
@@ -63,6 +65,32 @@ def add_clip_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_field(parser: argparse.ArgumentParser) -> None:
+    """Fields of the system that `--system` names."""
+    parser.add_argument(
+        "--field",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of that system, such as ratio=0.125; may be given several times (as published)",
+    )
+
+
+def read_fields(options: list[str]) -> dict[str, Any]:
+    """What `--field` gives, as YAML reads the values.
+
+    Raises:
+        ValueError: one without a name or a value.
+    """
+    fields = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not (name and equals and value):
+            raise ValueError(f"--field {option}: give NAME=VALUE, such as ratio=0.125")
+        fields[name] = yaml.safe_load(value)
+    return fields
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """What opens a model, beside its path, and the tokens in which it sees an image."""
     parser.add_argument(
@@ -74,6 +102,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="another system over the weights of a PyTorch directory, such as prumerge over "
         "LLaVA-1.5's (its own)",
     )
+    add_field(parser)
     parser.add_argument(
         "--tokens",
         type=int,

@@ -25,6 +25,9 @@ KEY = "mm_system"
 # The key before systems had names.
 OLDER_KEY = "mm_fusion"
 
+# All keys that say which system a model is of.
+SYSTEM_KEYS = {KEY, OLDER_KEY}.union(*(kind.published_keys for kind in SYSTEMS.values()))
+
 # Settings that change the computation, and the only values that the models here compute.
 _REQUIRED: dict[str, tuple[Any, ...]] = {
     "mm_projector_type": ("mlp2x_gelu",),
@@ -69,10 +72,11 @@ def infer_system(shapes: Shapes, hf: Mapping[str, Any], vision: VisionConfig) ->
     except ValueError as error:
         if not given:
             raise CheckpointError(str(error)) from error
-        key = KEY if KEY in hf else OLDER_KEY
+        (key, *_) = (key for key in (KEY, OLDER_KEY, *SYSTEM_KEYS) if key in hf)
+        example = f'; an example: "{KEY}": {{"name": "average", "taps": [3], "window": 2}}'
         raise CheckpointError(
-            f"{key} in config.json does not fit: {error}; an example: "
-            f'"{KEY}": {{"name": "average", "taps": [3], "window": 2}}'
+            f"{key} in config.json does not fit: {error}"
+            f"{example if key in (KEY, OLDER_KEY) else ''}"
         ) from error
 
 
@@ -114,9 +118,8 @@ def replace_system(
     """A config.json whose model is to be of another system, over the same weights."""
     if system is None:
         return hf
-    own = {KEY, OLDER_KEY}.union(*(kind.published_keys for kind in SYSTEMS.values()))
     given = system.to_dict() if isinstance(system, System) else {"name": system}
-    return {key: value for key, value in hf.items() if key not in own} | {
+    return {key: value for key, value in hf.items() if key not in SYSTEM_KEYS} | {
         KEY: {**given, **(fields or {})}
     }
 

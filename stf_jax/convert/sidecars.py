@@ -18,13 +18,7 @@ from stf_jax.convert.hf_config import (
     vision_from_hf,
     vision_to_hf,
 )
-from stf_jax.convert.infer import (
-    KEY,
-    OLDER_KEY,
-    infer_system,
-    replace_vocabulary,
-    system_keys,
-)
+from stf_jax.convert.infer import SYSTEM_KEYS, infer_system, replace_vocabulary, system_keys
 from stf_jax.convert.mapping import connector_entries
 from stf_jax.convert.processor import ImageTokens, Json, encode_json, processor_files
 from stf_jax.convert.readers import read_json
@@ -208,7 +202,7 @@ def _llava_config(hf: Json, config: LlavaConfig, dtype: FloatName | None) -> Jso
         result["model_type"] = base["model_type"]
     shapes = {name: e.shape for e in connector_entries(config) for name in e.tensors}
     if infer_system(shapes, result, config.vision) != config.system:
-        for key in (KEY, OLDER_KEY):
+        for key in SYSTEM_KEYS:
             result.pop(key, None)
         result |= system_keys(config)
     return _with_dtype(result, dtype)

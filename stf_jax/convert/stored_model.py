@@ -48,6 +48,7 @@ def open_any(
     *,
     vision_tower: epath.PathLike | None = None,
     system: str | System | None = None,
+    fields: Mapping[str, Any] | None = None,
 ) -> StoredModel:
     """Opens a model without reading its weights.
 
@@ -57,6 +58,7 @@ def open_any(
             or on gs://.
         vision_tower: a directory with CLIP, for a PyTorch directory that does not lead to one.
         system: another one over the same weights, such as "prumerge" over LLaVA-1.5's.
+        fields: of that system, where they are not to be as published.
 
     Raises:
         CheckpointError: what is missing, damaged or does not fit, and what to do.
@@ -67,7 +69,7 @@ def open_any(
         if vision_tower is not None:
             raise CheckpointError(f"{path} has its vision tower inside; leave out --vision-tower")
         checkpoint = open_model(path)
-        if system is not None:
+        if system is not None or fields:
             raise CheckpointError(
                 f"{path} is a native checkpoint; another system is chosen on import: stf-jax "
                 "convert export it, then convert import --system"
@@ -80,7 +82,7 @@ def open_any(
             restore=checkpoint.restore,
             layout=None,
         )
-    source = open_source(path, vision_tower=vision_tower, system=system)
+    source = open_source(path, vision_tower=vision_tower, system=system, fields=fields)
     return StoredModel(
         path=path,
         config=_with_generation(source.config, source.files),

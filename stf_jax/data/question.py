@@ -6,6 +6,7 @@ between the first line break and the next "ASSISTANT". Several images of one con
 
 import numpy as np
 
+from stf_jax.data.conversation import PromptText
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID, Tokenizer, encode_prompt
 
 _END = "ASSISTANT"
@@ -38,5 +39,11 @@ def check_prompt(text: str) -> None:
 
 
 def encode_question(tokenizer: Tokenizer, ids: np.ndarray, *, length: int) -> np.ndarray:
-    """The question's own ids, int32, no more than `length`: BOS and the text alone."""
-    return encode_prompt(tokenizer, find_question(tokenizer, ids))[:length]
+    """The question's own ids, int32, no more than `length`: BOS and the text alone.
+
+    At least one: where a tokenizer has no BOS, an empty question is the end of a text.
+    """
+    text = find_question(tokenizer, ids)
+    typed = PromptText(text=text, typed=((0, len(text)),))
+    question = encode_prompt(tokenizer, typed)[:length]
+    return question if len(question) else np.array([tokenizer.eos_id], np.int32)

@@ -58,6 +58,7 @@ class ModelAnswerer:
             "weights": self._model.engine.program.checksum,
             "image_mode": self._model.image_processor.mode,
             "image_size": self._model.image_processor.image_size,
+            "system": self._model.config.system.describe(),
             "tokens_per_image": self._tokens,
             "dtype": self._dtype,
             "cache_dtype": self._model.engine.program.cache_dtype or self._dtype,

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import math
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ from stf_jax.parallel.hosts import BatchLayout
 from stf_jax.parallel.sharding import BATCH_AXES, ShardingRules
 from stf_jax.store.checkpoint import flatten
 from stf_jax.store.run import CONFIG, is_run
-from stf_jax.systems.base import check_divisible
+from stf_jax.systems.base import System, check_divisible
 from stf_jax.train.config import TrainConfig
 from stf_jax.train.step import make_loss
 from stf_jax.train.validation import HeldOutLoss, sum_losses
@@ -41,6 +43,8 @@ def held_out_loss(
     dtype: DTypeName | None = None,
     vision_tower: epath.PathLike | None = None,
     workers: int | None = None,
+    system: str | System | None = None,
+    fields: Mapping[str, Any] | None = None,
 ) -> HeldOutLoss:
     """The mean loss over the supervised tokens of a dataset, as `train` validates with it.
 
@@ -53,11 +57,13 @@ def held_out_loss(
         vision_tower: a directory with CLIP, for a PyTorch directory that does not lead to one.
         workers: processes that decode images; with 0 it is done between the batches. By default
             the run's, or eight.
+        system: another one over the same weights; see `stf_jax.load`.
+        fields: of that system.
 
     Raises:
         ValueError: a model or dataset that is missing, damaged, or does not fit the other.
     """
-    opened = open_any(path, vision_tower=vision_tower)
+    opened = open_any(path, vision_tower=vision_tower, system=system, fields=fields)
     processors = opened.processors()
     parts = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     config = _data_config(path, opened, mode=processors.image_processor.mode)

@@ -1,7 +1,8 @@
 """`load`: a native checkpoint or a PyTorch directory, from disk to devices, leaf by leaf."""
 
 import dataclasses
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ def load(
     vision_tower: epath.PathLike | None = None,
     cache_dtype: CacheDType | None = None,
     system: str | System | None = None,
+    fields: Mapping[str, Any] | None = None,
 ) -> Model:
     """Loads a model to answer questions with.
 
@@ -40,7 +42,8 @@ def load(
         vision_tower: a directory with CLIP, for a PyTorch directory that does not lead to one.
         cache_dtype: how keys and values are kept while answering; by default as they are computed.
         system: another one over the same weights of a PyTorch directory: a name, such as
-            "prumerge" over LLaVA-1.5's, or a system with its fields.
+            "prumerge" over LLaVA-1.5's, with its published fields; or a whole system.
+        fields: of that system, where they are to be otherwise: {"ratio": 0.125}.
 
     Raises:
         CheckpointError: what is missing, damaged or does not fit, and what to do.
@@ -53,7 +56,7 @@ def load(
     if dtype == "float16" and jax.default_backend() == "cpu":
         # XLA has no attention of float16 for it.
         raise ValueError("float16 does not run on CPU; choose float32 or bfloat16")
-    opened = open_any(path, vision_tower=vision_tower, system=system)
+    opened = open_any(path, vision_tower=vision_tower, system=system, fields=fields)
     if opened.layout == "llama":
         # Its system would be new, of random weights.
         raise CheckpointError(

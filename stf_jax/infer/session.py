@@ -77,6 +77,9 @@ class Session:
             return 0
         if prompt.prefix_key != self._image_key or len(prompt.ids) < 2:
             return 0
+        if prompt.image_key is None and IMAGE_TOKEN_ID in prompt.ids:
+            # Its images equal no others.
+            return 0
         most = min(len(prompt.ids) - 1, len(self._held))
         differs = np.flatnonzero(prompt.ids[:most] != self._held[:most])
         common = int(differs[0]) if len(differs) else most

@@ -148,6 +148,9 @@ class ConnectedSystem(Protocol):
     def flops(self, vision: VisionConfig, text: TextConfig) -> float:
         """Arithmetic of the connector for one image."""
 
+    def describe(self) -> str:
+        """One line: the name, and the fields."""
+
     @property
     def captures(self) -> bool:
         """Whether the connector reads `ClassAttention`."""

@@ -45,9 +45,8 @@ def training(
     """Of one training step; adapters, which are small, are not counted.
 
     A backward pass takes as many FLOPs for the gradient of its inputs, and as many again for that
-    of its weights where they are trained. The tower has none but for
-    extra tokens. A system that trains several budgets
-    runs the language model once for each, over rows of the same length.
+    of its weights where they are trained. The tower has none but for extra tokens. A system that
+    trains several budgets runs the language model once for each, over rows of the same length.
     """
     weights, attention = _text(config, length)
     passes = 3 if stage == "finetune" else 2

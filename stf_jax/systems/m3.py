@@ -80,7 +80,8 @@ class M3(System):
     @classmethod
     def read_hf(cls, hf: Mapping[str, Any]) -> dict[str, Any] | None:
         """The scales stand under the key of the released code."""
-        return {"scales": hf[_SCALES_KEY]} if _SCALES_KEY in hf else None
+        scales = hf.get(_SCALES_KEY)
+        return None if scales is None else {"scales": scales}
 
     def hf_keys(self) -> dict[str, Any]:
         """The same key."""

@@ -15,6 +15,7 @@ whole batch; here every image has its own count, in a static number of slots wit
 import dataclasses
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import ClassVar, Literal
 
 import jax
@@ -28,6 +29,8 @@ from stf_jax.models.connector import ClassAttention, Connector, Tokens, VisionFe
 from stf_jax.models.layers import Init
 from stf_jax.systems.base import System, Variant
 
+# In float32 on every platform: a TPU would round what it multiplies to bfloat16.
+_einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 # Above the third quartile by so many interquartile ranges a score is an outlier.
 _IQR = 1.5
 
@@ -203,7 +206,7 @@ def class_scores(captured: ClassAttention) -> Float[Array, "B P"]:
     Its attention to itself is left out, so that a row adds up to less than 1.
     """
     query, keys = (a.astype(jnp.float32) for a in (captured.query, captured.keys))
-    logits = jnp.einsum("bc,bpc->bp", query, keys) / math.sqrt(query.shape[-1])
+    logits = _einsum("bc,bpc->bp", query, keys) / math.sqrt(query.shape[-1])
     return jax.nn.softmax(logits, axis=-1)[:, 1:]
 
 
@@ -322,7 +325,7 @@ def merge(
     def take(array: Float[Array, "B P C"]) -> Float[Array, "B M C"]:
         return jnp.take_along_axis(array, index[..., None], axis=1)
 
-    dropped = jnp.einsum("bp,bpc->bc", rest.astype(x.dtype), weighted)
+    dropped = _einsum("bp,bpc->bc", rest.astype(x.dtype), weighted)
     tokens = take(x)
     if neighbors:
         # A patch that is kept twice is a neighbor of itself, so the kept ones are candidates by
@@ -331,10 +334,10 @@ def merge(
         norm = jnp.linalg.norm(wide, axis=-1, keepdims=True)
         units = wide / jnp.maximum(norm, 1e-12)
         chosen = take(units)
-        likeness = jnp.einsum("bmc,bnc->bmn", chosen, jnp.concatenate([chosen, units], axis=1))
+        likeness = _einsum("bmc,bnc->bmn", chosen, jnp.concatenate([chosen, units], axis=1))
         itself = jnp.eye(rows, rows + patches, dtype=bool)
         candidate = jnp.concatenate([kept.valid, rest], axis=1)[:, None] & ~itself
         nearest = jax.lax.top_k(jnp.where(candidate, likeness, -jnp.inf), neighbors)[1]
         merged = jax.nn.one_hot(nearest, rows + patches, dtype=x.dtype).sum(axis=2) * candidate
-        tokens += jnp.einsum("bmn,bnc->bmc", merged, jnp.concatenate([take(weighted), weighted], 1))
+        tokens += _einsum("bmn,bnc->bmc", merged, jnp.concatenate([take(weighted), weighted], 1))
     return jnp.concatenate([tokens, dropped[:, None]], axis=1)

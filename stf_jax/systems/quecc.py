@@ -123,10 +123,6 @@ class QueCC(System):
         products = patches * (mlps + convolution + attention) + ends
         return 2.0 * products + super().flops(vision, text)
 
-    def tensor_sizes(self) -> dict[str, int]:
-        """The projector's; the rest is as wide as the tower."""
-        return super().tensor_sizes()
-
     def weights(self, vision: VisionConfig, text: TextConfig) -> tuple[Entry, ...]:
         """The released names: the compressor is module 0, the projector modules 1 and 3."""
         width, inputs = vision.width, len(self.taps) * vision.width

@@ -25,7 +25,7 @@ from stf_jax.config.vision import VisionConfig
 from stf_jax.models.connector import Connector, Tokens, VisionFeatures
 from stf_jax.models.keys import StepKey
 from stf_jax.models.layers import Init, LayerNorm, Linear, gelu
-from stf_jax.models.weights import LINEAR, SAME, Entry, make_entry
+from stf_jax.models.weights import SAME, Entry, linear_entries, make_entry, norm_entries
 from stf_jax.systems.base import Shapes, System
 
 _PREFIX = "mm_grouping."
@@ -109,15 +109,11 @@ class VisToG(System):
         ]
 
         def norm(native: str, torch: str) -> None:
-            for name, kind in (("scale", "weight"), ("bias", "bias")):
-                path, tensor = f"connector/{native}/{name}", f"{_PREFIX}{torch}.{kind}"
-                entries.append(make_entry(path, tensor, (width,), (width,), SAME))
+            entries.extend(norm_entries(f"connector/{native}", f"{_PREFIX}{torch}", width=width))
 
         def linear(native: str, torch: str, inputs: int = width, outputs: int = width) -> None:
             path, name = f"connector/{native}", f"{_PREFIX}{torch}"
-            shape, to = (outputs, inputs), (inputs, outputs)
-            entries.append(make_entry(f"{path}/kernel", f"{name}.weight", shape, to, LINEAR))
-            entries.append(make_entry(f"{path}/bias", f"{name}.bias", (outputs,), (outputs,), SAME))
+            entries.extend(linear_entries(path, name, inputs=inputs, outputs=outputs))
 
         def mlp(native: str, torch: str, *, outer: int, inner: int) -> None:
             linear(f"{native}/linear_1", f"{torch}.fc1", outer, inner)
@@ -247,7 +243,13 @@ class Assign(nnx.Module):
         """Scaled scores in float32, one head."""
         out = self.rules.tokens
         query, key = self.query(groups, out=out), self.key(patches, out=out)
-        scores = jnp.einsum("bkc,bpc->bkp", query, key, preferred_element_type=jnp.float32)
+        scores = jnp.einsum(
+            "bkc,bpc->bkp",
+            query,
+            key,
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )
         return scores / math.sqrt(groups.shape[-1])
 
     def assign(

@@ -28,7 +28,7 @@ class OptimizerConfig:
         projector_learning_rate: the peak for the connector, where it is another one.
         warmup_ratio: of all steps, rounded up.
         clip_norm: of the gradient over all parameters; None does not clip.
-        weight_decay: of matrices, adapters and embeddings; biases and norms are never decayed.
+        weight_decay: of all but biases and the scales of norms, which are never decayed.
         moments_dtype: of the first moment; bfloat16 halves its memory.
     """
 
@@ -119,5 +119,4 @@ def _group(parameters: Parameters) -> dict[str, str]:
 
 
 def _is_decayed(parameters: Parameters) -> dict[str, bool]:
-    decayed = ("kernel", "embedding", "a", "b")
-    return {path: path.rpartition("/")[2] in decayed for path in parameters}
+    return {path: path.rpartition("/")[2] not in ("bias", "scale") for path in parameters}
