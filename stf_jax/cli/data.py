@@ -6,7 +6,7 @@ import json
 import sys
 from typing import Any
 
-from stf_jax.cli.verbs import Verbs, add_verb, path
+from stf_jax.cli.verbs import Verbs, add_clip_options, add_verb, path
 
 # Other than those of a mistake, so that a script can tell.
 NOT_CLEAN = 3
@@ -49,7 +49,13 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "files", nargs="+", metavar="FILE", type=path, help="LLaVA's JSON, or JSON lines"
     )
-    parser.add_argument("--images", metavar="DIR", type=path, help="where the images' paths start")
+    parser.add_argument(
+        "--images", metavar="DIR", type=path, help="where the paths of images and clips start"
+    )
+    add_clip_options(parser)
+    parser.add_argument(
+        "--timestamps", action="store_true", help="say in the question when a clip's frames are"
+    )
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +97,7 @@ def _check(options: argparse.Namespace) -> int:
             images=options.images,
             workers=options.workers,
             progress=progress,
+            **_clips(options),
             **_model(options),
         )
     _write(report.render(), report.to_json(), options)
@@ -113,6 +120,7 @@ def _build(options: argparse.Namespace) -> None:
             images=options.images,
             workers=options.workers,
             progress=progress,
+            **_clips(options),
             **_model(options),
         )
     _write(report.render(), report.to_json(), options)
@@ -130,6 +138,13 @@ def _show(options: argparse.Namespace) -> None:
     )
     marks = {"start": _GREEN, "end": _PLAIN} if sys.stdout.isatty() else {}
     _write(shown.render(**marks), shown.to_json(), options)
+
+
+def _clips(options: argparse.Namespace) -> dict[str, Any]:
+    from stf_jax.data.clips import FrameSampling
+
+    sampling = FrameSampling(frames=options.frames, rate=options.rate)
+    return {"sampling": sampling, "timestamps": options.timestamps}
 
 
 def _model(options: argparse.Namespace) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stf_jax.data.clips import UNIFORM, FrameSampling
 from stf_jax.data.dataset import (
     SOURCE_FILE,
     Dataset,
@@ -111,7 +112,11 @@ class _WritePart:
         inspections = [self.inspector(raw) for raw in part.examples]
         size = write_shard(
             _shard(self.folder, part.number),
-            [(i.id, i.conversation, i.image_bytes) for i in inspections if not i.problems],
+            [
+                (i.id, i.conversation, i.image_bytes, i.visuals)
+                for i in inspections
+                if not i.problems
+            ],
         )
         content = {
             "size": size,
@@ -133,6 +138,8 @@ def build(
     tokens_per_image: int = 144,
     sequence_length: int = 2048,
     examples_per_shard: int = 2048,
+    sampling: FrameSampling = UNIFORM,
+    timestamps: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> BuildReport:
@@ -153,6 +160,8 @@ def build(
       tokens_per_image: for the report's lengths.
       sequence_length: for the report.
       examples_per_shard: 2048 of LLaVA's make about 0.3 GB.
+      sampling: which frames of a clip are kept.
+      timestamps: whether the question says when they are.
       workers: processes; default is the number of processors.
       progress: called with (examples done, of how many).
 
@@ -177,13 +186,17 @@ def build(
         tokenizer=tokenizer,
         template=fitted,
         image_processor=image_processor or ImageProcessor(),
+        sampling=sampling,
+        timestamps=timestamps,
     )
     for path in files:
         with explain_file(path, fix="check the path"):
             check_text(Path(path))
     source: dict[str, Any] = {"files": [sha256(path) for path in files]}
+    if sampling != UNIFORM or timestamps:
+        source["clips"] = [sampling.frames, sampling.rate, timestamps]
     if out.is_dir():
-        _compare(source, _read_json(out / SOURCE_FILE), out, keys=("files",))
+        _compare(source, _read_json(out / SOURCE_FILE), out, keys=tuple(source))
         if images is not None:
             _refuse_other_images(out, files, inspector)
         shutil.rmtree(partial_path(out), ignore_errors=True)
@@ -198,7 +211,7 @@ def build(
     }
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / SOURCE_FILE).is_file():
-        _compare(source, _read_json(folder / SOURCE_FILE), folder, keys=tuple(source))
+        _compare(source, _read_json(folder / SOURCE_FILE), folder, keys=(*source, "clips"))
     else:
         write_json(folder / SOURCE_FILE, source, indent=1)
 
@@ -284,6 +297,7 @@ class _MeasureStored:
                     tokenizer=self.tokenizer,
                     template=self.template,
                     num_images=len(stored.images),
+                    visuals=stored.visuals,
                 )
             except ValueError:
                 measures = Measures()
@@ -364,8 +378,9 @@ def _compare(
         "shard": "examples_per_shard",
         "index": "the tokenizer or the template",
         "processor": "the image processor",
+        "clips": "the frames of clips",
     }
-    differing = [words[key] for key in keys if wanted[key] != stored.get(key)]
+    differing = {words[key]: None for key in keys if wanted.get(key) != stored.get(key)}
     if differing:
         raise DatasetError(
             f"{folder}: begun with other values of {', '.join(differing)}; "
@@ -384,6 +399,7 @@ def _from_json(content: dict[str, Any]) -> Inspection:
         problems=tuple(_finding(finding) for finding in content["problems"]),
         notes=tuple(_finding(finding) for finding in content["notes"]),
         measures=Measures(**content["measures"]),
+        visuals=tuple(content.get("visuals", ())),
         # Older releases say "pictures".
         num_images=content[key if (key := "num_images") in content else "num_pictures"],
     )

@@ -5,6 +5,7 @@ so that a prompt's length is known.
 """
 
 import dataclasses
+import io
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -292,6 +293,13 @@ def _read_duration(text: str | None) -> float | None:
         return None
     hours, minutes, seconds = match.groups()
     return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+
+
+def encode_frame(frame: Image.Image) -> bytes:
+    """A frame as a JPEG in which no loss is seen: a tenth of the size of a PNG."""
+    file = io.BytesIO()
+    frame.save(file, "JPEG", quality=95, subsampling=0)
+    return file.getvalue()
 
 
 def order_visuals(

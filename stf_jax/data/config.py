@@ -46,6 +46,9 @@ class DataConfig:
         modality and sorted by length, as LLaVA-1.5's second stage has it; "single" one example a
         row at random.
       images_per_row: I, images that a row has room for. An example with more is left out.
+      clip_frames: the most frames of a clip, where the system joins them; a row then has room for
+        images_per_row / clip_frames clips. 0 where the datasets have no clips, or frames are
+        images.
       seed: of the order.
       workers: processes that decode and tokenize; with 0 it is done between the steps.
       strict_labels: the PyTorch reference's labels, which mask some conversations whole; these are
@@ -61,6 +64,7 @@ class DataConfig:
     batch_size: int = 128
     packing: Packing = "packed"
     images_per_row: int = 8
+    clip_frames: int = 0
     seed: int = 42
     workers: int = 8
     strict_labels: bool = False
@@ -70,7 +74,7 @@ class DataConfig:
         # A plan's memory grows with each; nobody has more.
         bounds = {
             "sequence_length": (2, 2**20), "batch_size": (1, 2**20), "images_per_row": (0, 2**12),
-            "workers": (0, 2**10), "max_lost": (0, 2**31),
+            "clip_frames": (0, 2**12), "workers": (0, 2**10), "max_lost": (0, 2**31),
         }  # fmt: skip
         problems = [
             f"{name} is {value}; it must be at {f'least {low}' if value < low else f'most {high}'}"
@@ -82,6 +86,11 @@ class DataConfig:
             problems.append(f"packing is {self.packing!r}; it must be packed, grouped or single")
         if self.image_mode not in ("pad", "crop"):
             problems.append(f"image_mode is {self.image_mode!r}; it must be pad or crop")
+        if self.clip_frames > self.images_per_row:
+            problems.append(
+                f"clip_frames is {self.clip_frames}, and images_per_row {self.images_per_row} has "
+                "no room for a clip"
+            )
         if problems:
             raise ValueError("; ".join(problems))
         if get_template(self.template).label_rule is None and self.strict_labels:

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -32,12 +33,19 @@ class DatasetError(ValueError):
 
 
 def features() -> tfds.features.FeaturesDict:
-    """One example: its id, its turns as a JSON list, and the bytes of its image files."""
+    """One example: its id, its turns as a JSON list, and the bytes of its image files.
+
+    Where it has clips, their frames are among the images.
+    """
     return tfds.features.FeaturesDict(
         {
             "id": tfds.features.Text(doc="of the entry in LLaVA's JSON"),
             "conversations": tfds.features.Text(doc='JSON list of {"from", "value"}'),
             "images": tfds.features.Sequence(tfds.features.Text(), doc="files, as they were"),
+            "visuals": tfds.features.Sequence(
+                tfds.features.Scalar(np.int32),
+                doc="where there are clips: frames of each clip, 0 for an image beside them",
+            ),
         }
     )
 
@@ -48,13 +56,16 @@ class Stored:
     Attributes:
       id: of the entry, unique in the dataset.
       conversation: `{"from": "human" | "gpt", "value": text}` in the order spoken.
-      images: bytes of the image files.
+      images: bytes of the image files, and of the frames of clips.
+      visuals: where there are clips: frames of each clip, 0 for an image beside them.
     """
 
     def __init__(self, record: dict[str, Any]):
         self.id: str = record["id"].decode()
         self.conversation: list[dict[str, str]] = json.loads(record["conversations"])
         self.images: list[bytes] = list(record["images"])
+        # Older releases know no clips.
+        self.visuals: tuple[int, ...] = tuple(map(int, record.get("visuals", ())))
 
 
 class Dataset:
@@ -217,15 +228,25 @@ def shard_path(folder: Path, number: int, total: int) -> Path:
     return Path(_template(folder).sharded_filepath(shard_index=number, num_shards=total))
 
 
-def write_shard(path: Path, examples: list[tuple[str, str, tuple[bytes, ...]]]) -> int:
-    """Writes (id, conversation, images) of each example, whole or not at all; returns bytes."""
+def write_shard(
+    path: Path, examples: list[tuple[str, str, tuple[bytes, ...], tuple[int, ...]]]
+) -> int:
+    """Writes (id, conversation, images, visuals) of each example; returns bytes.
+
+    The file is whole or not there.
+    """
     connector = features()
     size = 0
     with write_whole(path) as unfinished:
         # Groups of one make each record readable alone.
         writer = ArrayRecordWriter(str(unfinished), "group_size:1")
-        for name, conversation, images in examples:
-            record = {"id": name, "conversations": conversation, "images": list(images)}
+        for name, conversation, images, visuals in examples:
+            record = {
+                "id": name,
+                "conversations": conversation,
+                "images": list(images),
+                "visuals": list(visuals),
+            }
             data = connector.serialize_example(connector.encode_example(record))
             writer.write(data)
             size += len(data)

@@ -98,6 +98,41 @@ def expand_conversation(
     return _truncate(expanded, max_length, tokens_per_image=tokens_per_image)
 
 
+def expand_visuals(
+    encoded: EncodedConversation,
+    *,
+    visuals: Sequence[int],
+    tokens: Sequence[int],
+    max_length: int,
+) -> tuple[EncodedConversation, tuple[int, ...]]:
+    """`expand_conversation` where the frames of a clip are joined; and the visuals that are left.
+
+    Args:
+      encoded: uncut, with one placeholder for each image and each frame.
+      visuals: frames of each clip, 0 for an image.
+      tokens: of each of these.
+      max_length: cut after so many tokens; what would be cut through is left out.
+    """
+    repeats = np.ones(len(encoded.ids), int)
+    at = np.flatnonzero(encoded.ids == IMAGE_TOKEN_ID)
+    first = np.cumsum([0, *(max(frames, 1) for frames in visuals)])[:-1]
+    repeats[at] = 0
+    repeats[at[first]] = tokens
+    ends = np.cumsum(repeats)[at[first]]
+    kept = int(np.sum(ends <= max_length))
+    end = max_length
+    if kept < len(visuals):
+        end = min(end, int(ends[kept]) - tokens[kept])
+    length = int(repeats.sum())
+    return replace(
+        encoded,
+        ids=np.repeat(encoded.ids, repeats)[:end],
+        labels=np.repeat(encoded.labels, repeats)[:end],
+        num_images=sum(max(frames, 1) for frames in visuals[:kept]),
+        truncated=length > max_length,
+    ), tuple(visuals[:kept])
+
+
 def _truncate(
     encoded: EncodedConversation, max_length: int | None, *, tokens_per_image: int
 ) -> EncodedConversation:

@@ -16,7 +16,8 @@ from stf_jax.data.templates import IMAGE_MARKER
 
 TURN_KEYS = ("conversations", "messages", "conversation")
 IMAGE_KEYS = ("image", "images", "image_path", "image_paths", "image_file", "image_files")
-OTHER_MEDIA = ("video", "videos", "audio", "audios")
+CLIP_KEYS = ("video", "videos")
+OTHER_MEDIA = ("audio", "audios")
 
 _SENDERS = {
     "human": "human", "user": "human",
@@ -36,14 +37,14 @@ def read_form(content: Any) -> tuple[list[dict[str, Any]], list[str]]:
     """The turns and the image names of an entry.
 
     Raises:
-      FormError: it is none of the forms above, or names what is not read (a video).
+      FormError: it is none of the forms above, or names what is not read (a sound).
     """
     if not isinstance(content, Mapping):
         raise FormError(f"a {type(content).__name__}, not an object")
     for key in OTHER_MEDIA:
         if content.get(key):
-            raise FormError(f"{key!r} is not read, only images are; drop the example")
-    named = _read_images(content)
+            raise FormError(f"{key!r} is not read, only images and videos are; drop the example")
+    named = _read_names(content, IMAGE_KEYS)
     turns = _read_turns(content)
     plain, inside = [], []
     for turn in turns:
@@ -59,6 +60,15 @@ def read_form(content: Any) -> tuple[list[dict[str, Any]], list[str]]:
     if written and named and named != written:
         raise FormError("images are named in the turns and beside them; leave out one of the two")
     return plain, named or written
+
+
+def read_clips(content: Any) -> list[str]:
+    """The names of an entry's videos, each a file or a folder of frames.
+
+    Raises:
+      FormError: a name that is none.
+    """
+    return _read_names(content, CLIP_KEYS) if isinstance(content, Mapping) else []
 
 
 def shorten(text: str) -> str:
@@ -82,16 +92,16 @@ def _read_turns(content: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     return turns
 
 
-def _read_images(content: Mapping[str, Any]) -> list[str]:
+def _read_names(content: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
     names: dict[str, list[str]] = {}
-    for key in IMAGE_KEYS:
+    for key in keys:
         value = content.get(key)
         items = [] if value is None else value if isinstance(value, list) else [value]
         if items:
             names[key] = [_read_name(item, key) for item in items]
     lists = list(names.values())
     if any(list_ != lists[0] for list_ in lists):
-        raise FormError(f"{' and '.join(names)} name other images; leave out one of them")
+        raise FormError(f"{' and '.join(names)} name different files; leave out one of them")
     return lists[0] if lists else []
 
 

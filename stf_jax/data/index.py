@@ -8,6 +8,7 @@ from typing import Self
 
 import numpy as np
 
+from stf_jax.data.batch import ClipLayout
 from stf_jax.data.inspection import Measures
 from stf_jax.data.templates import IMAGE_MARKER, Template, get_template
 from stf_jax.data.tokenizer import Tokenizer
@@ -23,16 +24,26 @@ class Index:
       ids: str [examples], all different.
       lengths: int32 [examples].
       images: int32 [examples].
+      clips: int32 [examples].
+      frames: int32 [examples].
+      longest_clip: int32 [examples].
       first_supervised: int32 [examples].
       images_before: int32 [examples].
+      clips_before: int32 [examples].
+      frames_before: int32 [examples].
       mismatches: bool [examples].
     """
 
     ids: np.ndarray
     lengths: np.ndarray
     images: np.ndarray
+    clips: np.ndarray
+    frames: np.ndarray
+    longest_clip: np.ndarray
     first_supervised: np.ndarray
     images_before: np.ndarray
+    clips_before: np.ndarray
+    frames_before: np.ndarray
     mismatches: np.ndarray
 
     @classmethod
@@ -46,21 +57,38 @@ class Index:
             ids=np.array(ids, np.str_),
             lengths=column("length"),
             images=column("images"),
+            clips=column("clips"),
+            frames=column("frames"),
+            longest_clip=column("longest_clip"),
             first_supervised=column("first_supervised"),
             images_before=column("images_before"),
+            clips_before=column("clips_before"),
+            frames_before=column("frames_before"),
             mismatches=column("mismatch").astype(bool),
         )
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def tokens(self, tokens_per_image: int) -> np.ndarray:
-        """Tokens of each example int32 [examples], images as so many; uncut."""
-        return self.lengths + self.images * (tokens_per_image - 1)
+    def tokens(self, tokens_per_image: int, layout: ClipLayout | None = None) -> np.ndarray:
+        """Tokens of each example int32 [examples], images as so many; uncut.
 
-    def teaches(self, sequence_length: int, tokens_per_image: int) -> np.ndarray:
+        Frames are images, unless `layout` says that a system joins them.
+        """
+        return _expand(self.lengths, self.images, self.clips, self.frames, tokens_per_image, layout)
+
+    def teaches(
+        self, sequence_length: int, tokens_per_image: int, layout: ClipLayout | None = None
+    ) -> np.ndarray:
         """Bool [examples]: whether a cut to `sequence_length` leaves a supervised token."""
-        place = self.first_supervised + self.images_before * (tokens_per_image - 1)
+        place = _expand(
+            self.first_supervised,
+            self.images_before,
+            self.clips_before,
+            self.frames_before,
+            tokens_per_image,
+            layout,
+        )
         return (self.first_supervised >= 0) & (place < sequence_length)
 
     def save(self, path: Path) -> None:
@@ -77,7 +105,13 @@ class Index:
         """
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                index = cls(**{field.name: arrays[field.name] for field in dataclasses.fields(cls)})
+                content = {name: arrays[name] for name in arrays.files}
+                # Older releases know no clips.
+                for name in ("clips", "frames", "longest_clip", "clips_before", "frames_before"):
+                    content.setdefault(name, np.zeros_like(content["images"]))
+                index = cls(
+                    **{field.name: content[field.name] for field in dataclasses.fields(cls)}
+                )
             columns = dataclasses.asdict(index)
             kinds = {
                 name: "U" if name == "ids" else "b" if name == "mismatches" else "i"
@@ -92,6 +126,21 @@ class Index:
                 f"{path}: damaged ({first_line(error)}); delete it and build again"
             ) from error
         return index
+
+
+def _expand(
+    length: np.ndarray,
+    images: np.ndarray,
+    clips: np.ndarray,
+    frames: np.ndarray,
+    tokens_per_image: int,
+    layout: ClipLayout | None,
+) -> np.ndarray:
+    """A length, in which each image and each frame counts as one, in tokens."""
+    if layout is None:
+        return length + images * (tokens_per_image - 1)
+    alone = tokens_per_image if layout.after_images else layout.tokens
+    return length + (images - frames) * (alone - 1) + clips * layout.tokens - frames
 
 
 def index_name(tokenizer: Tokenizer, template: Template) -> str:

@@ -6,21 +6,32 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from stf_jax.data.clips import (
+    UNIFORM,
+    Clip,
+    ClipError,
+    FrameSampling,
+    encode_frame,
+    open_clip,
+    order_visuals,
+    place_clips,
+)
 from stf_jax.data.encoding import EncodedConversation, encode_conversation
-from stf_jax.data.forms import FormError, find_markers, read_form, shorten
+from stf_jax.data.forms import FormError, find_markers, read_clips, read_form, shorten
 from stf_jax.data.images import MAX_BYTES, ImageError, ImageProcessor, load_image, open_header
 from stf_jax.data.sources import RawExample
-from stf_jax.data.templates import IMAGE_MARKER, Template
+from stf_jax.data.templates import IMAGE_MARKER, VIDEO_MARKER, Template
 from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID, Tokenizer
 from stf_jax.util.files import read_bytes
 
 Kind = Literal[
     "entry", "conversation", "missing image", "bad image", "marker", "nothing to learn",
-    "other extension", "empty reply", "strict mask", "layout", "special token",
+    "other extension", "empty reply", "strict mask", "layout", "special token", "missing clip",
+    "bad clip",
 ]  # fmt: skip
 
 # Tried in this order where an image is not there under its own name.
@@ -50,16 +61,26 @@ class Measures:
 
     Attributes:
       length: tokens, an image counting as one; 0 if it cannot be encoded.
-      images: how many it has.
+      images: how many it has, frames of clips among them.
+      clips: how many of these it has.
+      frames: of all clips together.
+      longest_clip: frames of the longest.
       first_supervised: where the first supervised token stands, -1 if there is none.
-      images_before: images in front of that token.
+      images_before: images in front of that token, frames among them.
+      clips_before: clips in front of it.
+      frames_before: their frames.
       mismatch: the PyTorch reference's labels would mask it whole.
     """
 
     length: int = 0
     images: int = 0
+    clips: int = 0
+    frames: int = 0
+    longest_clip: int = 0
     first_supervised: int = -1
     images_before: int = 0
+    clips_before: int = 0
+    frames_before: int = 0
     mismatch: bool = False
 
     def tokens(self, tokens_per_image: int) -> int:
@@ -81,8 +102,9 @@ class Inspection:
       notes: what is odd and does no harm.
       measures: of an example without problems.
       conversation: its turns as JSON.
-      num_images: image files read to their end.
-      image_bytes: what is in them.
+      num_images: image files read to their end, and frames of clips.
+      image_bytes: what is in them, and the frames of clips, in the order of their markers.
+      visuals: where there are clips: frames of each clip, 0 for an image beside them.
     """
 
     id: str
@@ -92,6 +114,7 @@ class Inspection:
     conversation: str = ""
     num_images: int = 0
     image_bytes: tuple[bytes, ...] = ()
+    visuals: tuple[int, ...] = ()
 
 
 class _Unfit(Exception):
@@ -109,12 +132,16 @@ class Inspector:
       tokenizer: of the model to be trained.
       template: to be trained with.
       image_processor: its pad or crop must be able to take each image.
+      sampling: which frames of a clip are kept.
+      timestamps: whether the text says when they are.
     """
 
     images: str | None
     tokenizer: Tokenizer
     template: Template
     image_processor: ImageProcessor
+    sampling: FrameSampling = UNIFORM
+    timestamps: bool = False
 
     def __call__(self, raw: RawExample) -> Inspection:
         """Reads the images and encodes the conversation; all problems are found, none raised."""
@@ -130,6 +157,7 @@ class Inspector:
             return Inspection(id=raw.id, problems=(finding("entry", raw.unreadable),))
         try:
             turns, names = read_form(raw.content)
+            clip_names = read_clips(raw.content)
             json.dumps(turns, ensure_ascii=False).encode()
         except FormError as error:
             return Inspection(id=raw.id, problems=(finding("entry", str(error)),))
@@ -148,11 +176,27 @@ class Inspector:
             contents.append(data)
             if note:
                 notes.append(finding("other extension", note))
+        visuals: tuple[int, ...] = ()
+        clips: list[Clip] = []
+        for name in clip_names:
+            try:
+                clips.append(self._open_clip(name))
+            except _Unfit as error:
+                problems.append(finding(error.kind, str(error)))
         measures = Measures()
         try:
+            seen: list[bytes] = contents
+            if clips and not problems:
+                turns, seen, visuals = self._place_clips(turns, contents, clips)
             measures = measure(
-                turns, tokenizer=self.tokenizer, template=self.template, num_images=len(names)
+                turns,
+                tokenizer=self.tokenizer,
+                template=self.template,
+                num_images=len(seen) if visuals else len(names),
+                visuals=visuals,
             )
+        except ClipError as error:
+            problems.append(finding("bad clip", str(error)))
         except ValueError as error:
             problems.append(finding("conversation", str(error)))
         else:
@@ -163,7 +207,7 @@ class Inspector:
             if empty and not problems:
                 places = ", ".join(map(str, empty))
                 notes.append(finding("empty reply", f"turn {places} is an empty reply"))
-            for number, marker, asks in find_markers(turns) if not names else ():
+            for number, marker, asks in find_markers(turns) if not names and not clip_names else ():
                 if asks:
                     problems.append(
                         finding(
@@ -186,9 +230,51 @@ class Inspector:
             notes=tuple(notes),
             measures=measures,
             conversation=json.dumps(turns, ensure_ascii=False),
-            num_images=len(contents),
-            image_bytes=tuple(contents),
+            num_images=len(seen),
+            image_bytes=tuple(seen),
+            visuals=visuals,
         )
+
+    def _open_clip(self, name: str) -> Clip:
+        if fault := _name_fault(name):
+            raise _Unfit("bad clip", fault)
+        if self.images is None:
+            raise _Unfit("missing clip", f"{name}: no folder of images and clips was given")
+        path = Path(self.images, name)
+        if not path.exists():
+            raise _Unfit("missing clip", f"{path}: no such file or folder of frames; fetch it")
+        try:
+            return open_clip(path, self.sampling)
+        except ClipError as error:
+            raise _Unfit("bad clip", str(error)) from error
+
+    def _place_clips(
+        self, turns: list[dict[str, Any]], images: Sequence[bytes], clips: Sequence[Clip]
+    ) -> tuple[list[dict[str, Any]], list[bytes], tuple[int, ...]]:
+        """Turns with `<image>` for each frame; images and frames in their order; `visuals`."""
+        texts = [str(turn["value"]) for turn in turns]
+        if not images and not any(VIDEO_MARKER in text for text in texts):
+            # As LLaVA-Video's own data marks its videos.
+            texts = [text.replace(IMAGE_MARKER, VIDEO_MARKER) for text in texts]
+        shown = order_visuals("".join(texts), images, clips)
+        waiting = list(clips)
+        placed = []
+        for turn, text in zip(turns, texts, strict=True):
+            count = text.count(VIDEO_MARKER)
+            own, waiting = waiting[:count], waiting[count:]
+            value = place_clips(text, own, joined=False, timestamps=self.timestamps)
+            placed.append({**turn, "value": value})
+        seen: list[bytes] = []
+        for one in shown:
+            if isinstance(one, Clip):
+                frames = one.load()
+                self.image_processor.check_size(*frames[0].size)
+                seen += map(encode_frame, frames)
+            else:
+                assert isinstance(one, bytes)
+                seen.append(one)
+        visuals = tuple(one.count if isinstance(one, Clip) else 0 for one in shown)
+        return placed, seen, visuals
 
     def _read_image(self, name: str) -> tuple[bytes, str | None]:
         if fault := _name_fault(name):
@@ -232,8 +318,16 @@ class Inspector:
         for raw in examples:
             try:
                 _, names = read_form(raw.content)
+                clips = read_clips(raw.content)
             except FormError:
                 continue
+            for name in clips:
+                path = None if self.images is None else Path(self.images, name)
+                files = [] if path is None or _name_fault(name) else _files_of(path)
+                stamps = [
+                    f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files
+                ]
+                identities.append(" ".join([name, *stamps]))
             for name in names:
                 path = None
                 if self.images is not None and not _name_fault(name):
@@ -249,6 +343,13 @@ def find_image(folder: str, name: str) -> Path | None:
     path = Path(folder, name)
     others = (path.with_suffix(end) for end in EXTENSIONS if end != path.suffix)
     return next((candidate for candidate in (path, *others) if candidate.is_file()), None)
+
+
+def _files_of(path: Path) -> list[Path]:
+    """A file, or those of a folder."""
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.is_file())
+    return [path] if path.is_file() else []
 
 
 def _name_fault(name: str) -> str | None:
@@ -282,9 +383,16 @@ def check_image(data: bytes, *, name: str, image_processor: ImageProcessor) -> N
 
 
 def measure(
-    conversation: list[dict[str, str]], *, tokenizer: Tokenizer, template: Template, num_images: int
+    conversation: list[dict[str, str]],
+    *,
+    tokenizer: Tokenizer,
+    template: Template,
+    num_images: int,
+    visuals: Sequence[int] = (),
 ) -> Measures:
     """Encodes a conversation to see how long it is.
+
+    Frames of clips count as images; `visuals` says which they are.
 
     Raises:
       ValueError: what is wrong with it; see `encode_conversation`.
@@ -296,11 +404,19 @@ def measure(
         for strict in (False, True)
     )
     first = _find_supervision(encoded)
+    before = int(np.count_nonzero(encoded.ids[: max(first, 0)] == IMAGE_TOKEN_ID))
+    ends = np.cumsum([max(frames, 1) for frames in visuals], dtype=int)
+    in_front = [frames for frames, end in zip(visuals, ends, strict=True) if end <= before]
     return Measures(
         length=len(encoded.ids),
         images=num_images,
+        clips=sum(frames > 0 for frames in visuals),
+        frames=sum(visuals),
+        longest_clip=max(visuals, default=0),
         first_supervised=first,
-        images_before=int(np.count_nonzero(encoded.ids[: max(first, 0)] == IMAGE_TOKEN_ID)),
+        images_before=before,
+        clips_before=sum(frames > 0 for frames in in_front),
+        frames_before=sum(in_front),
         mismatch=strict.mismatch,
     )
 

@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from stf_jax.data.batch import Batch
+from stf_jax.data.batch import Batch, ClipLayout
 from stf_jax.data.config import DataConfig
 from stf_jax.data.conversation import render_prompt
 from stf_jax.data.dataset import Dataset, DatasetError
@@ -33,6 +33,7 @@ from stf_jax.data.question import check_prompt
 from stf_jax.data.rows import Lost, Row, RowMaker, RowSource
 from stf_jax.data.templates import Template
 from stf_jax.data.tokenizer import Tokenizer
+from stf_jax.data.visuals import clip_array
 
 _log = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ class TrainingData:
       image_processor: of the tower; `config` decides whether it pads or crops.
       tokens_per_image: K.
       question_length: tokens of an image's question that the model reads; 0 where it reads none.
+      layout: of a clip of `config.clip_frames`, where the system joins frames.
 
     Raises:
       DatasetError: a line for each dataset that is missing, unfinished, or has no index for the
@@ -118,14 +120,22 @@ class TrainingData:
         image_processor: ImageProcessor,
         tokens_per_image: int,
         question_length: int = 0,
+        layout: ClipLayout | None = None,
     ):
         self.config = config
+        joins = layout is not None
+        layout = layout if config.clip_frames else None
         template = fit_template(config.template, tokenizer)
         if question_length:
             check_prompt(render_prompt("?", template=template.training or template).text)
         datasets, indices = _open(config, tokenizer, template)
         self._prints = [dataset.fingerprint for dataset in datasets]
-        columns = _Columns.of(indices, config, tokens_per_image)
+        if joins and layout is None and any(index.clips.any() for index in indices):
+            raise ValueError(
+                "the datasets have clips, and the system joins their frames; set data.clip_frames "
+                "to the frames of a clip that they were built with"
+            )
+        columns = _Columns.of(indices, config, tokens_per_image, layout)
         sizes = [len(index) for index in indices]
         starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         used = np.flatnonzero(columns.used)
@@ -163,6 +173,8 @@ class TrainingData:
             question_length=question_length,
             sequence_length=config.sequence_length,
             strict_labels=config.strict_labels,
+            images_per_row=config.images_per_row,
+            layout=layout,
         )
         self._columns = columns
         self.lost: dict[str, str] = {}
@@ -270,6 +282,12 @@ class TrainingData:
         }
         if self._maker.question_length:
             text |= _collate_questions(rows, *shape[:2], self._maker.question_length)
+        if (layout := self._maker.layout) is not None:
+            text["clips"] = clip_array(
+                [row.clips for row in rows],
+                clips=self.config.images_per_row // layout.frames,
+                frames=layout.frames,
+            )
         lost = tuple(example for row in rows for example in row.contents.lost)
         self._count_missing(lost)
         return TrainingStep(
@@ -372,6 +390,18 @@ def _prefixes(datasets: list[Dataset]) -> list[str]:
     ]
 
 
+def _images(index: Index, layout: ClipLayout | None) -> np.ndarray:
+    """Images of each example. A clip that is joined takes up the room of the most frames.
+
+    One that has more than these takes up more than any row has.
+    """
+    if layout is None:
+        return index.images
+    alone = index.images - index.frames
+    room = index.clips * layout.frames + alone * (1 if layout.after_images else layout.frames)
+    return np.where(index.longest_clip > layout.frames, 2**12 + 1, room)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Columns:
     """By example of all datasets, [examples]: tokens and images, and why it is left out."""
@@ -384,11 +414,17 @@ class _Columns:
     too_long: np.ndarray
 
     @classmethod
-    def of(cls, indices: list[Index], config: DataConfig, tokens_per_image: int) -> "_Columns":
-        tokens = np.concatenate([index.tokens(tokens_per_image) for index in indices])
-        images = np.concatenate([index.images for index in indices])
+    def of(
+        cls,
+        indices: list[Index],
+        config: DataConfig,
+        tokens_per_image: int,
+        layout: ClipLayout | None,
+    ) -> "_Columns":
+        tokens = np.concatenate([index.tokens(tokens_per_image, layout) for index in indices])
+        images = np.concatenate([_images(index, layout) for index in indices])
         teaches = np.concatenate(
-            [index.teaches(config.sequence_length, tokens_per_image) for index in indices]
+            [index.teaches(config.sequence_length, tokens_per_image, layout) for index in indices]
         )
         mismatches = np.concatenate([index.mismatches for index in indices])
         unfit = np.concatenate([index.first_supervised < 0 for index in indices])
@@ -415,6 +451,7 @@ class _Columns:
             for count in [int(self.too_long.sum())] if count
         ] + [
             f"{count} have more images than images_per_row {config.images_per_row}"
+            + (", in which a clip takes up clip_frames" if config.clip_frames else "")
             for count in [int(self.too_many_images.sum())] if count
         ] + [
             f"{count} teach nothing under template {config.template!r}"

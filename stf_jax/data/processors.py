@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ from etils import epath
 
 from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
+from stf_jax.data.batch import ClipLayout
 from stf_jax.data.images import ImageProcessor
 from stf_jax.data.templates import IMAGE_MARKER
 from stf_jax.data.tokenizer import Tokenizer, load_tokenizer, surround_images
@@ -19,6 +20,10 @@ from stf_jax.util.files import check_file, explain_file, read_json
 
 # Bytes; tokenizers of 256,000 tokens have 33 million.
 MOST_TOKENIZER = 2**28
+
+
+def _frames_are_images(frames: int) -> None:
+    """What most systems say of a clip."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,12 +35,14 @@ class Processors:
         image_processor: of its vision tower; it pads or crops as the model's config says.
         tokens_per_image: K.
         question_length: tokens of an image's question that the model reads; 0 where it reads none.
+        clip_layout: of a clip of at most so many frames; None where frames are images.
     """
 
     tokenizer: Tokenizer
     image_processor: ImageProcessor
     tokens_per_image: int
     question_length: int = 0
+    clip_layout: Callable[[int], ClipLayout | None] = _frames_are_images
 
 
 class ModelSizes(Protocol):
@@ -61,6 +68,9 @@ class ModelSizes(Protocol):
     def question_length(self) -> int:
         """Tokens of an image's question that the model reads; 0 where it reads none."""
 
+    def clip_layout(self, frames: int) -> ClipLayout | None:
+        """The slots of a clip of at most so many frames; None where frames are images."""
+
 
 def read_processors(
     path: epath.Path, files: Mapping[str, epath.Path], *, config: ModelSizes
@@ -80,6 +90,7 @@ def read_processors(
         image_processor=images,
         tokens_per_image=config.tokens_per_image,
         question_length=config.question_length,
+        clip_layout=config.clip_layout,
     )
 
 

@@ -5,13 +5,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stf_jax.data.dataset import Dataset, DatasetError
-from stf_jax.data.encoding import EncodedConversation, encode_conversation, expand_conversation
+from stf_jax.data.batch import ClipLayout
+from stf_jax.data.dataset import Dataset, DatasetError, Stored
+from stf_jax.data.encoding import (
+    EncodedConversation,
+    encode_conversation,
+    expand_conversation,
+    expand_visuals,
+)
 from stf_jax.data.images import ImageError, ImageProcessor
 from stf_jax.data.planner import Planner
 from stf_jax.data.question import encode_question
 from stf_jax.data.templates import Template
 from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID, Tokenizer
+from stf_jax.data.visuals import place_visuals, tokens_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +49,7 @@ class Row:
       image_slots: int32 [T], index into the row's I*K image tokens; -1 where text is.
       contents: what stands in it.
       questions: int32 [_] for each image, what it is asked; none where the model reads none.
+      clips: which of the row's images the frames of each clip are, where the system joins them.
     """
 
     ids: np.ndarray
@@ -51,6 +59,7 @@ class Row:
     image_slots: np.ndarray
     contents: RowContents
     questions: tuple[np.ndarray, ...] = ()
+    clips: tuple[range, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,6 +77,8 @@ class RowMaker:
       question_length: tokens of an image's question that the model reads; 0 where it reads none.
       sequence_length: T.
       strict_labels: the PyTorch reference's labels.
+      images_per_row: I.
+      layout: of clips, where the system joins their frames.
     """
 
     datasets: Sequence[Dataset]
@@ -80,6 +91,8 @@ class RowMaker:
     sequence_length: int
     strict_labels: bool
     question_length: int = 0
+    images_per_row: int = 0
+    layout: ClipLayout | None = None
 
     def make(self, examples: np.ndarray) -> tuple[Row, np.ndarray]:
         """The row of these examples, and its images uint8 [images, size, size, 3].
@@ -89,6 +102,7 @@ class RowMaker:
         become padding.
         """
         encoded: list[EncodedConversation] = []
+        visuals: list[int] = []
         squares: list[np.ndarray] = []
         names: list[str] = []
         lost: list[Lost] = []
@@ -99,35 +113,52 @@ class RowMaker:
             try:
                 stored = self.datasets[dataset][number]
                 name = f"{self.names[dataset]}{stored.id}"
-                conversation = self._encode(stored.conversation, len(stored.images))
+                conversation, shown = self._encode(stored)
                 seen = [self._square(data) for data in stored.images[: conversation.num_images]]
             except (DatasetError, ImageError) as error:
                 lost.append(Lost(id=name, reason=str(error)))
                 continue
             encoded.append(conversation)
+            visuals += shown
             squares += seen
             names.append(name)
-        row = self._assemble(encoded, RowContents(example_ids=tuple(names), lost=tuple(lost)))
+        contents = RowContents(example_ids=tuple(names), lost=tuple(lost))
+        row = self._assemble(encoded, visuals, contents)
         side = self.image_processor.image_size
         return row, np.stack(squares) if squares else np.zeros((0, side, side, 3), np.uint8)
 
-    def _encode(self, conversation: list[dict[str, str]], num_images: int) -> EncodedConversation:
+    def _encode(self, stored: Stored) -> tuple[EncodedConversation, tuple[int, ...]]:
+        """The conversation, and its visuals where the system joins frames."""
+        joined = self.layout is not None
         encoded = encode_conversation(
             self.tokenizer,
-            conversation,
+            stored.conversation,
             template=self.template,
-            num_images=num_images,
-            max_length=self.sequence_length,
+            num_images=len(stored.images),
+            max_length=None if joined else self.sequence_length,
             strict=self.strict_labels,
         )
-        return expand_conversation(
-            encoded, tokens_per_image=self.tokens_per_image, max_length=self.sequence_length
+        length, image = self.sequence_length, self.tokens_per_image
+        if self.layout is None:
+            return expand_conversation(encoded, tokens_per_image=image, max_length=length), ()
+        alone = 0 if self.layout.after_images else 1
+        visuals = tuple(n or alone for n in stored.visuals) or (alone,) * len(stored.images)
+        return expand_visuals(
+            encoded,
+            visuals=visuals,
+            tokens=tokens_of(visuals, self.layout, tokens_per_image=image),
+            max_length=length,
         )
 
     def _square(self, data: bytes) -> np.ndarray:
         return self.image_processor.square(self.image_processor.load(data))
 
-    def _assemble(self, encoded: Sequence[EncodedConversation], contents: RowContents) -> Row:
+    def _assemble(
+        self,
+        encoded: Sequence[EncodedConversation],
+        visuals: Sequence[int],
+        contents: RowContents,
+    ) -> Row:
         length = self.sequence_length
         ids, positions, segments = (np.zeros(length, np.int32) for _ in range(3))
         labels = np.full(length, IGNORED_LABEL, np.int32)
@@ -144,7 +175,18 @@ class RowMaker:
             places = start + np.flatnonzero(conversation.ids == IMAGE_TOKEN_ID)
             image_slots[places] = slots + np.arange(len(places))
             start, slots = end, slots + len(places)
+        clips: tuple[range, ...] = ()
+        if self.layout is not None:
+            placed = place_visuals(
+                visuals,
+                self.layout,
+                images=self.images_per_row,
+                tokens_per_image=self.tokens_per_image,
+            )
+            image_slots[image_slots >= 0] = placed.slots
+            clips = placed.clips
         return Row(
+            clips=clips,
             ids=ids,
             labels=labels,
             positions=positions,

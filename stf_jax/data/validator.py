@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from stf_jax.data.clips import UNIFORM, FrameSampling
 from stf_jax.data.fit import fit_template
 from stf_jax.data.images import ImageProcessor
 from stf_jax.data.inspection import Finding, Inspection, Inspector
@@ -38,7 +39,8 @@ class CheckReport:
       examples: entries in the files.
       fit: of these, how many can be trained on.
       text_only: of the fit ones, how many have no image.
-      images: image files read to their end, one for each time that an example names it.
+      images: image files and frames of clips read to their end, one for each time that an example
+        names it.
       tokens: of the fit examples together, images expanded, uncut.
       sequence_length: what is longer is cut in training.
       cut: fit examples that are longer.
@@ -178,6 +180,8 @@ def check(
     image_processor: ImageProcessor | None = None,
     tokens_per_image: int = 144,
     sequence_length: int = 2048,
+    sampling: FrameSampling = UNIFORM,
+    timestamps: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> CheckReport:
@@ -196,6 +200,8 @@ def check(
       image_processor: default CLIP's at 336 px, padding.
       tokens_per_image: for lengths.
       sequence_length: to count what is longer.
+      sampling: which frames of a clip are kept.
+      timestamps: whether the question says when they are.
       workers: processes; default is the number of processors.
       progress: called with (examples done, of how many).
 
@@ -210,6 +216,8 @@ def check(
         tokenizer=tokenizer,
         template=fit_template(template, tokenizer),
         image_processor=image_processor or ImageProcessor(),
+        sampling=sampling,
+        timestamps=timestamps,
     )
     examples = read_examples([expand(path) for path in files])
     tally = Tally(tokens_per_image=tokens_per_image, sequence_length=sequence_length)

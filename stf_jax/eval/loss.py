@@ -80,6 +80,7 @@ def held_out_loss(
         image_processor=processors.image_processor,
         tokens_per_image=processors.tokens_per_image,
         question_length=processors.question_length,
+        layout=processors.clip_layout(config.clip_frames),
     )
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     rules = ShardingRules.none() if mesh is None else ShardingRules.default()

@@ -20,6 +20,7 @@ from stf_jax.data.tokenizer import (
     encode_prompt,
     expand_images,
 )
+from stf_jax.data.visuals import Placed, clip_array, place_visuals, tokens_of
 
 # Suffixes and questions are short; to pad them to the buckets of whole prompts would double their
 # cost.
@@ -56,6 +57,12 @@ class Prompt:
             return ()
         clips = sum(frames > 0 for frames in self.visuals)
         return clips, self.layout.frames, len(self.visuals) - clips
+
+    def place(self, images: int) -> Placed:
+        """Where its images and clips stand in a row with room for so many images."""
+        assert self.layout is not None
+        assert self.budget is not None
+        return place_visuals(self.visuals, self.layout, images=images, tokens_per_image=self.budget)
 
     @property
     def prefix_key(self) -> Hashable | None:
@@ -115,7 +122,7 @@ def make_prompt(
             ids,
             tokens_per_image=tokens_per_image
             if layout is None
-            else [layout.tokens if frames else tokens_per_image for frames in visuals],
+            else tokens_of(visuals, layout, tokens_per_image=tokens_per_image),
         ),
         pixels=pixels,
         budget=tokens_per_image,
@@ -258,7 +265,9 @@ def pad_prompts(prompts: Sequence[Prompt], *, rows: int, image_size: int) -> Bat
         at_image = prompt.ids == IMAGE_TOKEN_ID
         ids[row, :size] = prompt.ids
         segments[row, :size] = 1
-        image_slots[row, :size][at_image] = _slots(prompt, images=images)
+        image_slots[row, :size][at_image] = (
+            np.arange(at_image.sum()) if prompt.layout is None else prompt.place(images).slots
+        )
         pixels[row, : len(shown)] = shown
     return Batch(
         ids=ids,
@@ -273,39 +282,15 @@ def pad_prompts(prompts: Sequence[Prompt], *, rows: int, image_size: int) -> Bat
     )
 
 
-def _slots(prompt: Prompt, *, images: int) -> np.ndarray:
-    """Which of its row's image tokens each placeholder is; a row has room for `images`."""
-    count = int((prompt.ids == IMAGE_TOKEN_ID).sum())
-    layout, image_tokens = prompt.layout, prompt.budget or 0
-    if layout is None:
-        return np.arange(count)
-    slots, next_clip = [], images * image_tokens if layout.after_images else 0
-    shown = 0
-    for frames in prompt.visuals:
-        if frames:
-            slots.append(next_clip + np.arange(layout.tokens))
-            next_clip += layout.tokens
-        else:
-            slots.append(shown * image_tokens + np.arange(image_tokens))
-        # An image's place among the row's pixels is behind the frames of earlier clips.
-        shown += max(frames, 1)
-    return np.concatenate(slots)
-
-
 def _place_clips(prompts: Sequence[Prompt], *, rows: int) -> dict[str, Any]:
     """Which of a row's images are the frames of each clip; nothing where no prompt has clips."""
     if prompts[0].layout is None:
         return {}
-    count, frames, _ = prompts[0].clip_shape
-    clips = np.full((rows, count, frames), -1, np.int32)
-    for row, prompt in enumerate(prompts):
-        start = clip = 0
-        for shown in prompt.visuals:
-            if shown:
-                clips[row, clip, :shown] = start + np.arange(shown)
-                clip += 1
-            start += max(shown, 1)
-    return {"clips": clips}
+    clips, frames, beside = prompts[0].clip_shape
+    images = clips * frames + beside
+    placed = [prompt.place(images).clips for prompt in prompts]
+    placed += [()] * (rows - len(prompts))
+    return {"clips": clip_array(placed, clips=clips, frames=frames)}
 
 
 def _pad_questions(prompts: Sequence[Prompt], *, rows: int, images: int) -> dict[str, Any]:

@@ -280,6 +280,10 @@ class LlavaConfig:
             )
         return tokens
 
+    def clip_layout(self, frames: int) -> ClipLayout | None:
+        """The slots of a clip of at most so many frames; None where frames are images like any."""
+        return self.system.clip_layout(frames)
+
     @property
     def question_length(self) -> int:
         """Tokens of an image's question that the connector reads; 0 where it reads none."""

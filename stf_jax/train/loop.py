@@ -314,6 +314,7 @@ def _open_data(config: DataConfig, processors: Processors) -> TrainingData:
         image_processor=processors.image_processor,
         tokens_per_image=processors.tokens_per_image,
         question_length=processors.question_length,
+        layout=processors.clip_layout(config.clip_frames),
     )
 
 

@@ -183,6 +183,11 @@ def _batch(config: TrainConfig, model: LlavaConfig) -> Batch:
         images = (1, config.data.images_per_row)
         questions = jax.ShapeDtypeStruct((*images, model.question_length), jnp.int32)
         lengths = jax.ShapeDtypeStruct(images, jnp.int32)
+    clips: Any = None
+    frames = config.data.clip_frames
+    if frames and model.system.clip_layout(frames) is not None:
+        shape_of_clips = (1, config.data.images_per_row // frames, frames)
+        clips = jax.ShapeDtypeStruct(shape_of_clips, jnp.int32)
     return Batch(
         ids=text,
         labels=text,
@@ -192,4 +197,5 @@ def _batch(config: TrainConfig, model: LlavaConfig) -> Batch:
         pixels=pixels,
         questions=questions,
         question_lengths=lengths,
+        clips=clips,
     )

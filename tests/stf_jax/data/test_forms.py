@@ -96,8 +96,11 @@ def test_images_in_parts_stay_where_they_are() -> None:
 @pytest.mark.parametrize(
     ("entry", "reason"),
     [
-        ({"video": "a.mp4", "conversations": TURNS}, "'video' is not read, only images are"),
-        ({"audios": ["a.wav"], "conversations": TURNS}, "'audios' is not read, only images are"),
+        ({"audio": "a.mp3", "conversations": TURNS}, "'audio' is not read, only images and videos"),
+        (
+            {"audios": ["a.wav"], "conversations": TURNS},
+            "'audios' is not read, only images and videos are",
+        ),
         ({"messages": user({"type": "video", "video": "a.mp4"})}, "a part of type 'video'"),
         ({"messages": user({"text": "What?"})}, "a part of type None is not read"),
         ({"messages": user({"type": "text", "text": 3})}, "a part of type 'text' holds 3"),
@@ -105,7 +108,7 @@ def test_images_in_parts_stay_where_they_are() -> None:
         ({"image": "", "conversations": TURNS}, "'image' has an empty name; leave the key out"),
         ({"images": [3], "conversations": TURNS}, "'images' is 3; it must be a path or a list"),
         ({"images": [{"bytes": "x"}], "conversations": TURNS}, "holds an image's bytes; write"),
-        ({"image": "a.png", "images": ["b.png"], "conversations": TURNS}, "name other images"),
+        ({"image": "a.png", "images": ["b.png"], "conversations": TURNS}, "name different files"),
         ({"prompt": "What?", "answer": "A bus."}, "and there are prompt, answer; write LLaVA's"),
         ({"messages": {"role": "user"}}, "'messages' must be a list of objects; write LLaVA's"),
     ],

@@ -109,7 +109,7 @@ def rotten(corpus: Any, tokenizer: Tokenizer, tmp_path: Path) -> Path:
         one = stored[number]
         cut = 2 if number in (1, 4, 20) else 1
         images = tuple(data[: len(data) // cut] for data in one.images)
-        examples.append((one.id, json.dumps(one.conversation), images))
+        examples.append((one.id, json.dumps(one.conversation), images, one.visuals))
     (shard,) = out.glob("*array_record*")
     write_shard(shard, examples)
     return out
