@@ -176,9 +176,11 @@ class _Run:
                 if self.checkpoints.due(number + 1) or number + 1 == stop:
                     # A step that was not finite must not get into a checkpoint unseen.
                     report.write()
+                    if number + 1 == stop:
+                        # Before the run counts as finished: a kill meanwhile repeats it.
+                        self.validate(stop, state, report, stop=stop)
                     self.checkpoints.save(number + 1, state)
         self.checkpoints.wait()
-        self.validate(stop, state, report, stop=stop)
         if self.data.lost:
             _say(f"left out, since they could not be read: {', '.join(self.data.lost)}")
         return "finished"
