@@ -12,6 +12,7 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stf_jax.data.clips import FrameSampling
     from stf_jax.data.images import ImageError
     from stf_jax.eval.evaluate import evaluate
     from stf_jax.infer.answers import Answer
@@ -28,6 +29,7 @@ __all__ = [
     "Chat",
     "CheckpointError",
     "DeviceMemoryError",
+    "FrameSampling",
     "ImageError",
     "Model",
     "Request",
@@ -46,6 +48,7 @@ _HOMES = {
     "Chat": "stf_jax.infer.chat",
     "CheckpointError": "stf_jax.util.errors",
     "DeviceMemoryError": "stf_jax.util.errors",
+    "FrameSampling": "stf_jax.data.clips",
     "ImageError": "stf_jax.data.images",
     "Model": "stf_jax.infer.model",
     "Request": "stf_jax.infer.model",

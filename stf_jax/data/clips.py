@@ -175,7 +175,11 @@ def _from_folder(path: Path, sampling: FrameSampling, name: str, fps: float | No
 
 
 def _spaced(count: int, fps: float | None) -> list[float] | None:
-    return None if fps is None else [number / fps for number in range(count)]
+    if fps is None:
+        return None
+    if not 0 < fps < float("inf"):
+        raise ClipError(f"clip_fps is {fps} frames a second; give more than 0, or None")
+    return [number / fps for number in range(count)]
 
 
 def _sample(
@@ -217,7 +221,9 @@ def _from_file(path: Path, sampling: FrameSampling, name: str) -> Clip:
     """Packets tell the times of the frames; they are not decoded for that."""
     with _open(path, name) as (container, stream):
         rate = stream.average_rate or stream.guessed_rate
-        packets = [packet for packet in container.demux(stream) if packet.size]
+        # A cut that did not encode anew leaves packets that decode to nothing.
+        every = [packet for packet in container.demux(stream) if packet.size]
+        packets = [packet for packet in every if not packet.is_discard]
         unit = float(stream.time_base or 0)
         stamps = [packet.pts for packet in packets]
         if packets and all(stamp is not None for stamp in stamps):
@@ -229,7 +235,8 @@ def _from_file(path: Path, sampling: FrameSampling, name: str) -> Clip:
         step = 1 / float(rate) if rate else 0.0
         stated = _read_duration(stream.metadata.get("DURATION"))
         short = stated is not None and times and times[-1] - times[0] + 2 * step < stated
-        if short or len(packets) < stream.frames or (packets and packets[-1].is_corrupt):
+        lacks = len(every) < stream.frames
+        if short or lacks or (packets and packets[-1].is_corrupt):
             raise ClipError(f"{name}: cut short; fetch it again")
 
     def load(chosen: np.ndarray) -> list[Image.Image]:
@@ -316,14 +323,14 @@ def order_visuals(
         (VIDEO_MARKER, len(clips), "clip", "--clip"),
     ):
         marks = markers.count(marker)
-        if marks != count and (count or marker == IMAGE_MARKER):
+        if marks != count:
             there = {0: f"is no {word}", 1: f"is 1 {word}"}.get(count, f"are {count} {word}s")
             fix = "give one for each" if count else f"give one for each ({option} FILE)"
             raise ValueError(
                 f"the prompt has {marks} {marker} and there {there}; {fix}, or leave {marker} out"
             )
     rest = {IMAGE_MARKER: iter(images), VIDEO_MARKER: iter(clips)}
-    return [next(rest[marker]) for marker in markers if marker == IMAGE_MARKER or clips]
+    return [next(rest[marker]) for marker in markers]
 
 
 def place_clips(text: str, clips: Sequence[Clip], *, joined: bool, timestamps: bool) -> str:

@@ -46,7 +46,7 @@ class Request:
         images: paths, bytes, Pillow images or uint8 [h, w, 3] of numpy; a single one, too; None
             is no image.
         clips: video files, folders of frames, or uint8 [frames, h, w, 3] of numpy; a single one,
-            too.
+            too; None is no clip.
         sampling: which frames of a clip are shown.
         clip_fps: frames a second of folders and arrays, where it is known.
         timestamps: whether the prompt says when the frames are.
@@ -54,7 +54,7 @@ class Request:
 
     prompt: str
     images: ImageSource | Sequence[ImageSource] | None = ()
-    clips: ClipSource | Sequence[ClipSource] = ()
+    clips: ClipSource | Sequence[ClipSource] | None = ()
     sampling: FrameSampling = UNIFORM
     clip_fps: float | None = None
     timestamps: bool = False
@@ -221,7 +221,9 @@ class Model:
             images = ()
         elif isinstance(images, ImageSource):
             images = [images]
-        if isinstance(sources, ClipSource):
+        if sources is None:
+            sources = ()
+        elif isinstance(sources, ClipSource):
             sources = [sources]
         clips = [open_clip(source, request.sampling, fps=request.clip_fps) for source in sources]
         if not request.prompt.replace(IMAGE_MARKER, "").replace(VIDEO_MARKER, "").strip():

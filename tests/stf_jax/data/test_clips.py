@@ -202,5 +202,5 @@ def test_markers_become_frames(clip: Callable[[int], Clip]) -> None:
 def test_markers_and_clips_must_agree(clip: Callable[[int], Clip]) -> None:
     with pytest.raises(ValueError, match="the prompt has 2 <video> and there is 1 clip"):
         order_visuals("<video> <video>", [], [clip(1)])
-    # Without a clip it is a word.
-    assert order_visuals("What is <video>?", [], []) == []
+    with pytest.raises(ValueError, match=r"the prompt has 1 <video> and there is no clip; give"):
+        order_visuals("What is <video>?", [], [])
