@@ -44,7 +44,17 @@ from jaxtyping import install_import_hook
 # Left out are modules whose dataclasses also hold specs, shapes and broadcast views: batches, marks
 # and caches. The environment of the wheel has no checker.
 if importlib.util.find_spec("beartype"):
-    models = ("attention", "clip", "connector", "layers", "llama", "llava", "loop", "lora")
+    models = (
+        "attention",
+        "clip",
+        "clustering",
+        "connector",
+        "layers",
+        "llama",
+        "llava",
+        "loop",
+        "lora",
+    )
     checked = ["stf_jax.systems", *(f"stf_jax.models.{name}" for name in models)]
     install_import_hook([*checked, "stf_jax.infer.sampling"], "beartype.beartype")
 

@@ -8,10 +8,10 @@ import dataclasses
 import io
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -28,6 +28,7 @@ _FRAMES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _MOST_FRAMES = 4096
 
 ClipSource = str | Path | np.ndarray
+Shown = TypeVar("Shown", bound=ImageSource)
 
 
 class ClipError(ImageError):
@@ -309,9 +310,7 @@ def encode_frame(frame: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def order_visuals(
-    text: str, images: Sequence[ImageSource], clips: Sequence[Clip]
-) -> list[ImageSource | Clip]:
+def order_visuals(text: str, images: Sequence[Shown], clips: Sequence[Clip]) -> list[Shown | Clip]:
     """Images and clips in the order in which the text has their markers.
 
     Raises:
@@ -329,7 +328,10 @@ def order_visuals(
             raise ValueError(
                 f"the prompt has {marks} {marker} and there {there}; {fix}, or leave {marker} out"
             )
-    rest = {IMAGE_MARKER: iter(images), VIDEO_MARKER: iter(clips)}
+    rest: dict[str, Iterator[Shown | Clip]] = {
+        IMAGE_MARKER: iter(images),
+        VIDEO_MARKER: iter(clips),
+    }
     return [next(rest[marker]) for marker in markers]
 
 
@@ -348,3 +350,31 @@ def place_clips(text: str, clips: Sequence[Clip], *, joined: bool, timestamps: b
         return f"{markers}\n{clip.describe_times()}{end}" if timestamps else markers
 
     return re.sub(re.escape(VIDEO_MARKER), place, text)
+
+
+def place_in_turns(
+    turns: Sequence[Mapping[str, Any]],
+    images: Sequence[bytes],
+    clips: Sequence[Clip],
+    *,
+    timestamps: bool,
+) -> tuple[list[dict[str, Any]], list[bytes | Clip]]:
+    """A conversation with `<image>` for each frame; images and clips in their order.
+
+    Where no turn has `<video>` and there is no image, `<image>` stands for the clip, as in
+    LLaVA-Video's own files.
+
+    Raises:
+      ValueError: more or fewer markers than there are.
+    """
+    texts = [str(turn["value"]) for turn in turns]
+    if not images and not any(VIDEO_MARKER in text for text in texts):
+        texts = [text.replace(IMAGE_MARKER, VIDEO_MARKER) for text in texts]
+    shown = order_visuals("".join(texts), images, clips)
+    waiting, placed = list(clips), []
+    for turn, text in zip(turns, texts, strict=True):
+        count = text.count(VIDEO_MARKER)
+        own, waiting = waiting[:count], waiting[count:]
+        value = place_clips(text, own, joined=False, timestamps=timestamps)
+        placed.append({**turn, "value": value})
+    return placed, shown

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -17,14 +17,13 @@ from stf_jax.data.clips import (
     FrameSampling,
     encode_frame,
     open_clip,
-    order_visuals,
-    place_clips,
+    place_in_turns,
 )
 from stf_jax.data.encoding import EncodedConversation, encode_conversation
 from stf_jax.data.forms import FormError, find_markers, read_clips, read_form, shorten
 from stf_jax.data.images import MAX_BYTES, ImageError, ImageProcessor, load_image, open_header
 from stf_jax.data.sources import RawExample
-from stf_jax.data.templates import IMAGE_MARKER, VIDEO_MARKER, Template
+from stf_jax.data.templates import IMAGE_MARKER, Template
 from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID, Tokenizer
 from stf_jax.util.files import read_bytes
 
@@ -187,7 +186,9 @@ class Inspector:
         try:
             seen: list[bytes] = contents
             if clips and not problems:
-                turns, seen, visuals = self._place_clips(turns, contents, clips)
+                turns, shown = place_in_turns(turns, contents, clips, timestamps=self.timestamps)
+                seen = [data for one in shown for data in self._encode(one)]
+                visuals = tuple(one.count if isinstance(one, Clip) else 0 for one in shown)
             measures = measure(
                 turns,
                 tokenizer=self.tokenizer,
@@ -248,34 +249,6 @@ class Inspector:
         except ClipError as error:
             raise _Unfit("bad clip", str(error)) from error
 
-    def _place_clips(
-        self, turns: list[dict[str, Any]], images: Sequence[bytes], clips: Sequence[Clip]
-    ) -> tuple[list[dict[str, Any]], list[bytes], tuple[int, ...]]:
-        """Turns with `<image>` for each frame; images and frames in their order; `visuals`."""
-        texts = [str(turn["value"]) for turn in turns]
-        if not images and not any(VIDEO_MARKER in text for text in texts):
-            # As LLaVA-Video's own data marks its videos.
-            texts = [text.replace(IMAGE_MARKER, VIDEO_MARKER) for text in texts]
-        shown = order_visuals("".join(texts), images, clips)
-        waiting = list(clips)
-        placed = []
-        for turn, text in zip(turns, texts, strict=True):
-            count = text.count(VIDEO_MARKER)
-            own, waiting = waiting[:count], waiting[count:]
-            value = place_clips(text, own, joined=False, timestamps=self.timestamps)
-            placed.append({**turn, "value": value})
-        seen: list[bytes] = []
-        for one in shown:
-            if isinstance(one, Clip):
-                frames = one.load()
-                self.image_processor.check_size(*frames[0].size)
-                seen += map(encode_frame, frames)
-            else:
-                assert isinstance(one, bytes)
-                seen.append(one)
-        visuals = tuple(one.count if isinstance(one, Clip) else 0 for one in shown)
-        return placed, seen, visuals
-
     def _read_image(self, name: str) -> tuple[bytes, str | None]:
         if fault := _name_fault(name):
             raise _Unfit("bad image", fault)
@@ -302,6 +275,14 @@ class Inspector:
         except ImageError as error:
             raise _Unfit("bad image", str(error)) from error
         return data, note
+
+    def _encode(self, shown: bytes | Clip) -> list[bytes]:
+        """An image's bytes, or those of a clip's frames."""
+        if isinstance(shown, bytes):
+            return [shown]
+        frames = shown.load()
+        self.image_processor.check_size(*frames[0].size)
+        return [encode_frame(frame) for frame in frames]
 
     def _find_special_tokens(self, turns: Sequence[Mapping[str, str]]) -> Iterator[tuple[int, str]]:
         """Special tokens that somebody typed, and their turns; training reads them as tokens."""

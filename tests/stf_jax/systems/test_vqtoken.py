@@ -16,16 +16,16 @@ from stf_jax.convert.infer import infer_system, system_keys
 from stf_jax.convert.mapping import connector_entries
 from stf_jax.data.batch import Batch
 from stf_jax.data.tokenizer import IGNORED_LABEL
-from stf_jax.models.llava import Llava
-from stf_jax.parallel.sharding import ShardingRules, make_mesh
-from stf_jax.systems.base import LlavaConfig
-from stf_jax.systems.vqtoken import (
-    VQToken,
+from stf_jax.models.clustering import (
     average_clusters,
     choose_seeds,
     find_clusters,
     normalize,
 )
+from stf_jax.models.llava import Llava
+from stf_jax.parallel.sharding import ShardingRules, make_mesh
+from stf_jax.systems.base import LlavaConfig
+from stf_jax.systems.vqtoken import VQToken
 from tests.stf_jax.systems.conftest import build
 
 VISION, TEXT = VisionConfig.tiny(), TextConfig.tiny()

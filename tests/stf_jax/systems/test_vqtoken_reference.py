@@ -16,17 +16,11 @@ from stf_jax.config.vision import VisionConfig
 from stf_jax.convert.mapping import connector_entries
 from stf_jax.data.batch import Batch
 from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID
+from stf_jax.models.clustering import average_clusters, find_clusters, normalize
 from stf_jax.models.layers import Init
 from stf_jax.systems import vqtoken
 from stf_jax.systems.base import LlavaConfig
-from stf_jax.systems.vqtoken import (
-    VQAttention,
-    VQToken,
-    average_clusters,
-    find_clusters,
-    normalize,
-    quantize,
-)
+from stf_jax.systems.vqtoken import VQAttention, VQToken, quantize
 from tests.stf_jax.systems.reference import Case, assert_near, fill, find_case
 
 PREFIX = "connector/attention/"
