@@ -20,7 +20,7 @@ for line in sys.stdin:
         os.dup2(os.open(config + ".stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
         try:
             code = 0 if train(TrainConfig.load(config)) == "finished" else 75
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             sys.stderr.write(f"error: {error}\\n")
         except BaseException:
             import traceback

@@ -158,13 +158,12 @@ class Dataset:
           DatasetError: the file is damaged there.
         """
         try:
-            record = self._source[number]
-        # ArrayRecord and protobuf raise several kinds for damaged files.
+            return Stored(self._source[number])
+        # ArrayRecord and protobuf raise several kinds for damaged files; a field may be missing.
         except Exception as error:
             raise DatasetError(
                 f"{self.path}: example {number} is damaged ({first_line(error)})"
             ) from error
-        return Stored(record)
 
     def ids(self) -> Sequence[str]:
         """Of all examples, in order; from an index, so that no example is read.

@@ -260,5 +260,5 @@ def get_template(name: str) -> Template:
         return TEMPLATES[name]
     except KeyError:
         raise ValueError(
-            f"unknown template {name!r}: choose one of {', '.join(sorted(TEMPLATES))}"
+            f"unknown template {name!r:.60}: choose one of {', '.join(sorted(TEMPLATES))}"
         ) from None

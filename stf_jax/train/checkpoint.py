@@ -247,7 +247,7 @@ class Checkpoints:
             self._checkpointer.close()
 
     def _refuse_another_config(self, config: Mapping[str, Any], free: Sequence[str]) -> None:
-        written = (self._checkpointer.root_metadata().custom_metadata or {}).get("config", {})
+        written = self._written_config()
         differences = [
             line
             for key, line in _differences(written, config)
@@ -259,6 +259,20 @@ class Checkpoints:
                 f"{self._directory} belongs to a run with another config; choose another directory "
                 "or take back:\n" + "\n".join(f"  {line}" for line in differences)
             )
+
+    def _written_config(self) -> Any:
+        """The config under which the checkpoints were written."""
+        try:
+            described = self._checkpointer.root_metadata().custom_metadata or {}
+            written = described.get("config", {})
+            if not isinstance(written, Mapping):
+                raise TypeError("the config is none")
+        except Exception as error:  # Orbax raises any kind
+            raise CheckpointError(
+                f"{self._directory / 'metadata'} is damaged ({first_line(error)}); move it away, "
+                "and the run continues without comparing its config with the one before"
+            ) from error
+        return written
 
 
 def _as_tree(state: TrainState) -> dict[str, Any]:

@@ -435,3 +435,14 @@ def test_features_that_are_damaged(dataset: Path, tmp_path: Path) -> None:
     (copy / "features.json").write_text("[" * 100_000)
     with pytest.raises(DatasetError, match=r"features.json: missing or damaged; copy it again"):
         Dataset(copy)[0]
+
+
+@pytest.mark.parametrize("name", ["conversations", "id", "images"])
+def test_a_feature_under_another_name_is_a_damaged_example(
+    name: str, dataset: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
+    features = copy / "features.json"
+    features.write_text(features.read_text().replace(f'"{name}"', f'"{name}x"'))
+    with pytest.raises(DatasetError, match="copy: example 0 is damaged "):
+        Dataset(copy)[0]

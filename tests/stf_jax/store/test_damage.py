@@ -231,6 +231,19 @@ def damage(path: Path) -> None:
     shutil.rmtree(path.with_name("again"))
 
 
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"custom_metadata": {"config": [1]}}', b"\xff"])
+def test_what_describes_the_run_is_damaged(run: Path, tmp_path: Path, content: bytes) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "metadata" / "_ROOT_METADATA").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"run/metadata is damaged \(.*; move it away, and"):
+        checkpoints_of(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "metadata")
+    with checkpoints_of(tmp_path / "run") as checkpoints:
+        state = checkpoints.restore(make_state(0), report=pytest.fail)
+    assert state is not None
+    assert is_same(state, make_state(2))
+
+
 def test_what_storage_itself_takes_for_whole(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     damage(tmp_path / "run" / "2")
