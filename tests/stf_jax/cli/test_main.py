@@ -95,6 +95,7 @@ def test_every_option_arrives(
             )
         ],
         "system": None,
+        "fields": {},
         "tokens": None,
         "sampling": Sampling(temperature=0.7, top_p=0.8, top_k=5, seed=6),
         "max_new_tokens": 7,
