@@ -100,25 +100,36 @@ def mean_by_hand(path: Path | str, held_out: Path) -> float:
 
 
 @pytest.fixture(scope="module")
-def whole() -> dict[str, Any]:
-    """Filled by the first test."""
+def runs() -> dict[str, Any]:
+    """What `whole` has made: once in each process of the tests."""
     return {}
 
 
+@pytest.fixture
+def whole(
+    config: Config, held_out: Path, runs: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> dict[str, Any]:
+    """A run that validates, what it says, and its losses."""
+    if not runs:
+        section = {"dataset": str(held_out), "every": 2}
+        run = config(validation=section)
+        assert train(run) == "finished"
+        shown = capsys.readouterr().err
+        losses, validation = records(run)
+        runs.update(run=run, section=section, losses=losses, validation=validation, shown=shown)
+    return runs
+
+
 def test_the_steps_of_a_run_that_validates_are_the_same_to_the_bit(
-    config: Config, held_out: Path, whole: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    config: Config, whole: dict[str, Any]
 ) -> None:
-    section = {"dataset": str(held_out), "every": 2}
-    run, without = config(validation=section), config()
-    assert train(run) == train(without) == "finished"
-    shown = capsys.readouterr().err
-    assert "every 2 steps, 30 held-out examples in 2 batches" in shown
-    assert "step 4/5  validation loss " in shown
-    losses, validation = records(run)
-    assert records(without) == (losses, {})
-    assert [*validation] == [0, 2, 4, 5]
-    assert len({*validation.values()}) == 4
-    whole.update(run=run, section=section, losses=losses, validation=validation)
+    without = config()
+    assert train(without) == "finished"
+    assert "every 2 steps, 30 held-out examples in 2 batches" in whole["shown"]
+    assert "step 4/5  validation loss " in whole["shown"]
+    assert records(without) == (whole["losses"], {})
+    assert [*whole["validation"]] == [0, 2, 4, 5]
+    assert len({*whole["validation"].values()}) == 4
 
 
 def test_it_is_the_mean_over_every_supervised_token_of_the_model_as_it_is(
