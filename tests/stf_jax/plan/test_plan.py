@@ -165,19 +165,24 @@ def test_beside_a_process_that_has_the_compiler(ask_anew: Ask, config: str) -> N
     """That the other one runs, on the TPU maybe, is no reason to refuse."""
     holds = "from jax.experimental import topologies as t; t.get_topology_desc('v5e:2x2', 'tpu'); "
     environment = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
-    with subprocess.Popen(
-        [sys.executable, "-c", f"{holds} print('here', flush=True); input()"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-        text=True,
-    ) as other:
-        assert other.stdin is not None
-        assert other.stdout is not None
-        assert other.stdout.readline() == "here\n"
-        done = ask_anew(config, "--topology", "v5e:3x5")
-        other.stdin.close()
+    for _ in range(20):
+        with subprocess.Popen(
+            [sys.executable, "-c", f"{holds} print('here', flush=True); input()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            text=True,
+        ) as other:
+            assert other.stdin is not None
+            assert other.stdout is not None
+            # While a test beside this one has the compiler, it cannot be had.
+            if other.stdout.readline() == "here\n":
+                done = ask_anew(config, "--topology", "v5e:3x5")
+                other.stdin.close()
+                break
+    else:
+        raise AssertionError("the compiler was never free")
     assert done.stderr.startswith("error: there is no slice v5e:3x5")
 
 
