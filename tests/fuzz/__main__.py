@@ -33,8 +33,10 @@ def main() -> int:
     failed = False
     sys.stdout.write("| input | cases | works | refused | slowest | more memory | failed |\n")
     sys.stdout.write("| --- | --- | --- | --- | --- | --- | --- |\n")
+    left = options.cases
     for target in chosen:
-        cases = round(options.cases * target.cases / each)
+        cases = left if target is chosen[-1] else round(options.cases * target.cases / each)
+        left -= cases
         with tempfile.TemporaryDirectory() as folder:
             numbers = range(options.first, options.first + cases)
             tally = attack(target, Path(folder), cases=numbers, seed=options.seed, alone=True)
