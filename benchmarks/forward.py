@@ -36,7 +36,7 @@ from stf_jax.models.cache import KVCache
 from stf_jax.models.connector import Architecture
 from stf_jax.models.layers import unstack
 from stf_jax.models.llava import Llava, marks_of
-from stf_jax.store.checkpoint import flatten, unflatten
+from stf_jax.store.arrays import flatten, unflatten
 from stf_jax.systems.base import LlavaConfig
 from stf_jax.systems.stf import STF, MBTFConfig
 

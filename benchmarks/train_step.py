@@ -20,7 +20,7 @@ from forward import IMAGE_ID, Task, build, convert_model, interleave, make_torch
 from stf_jax.data.batch import Batch
 from stf_jax.data.tokenizer import IGNORED_LABEL
 from stf_jax.models.llava import Llava
-from stf_jax.store.checkpoint import flatten
+from stf_jax.store.arrays import flatten
 from stf_jax.systems.base import LlavaConfig
 from stf_jax.systems.stf import STF, MBTFConfig
 from stf_jax.train.optimizer import OptimizerConfig, make_optimizer, split_trained

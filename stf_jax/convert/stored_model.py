@@ -9,7 +9,8 @@ from etils import epath
 from stf_jax.convert.readers import read_json
 from stf_jax.convert.source import Source, open_source
 from stf_jax.data.processors import Processors, read_processors
-from stf_jax.store.checkpoint import extra_files, flatten, is_native, place, unflatten
+from stf_jax.store.arrays import flatten, place, unflatten
+from stf_jax.store.checkpoint import extra_files, is_native
 from stf_jax.store.run import is_run, open_model
 from stf_jax.systems.base import LlavaConfig, System
 from stf_jax.util.errors import CheckpointError

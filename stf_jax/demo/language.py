@@ -32,7 +32,7 @@ from stf_jax.demo.scenes import CAPTIONS, GRID, KINDS, MOST, NAMES, Scene
 from stf_jax.models.layers import Init
 from stf_jax.models.llama import Llama
 from stf_jax.models.llava import marks_of
-from stf_jax.store.checkpoint import flatten, unflatten
+from stf_jax.store.arrays import flatten, unflatten
 from stf_jax.util.files import write_json
 
 VOCABULARY = 544

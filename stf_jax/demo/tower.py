@@ -24,7 +24,7 @@ from stf_jax.demo import scenes
 from stf_jax.demo.scenes import CELL, GRID, NAMES, SIDE, Scans, Scene
 from stf_jax.models.clip import VisionTower
 from stf_jax.models.layers import Init
-from stf_jax.store.checkpoint import flatten
+from stf_jax.store.arrays import flatten
 
 VISION = VisionConfig(image_size=SIDE, patch_size=CELL, width=96, mlp_width=384, layers=5, heads=4)
 

@@ -21,7 +21,7 @@ from stf_jax.infer.load import DTypeName
 from stf_jax.models.llava import Llava
 from stf_jax.parallel.hosts import BatchLayout
 from stf_jax.parallel.sharding import BATCH_AXES, ShardingRules
-from stf_jax.store.checkpoint import flatten
+from stf_jax.store.arrays import flatten
 from stf_jax.store.run import CONFIG, is_run
 from stf_jax.systems.base import System, check_divisible
 from stf_jax.train.config import TrainConfig

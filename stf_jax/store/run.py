@@ -23,15 +23,8 @@ from etils import epath
 
 from stf_jax.config.yaml import read_yaml
 from stf_jax.models.lora import LoRAConfig, merge
-from stf_jax.store.checkpoint import (
-    NativeCheckpoint,
-    host_like,
-    is_native,
-    load_and_check,
-    load_some,
-    open_native,
-    place,
-)
+from stf_jax.store.arrays import host_like, load_and_check, load_some, place
+from stf_jax.store.checkpoint import NativeCheckpoint, is_native, open_native
 from stf_jax.store.checksum import checksums, name_leaves
 from stf_jax.store.quiet import quiet_failures
 from stf_jax.systems.older import is_older, older_path, upgrade_path

@@ -22,7 +22,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from stf_jax.store.checkpoint import flatten
+from stf_jax.store.arrays import flatten
 from stf_jax.store.checksum import NO_MESH, checksums, name_leaves
 from stf_jax.store.quiet import quiet_failures
 from stf_jax.store.run import CHECKSUMS, PARAMETERS

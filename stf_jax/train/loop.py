@@ -29,7 +29,8 @@ from stf_jax.models.layers import Init
 from stf_jax.models.llava import Llava
 from stf_jax.models.lora import is_adapter
 from stf_jax.parallel.sharding import ShardingRules, make_mesh
-from stf_jax.store.checkpoint import NativeCheckpoint, extra_files, flatten, unflatten
+from stf_jax.store.arrays import flatten, unflatten
+from stf_jax.store.checkpoint import NativeCheckpoint, extra_files
 from stf_jax.store.run import CHECKPOINTS, CONFIG, FILES, FREE, LOCK, TENSORBOARD, open_model
 from stf_jax.systems import named_config
 from stf_jax.systems.base import LlavaConfig

@@ -20,7 +20,7 @@ from stf_jax.data.tokenizer import IGNORED_LABEL
 from stf_jax.models.keys import StepKey
 from stf_jax.models.layers import Remat
 from stf_jax.models.llava import Llava
-from stf_jax.store.checkpoint import flatten, unflatten
+from stf_jax.store.arrays import flatten, unflatten
 from stf_jax.train.optimizer import Parameters
 
 LossNormalization = Literal["tokens", "micro_batches"]

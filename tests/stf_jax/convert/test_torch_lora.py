@@ -14,7 +14,8 @@ import yaml
 
 from stf_jax.convert import export_checkpoint, import_checkpoint, inspect_checkpoint, open_source
 from stf_jax.convert.mapping import connector_entries, text_entries
-from stf_jax.store.checkpoint import host_like, open_native
+from stf_jax.store.arrays import host_like
+from stf_jax.store.checkpoint import open_native
 from stf_jax.store.run import adapter_path, open_model
 from stf_jax.train.checkpoint import Checkpoints
 from stf_jax.train.optimizer import OptimizerConfig, make_optimizer

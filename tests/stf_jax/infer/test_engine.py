@@ -17,7 +17,7 @@ from stf_jax.infer.program import Program, Slots
 from stf_jax.infer.prompts import Prompt, bucket
 from stf_jax.infer.sampling import GREEDY, Sampling
 from stf_jax.models.llava import Llava
-from stf_jax.store.checkpoint import flatten, unflatten
+from stf_jax.store.arrays import flatten, unflatten
 from stf_jax.systems import tiny_config
 from stf_jax.systems.base import LlavaConfig
 

@@ -26,7 +26,7 @@ from stf_jax.infer.sampling import GREEDY
 from stf_jax.models.cache import CacheDType
 from stf_jax.models.llava import Llava
 from stf_jax.parallel.sharding import make_mesh
-from stf_jax.store.checkpoint import flatten, unflatten
+from stf_jax.store.arrays import flatten, unflatten
 from stf_jax.systems import tiny_config
 
 MESHES = {"fsdp 8": {"fsdp": 8}, "data 2 x tensor 4": {"data": 2, "tensor": 4}}

@@ -27,7 +27,7 @@ from stf_jax.infer.sampling import GREEDY
 from stf_jax.models.clip import VisionTower
 from stf_jax.models.layers import Init
 from stf_jax.models.llava import Llava
-from stf_jax.store.checkpoint import unflatten
+from stf_jax.store.arrays import unflatten
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch

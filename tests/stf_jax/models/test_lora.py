@@ -15,7 +15,7 @@ from stf_jax.models.layers import Init, Linear
 from stf_jax.models.llama import Llama
 from stf_jax.models.lora import LoRAConfig, is_adapter, merge
 from stf_jax.models.marks import Marks
-from stf_jax.store.checkpoint import flatten, unflatten
+from stf_jax.store.arrays import flatten, unflatten
 
 CONFIG = LoRAConfig(rank=3, alpha=5.0, dropout=0.0)
 

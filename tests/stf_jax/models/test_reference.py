@@ -14,7 +14,7 @@ from stf_jax.convert.mapping import table
 from stf_jax.data.batch import Batch
 from stf_jax.models.llava import Llava
 from stf_jax.parallel.sharding import ShardingRules, make_mesh
-from stf_jax.store.checkpoint import flatten, unflatten
+from stf_jax.store.arrays import flatten, unflatten
 
 pytestmark = pytest.mark.portable
 

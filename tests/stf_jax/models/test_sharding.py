@@ -26,7 +26,7 @@ from stf_jax.models.cache import KVCache
 from stf_jax.models.layers import Init, Linear, stack
 from stf_jax.models.llava import Llava
 from stf_jax.parallel.sharding import BATCH_AXES, ShardingRules, make_mesh
-from stf_jax.store.checkpoint import flatten, unflatten
+from stf_jax.store.arrays import flatten, unflatten
 from stf_jax.systems import tiny_config
 from stf_jax.systems.average import Average
 from stf_jax.systems.base import LlavaConfig, check_divisible

@@ -14,7 +14,8 @@ from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from stf_jax.store import checkpoint
-from stf_jax.store.checkpoint import Leaf, flatten, open_native, unflatten
+from stf_jax.store.arrays import flatten, unflatten
+from stf_jax.store.checkpoint import Leaf, open_native
 from stf_jax.systems import tiny_config
 from stf_jax.util.errors import CheckpointError
 

@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from stf_jax.store import checkpoint
-from stf_jax.store.checkpoint import Leaf, host_like, open_native
+from stf_jax.store.arrays import host_like
+from stf_jax.store.checkpoint import Leaf, open_native
 from stf_jax.store.run import open_model
 from stf_jax.systems import tiny_config
 from stf_jax.train.checkpoint import Checkpoints

@@ -26,7 +26,7 @@ from stf_jax.data.batch import Batch
 from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID
 from stf_jax.models.llava import Llava
 from stf_jax.models.weights import Entry
-from stf_jax.store.checkpoint import flatten, unflatten
+from stf_jax.store.arrays import flatten, unflatten
 from stf_jax.systems.base import LlavaConfig, System
 from tests.conftest import REFERENCE
 

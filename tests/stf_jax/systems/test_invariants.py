@@ -16,7 +16,7 @@ from stf_jax.convert.infer import infer_system, system_keys
 from stf_jax.convert.mapping import connector_entries, table
 from stf_jax.models.llava import Llava
 from stf_jax.models.marks import Marks
-from stf_jax.store.checkpoint import flatten
+from stf_jax.store.arrays import flatten
 from stf_jax.systems import SYSTEMS, config_from_dict, named_config
 from tests.stf_jax.systems.conftest import VISION, batch_of, build, config_of
 

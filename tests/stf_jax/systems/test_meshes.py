@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from stf_jax.models.llava import Llava
 from stf_jax.parallel.sharding import BATCH_AXES, ShardingRules, make_mesh
-from stf_jax.store.checkpoint import flatten, unflatten
+from stf_jax.store.arrays import flatten, unflatten
 from stf_jax.systems import SYSTEMS
 from tests.stf_jax.systems.conftest import batch_of, build, config_of
 

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from stf_jax.models.llava import Llava
-from stf_jax.store.checkpoint import flatten
+from stf_jax.store.arrays import flatten
 from stf_jax.systems import SYSTEMS
 from stf_jax.train.optimizer import OptimizerConfig, make_optimizer, split_trained
 from stf_jax.train.step import TrainState, init_state, make_step

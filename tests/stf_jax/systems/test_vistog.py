@@ -15,7 +15,7 @@ from stf_jax.convert.mapping import connector_entries, tower_entries
 from stf_jax.models.clip import VisionTower
 from stf_jax.models.connector import VisionFeatures
 from stf_jax.models.layers import Init
-from stf_jax.store.checkpoint import flatten
+from stf_jax.store.arrays import flatten
 from stf_jax.systems.base import LlavaConfig
 from stf_jax.systems.vistog import VisToG, VisToGConnector
 from tests.stf_jax.systems.reference import Case, assert_near, fill, find_case

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from stf_jax.models.llava import Llava
 from stf_jax.parallel.sharding import BATCH_AXES, ShardingRules, make_mesh
-from stf_jax.store.checkpoint import flatten
+from stf_jax.store.arrays import flatten
 from stf_jax.train.checkpoint import Checkpoints
 from stf_jax.train.optimizer import OptimizerConfig, make_optimizer, split_trained
 from stf_jax.train.step import TrainState, init_state, make_step

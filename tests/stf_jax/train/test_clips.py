@@ -18,7 +18,7 @@ from stf_jax.data.config import DataConfig, DatasetSource
 from stf_jax.data.images import ImageProcessor
 from stf_jax.data.pipeline import TrainingData
 from stf_jax.data.tokenizer import load_tokenizer
-from stf_jax.store.checkpoint import flatten
+from stf_jax.store.arrays import flatten
 from stf_jax.systems.base import LlavaConfig
 from stf_jax.systems.vqtoken import VQToken
 from stf_jax.train.config import TrainConfig

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from stf_jax.data.batch import Batch
 from stf_jax.models.llava import Llava
 from stf_jax.parallel.sharding import BATCH_AXES, ShardingRules, make_mesh
-from stf_jax.store.checkpoint import flatten
+from stf_jax.store.arrays import flatten
 from stf_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule, split_trained
 from stf_jax.train.step import init_state, make_step
 
