@@ -55,7 +55,11 @@ def infer_system(shapes: Shapes, hf: Mapping[str, Any], vision: VisionConfig) ->
             raise CheckpointError(
                 f"{key} is {hf[key]!r} in config.json; stf_jax computes only {allowed[0]!r}"
             )
-    given = section(hf, KEY) or upgrade_fusion(section(hf, OLDER_KEY)) or _published(hf)
+    given = section(hf, KEY) or upgrade_fusion(section(hf, OLDER_KEY))
+    published = _published(hf)
+    if given.get("name", published.get("name")) == published.get("name"):
+        # Our own key may leave out what the system's own keys say.
+        given = published | given
     try:
         system = _system_of(given, shapes, vision)
         fields = system.fields_of(
@@ -126,8 +130,9 @@ def replace_system(
 
 def name_fields(fields: Mapping[str, Any]) -> list[str]:
     """The options of `stf-jax convert import` that give these fields."""
-    names = {"mbtf": "mbtf-width"}
-    return [f"--{names.get(name, name).replace('_', '-')}" for name in fields]
+    options = {"taps": "taps", "window": "window", "mbtf": "mbtf-width"}
+    options["projector_width"] = "projector-width"
+    return [f"--{options[n]}" if n in options else f"--field {n}" for n in fields]
 
 
 def system_keys(config: LlavaConfig) -> dict[str, Any]:

@@ -156,10 +156,6 @@ class ConnectedSystem(Protocol):
         """Whether the connector reads `ClassAttention`."""
 
     @property
-    def question_length(self) -> int:
-        """Tokens of an image's question that the connector reads; 0 where it reads none."""
-
-    @property
     def extra_count(self) -> int:
         """E, the tokens that go through the tower behind the patches."""
 

@@ -165,5 +165,9 @@ def test_the_published_config_is_known() -> None:
     hf = {"mm_vision_select_layer": -2, "matryoshka_vis_token_scale": [576, 144, 36, 9, 1]}
     assert infer_system(shapes, hf, vision) == M3()
     assert system_keys(config) == hf
+    more = hf | {"mm_system": {"projector_width": 4096}}
+    assert infer_system(shapes, more, vision) == M3()
+    other = hf | {"mm_system": {"name": "average"}}
+    assert infer_system(shapes, other, vision).name == "average"
     del hf["matryoshka_vis_token_scale"]
     assert infer_system(shapes, hf, vision) == Plain()

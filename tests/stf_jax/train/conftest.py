@@ -13,12 +13,10 @@ from stf_jax.train.config import TrainConfig
 from tests.corpus import write_corpus
 
 
-@pytest.fixture(scope="session")
-def dataset(native: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty-eight examples with none, one or two images."""
-    folder = tmp_path_factory.mktemp("corpus")
-    corpus = write_corpus(folder, 48)
-    processors = load_processors(native)
+def build_dataset(model: Path, folder: Path, *, examples: int, workers: int) -> Path:
+    """A dataset of drawn images and conversations, in `folder`."""
+    corpus = write_corpus(folder, examples)
+    processors = load_processors(model)
     build(
         [corpus.json],
         folder / "dataset",
@@ -28,9 +26,15 @@ def dataset(native: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokens_per_image=processors.tokens_per_image,
         template="v1",
         sequence_length=384,
-        workers=1,
+        workers=workers,
     )
     return folder / "dataset"
+
+
+@pytest.fixture(scope="session")
+def dataset(native: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty-eight examples with none, one or two images."""
+    return build_dataset(native, tmp_path_factory.mktemp("corpus"), examples=48, workers=1)
 
 
 @pytest.fixture

@@ -14,14 +14,13 @@ from flax import nnx
 
 from stf_jax.cli.main import main
 from stf_jax.convert.stored_model import load_processors, open_any
-from stf_jax.data.builder import build
 from stf_jax.data.config import DataConfig, DatasetSource
 from stf_jax.data.pipeline import TrainingData, TrainingStep
 from stf_jax.models.llava import Llava
 from stf_jax.train import loop
 from stf_jax.train.config import TrainConfig
 from stf_jax.train.loop import train
-from tests.corpus import write_corpus
+from tests.stf_jax.train.conftest import build_dataset
 
 Config = Callable[..., TrainConfig]
 
@@ -30,17 +29,7 @@ Config = Callable[..., TrainConfig]
 def held_out(native: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Thirty examples, more than one batch of packed rows holds."""
     folder = tmp_path_factory.mktemp("held_out")
-    corpus = write_corpus(folder, 30)
-    processors = load_processors(native)
-    build(
-        [corpus.json],
-        folder / "dataset",
-        images=corpus.images,
-        tokenizer=processors.tokenizer,
-        image_processor=processors.image_processor,
-        workers=0,
-    )
-    return folder / "dataset"
+    return build_dataset(native, folder, examples=30, workers=0)
 
 
 def records(config: TrainConfig) -> tuple[list[float], dict[int, float]]:
