@@ -97,8 +97,8 @@ def test_same_losses_accumulated(config: Config, alone: Alone) -> None:
 
 def test_same_losses_packed_and_unpacked(config: Config) -> None:
     """All 48 examples in each global batch: 18 packed rows, or 48 rows of their own."""
-    packed = config(steps=3, data={"batch_size": 18})
-    single = config(steps=3, data={"batch_size": 48, "packing": "single"})
+    packed = config(data={"batch_size": 18})
+    single = config(data={"batch_size": 48, "packing": "single"})
     np.testing.assert_allclose(losses(single), losses(packed), rtol=1e-5)
     fills = [metrics(run)[0]["fill"] for run in (packed, single)]
     assert fills[0] > 2.5 * fills[1]
