@@ -159,18 +159,19 @@ class Ours:
         hidden = (1, length, model.config.text.width)
         embeds = 0.02 * np.random.default_rng(1).standard_normal(hidden, np.float32)
         self._embeds = jnp.asarray(embeds, model.connector.projector.linear_2.kernel.dtype)
-        slots = length + new
 
         def prefill(state: nnx.State, batch: Batch) -> tuple[jax.Array, KVCache]:
             logits, cache = nnx.merge(graph, state).prefill(batch)
-            return logits, cache.pad_to(slots)
+            return logits, cache.grow(new)
 
         def prefill_text(
             state: nnx.State, embeds: jax.Array, batch: Batch
         ) -> tuple[jax.Array, KVCache]:
-            text = nnx.merge(graph, state).text
-            hidden, cache = text.prefill(embeds, marks=marks_of(batch))
-            return text.logits(hidden[:, -1:])[:, 0], cache.pad_to(slots)
+            model = nnx.merge(graph, state)
+            marks = marks_of(batch, tokens_per_image=model.config.tokens_per_image)
+            last = jnp.full(1, length - 1, jnp.int32)
+            hidden, cache = model.text.prefill(embeds, marks=marks, last=last)
+            return model.text.logits(hidden[:, None])[:, 0], cache.grow(new)
 
         def decode(
             state: nnx.State, logits: jax.Array, position: jax.Array, cache: KVCache

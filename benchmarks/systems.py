@@ -135,11 +135,11 @@ class Contender:
             },
         )
         graph, self._state = nnx.split(model)
-        slots, start = len(ids) + new, jnp.full(batch, len(ids), jnp.int32)
+        start = jnp.full(batch, len(ids), jnp.int32)
 
         def prefill(state: nnx.State, batch: Batch) -> tuple[jax.Array, KVCache]:
             logits, cache = nnx.merge(graph, state).prefill(batch)
-            return logits, cache.pad_to(slots)
+            return logits, cache.grow(new)
 
         def decode(state: nnx.State, logits: jax.Array, cache: KVCache) -> jax.Array:
             model = nnx.merge(graph, state)

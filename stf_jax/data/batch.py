@@ -41,6 +41,8 @@ class Batch:
         clips: the images that are the frames of each clip, where the system joins them; -1 behind
             the last frame of a clip.
         budget: K, where the system has several; None is its most.
+        uniform: whether every row holds all of its I images, so that layers which drop tokens of
+            images have fewer slots; rows of padding aside.
     """
 
     ids: Int[Array, "B T"]
@@ -53,3 +55,4 @@ class Batch:
     question_lengths: Int[Array, "B I"] | None = None
     clips: Int[Array, "B C F"] | None = None
     budget: int | None = dataclasses.field(default=None, metadata={"static": True})
+    uniform: bool = dataclasses.field(default=False, metadata={"static": True})

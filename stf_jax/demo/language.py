@@ -184,7 +184,9 @@ class Oracle(nnx.Module):
         codes, slots = self.cell_codes[window - 1](seen), batch.image_slots[..., None]
         placed = jnp.take_along_axis(codes, jnp.maximum(slots, 0), axis=1)
         spliced = jnp.where(slots >= 0, placed, self.text.embed(batch.ids))
-        return self.text.logits(self.text(spliced, marks=marks_of(batch)))
+        return self.text.logits(
+            self.text(spliced, marks=marks_of(batch, tokens_per_image=codes.shape[1]))
+        )
 
     def loss(self, batch: Batch, seen: Seen, *, window: int) -> Array:
         """Mean cross entropy of the answers, in nats."""

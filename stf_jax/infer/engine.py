@@ -21,7 +21,8 @@ from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.infer.program import Limits, Program, Suffixes, limit_new_tokens
 from stf_jax.infer.prompts import LEAST_QUESTION, Prompt, bucket, pad_prompts
 from stf_jax.infer.sampling import Sampling
-from stf_jax.models.cache import CacheDType, KVCache
+from stf_jax.models.cache import CacheDType, KVCache, Split
+from stf_jax.models.connector import Architecture
 from stf_jax.models.llava import Llava
 from stf_jax.util.errors import explain_memory
 from stf_jax.util.files import name_some
@@ -38,9 +39,9 @@ _MOST_SLOTS = np.iinfo(np.int32).max
 
 @dataclasses.dataclass(kw_only=True)
 class _Group:
-    """Prompts with the same first `prefix` positions."""
+    """Prompts that have in common what is prefilled."""
 
-    prefix: int
+    split: Split
     prompts: list[int]
 
 
@@ -91,18 +92,18 @@ class Engine:
         if not prompts:
             return
         slots, rows = batch_sizes(slots, multiple=self.program.row_multiple)
-        longest = max(len(prompt.ids) for prompt in prompts) + limits.max_new_tokens
-        context = bucket(min(longest, self.config.text.max_positions))
+        contexts = room_for(self.config, prompts, limits.max_new_tokens)
         shortage = (
-            f"{slots} slots of {context} positions do not fit into the memory of a device; give "
-            "fewer slots, a cache of int8 or a larger mesh"
+            f"{slots} slots of {max(contexts)} positions do not fit into the memory of a device; "
+            "give fewer slots, a cache of int8 or a larger mesh"
         )
         with explain_memory(shortage), ThreadPoolExecutor(_READERS) as readers:
             state = self.program.start(
-                slots=slots, context=context, new=bucket(limits.max_new_tokens)
+                slots=slots, contexts=contexts, new=bucket(limits.max_new_tokens)
             )
             free, taken, seen = deque(range(slots)), dict[int, int](), np.zeros(slots, int)
-            groups = _groups(prompts, share=share)
+            splits = [self.config.system.split(prompt.ids) for prompt in prompts]
+            groups = _groups(prompts, splits, share=share)
             feed = _Feed(self.program, prompts, groups, rows, readers=readers)
             # Three steps, until every prompt has its answer: fill the free slots, decode, hand out
             # the new tokens. `taken` is the prompt of each slot at work, `seen` its tokens so far.
@@ -114,7 +115,7 @@ class Engine:
                     if len(free) < (count := min(rows, len(feed.waiting))):
                         break
                     chosen = [(*feed.waiting.popleft(), free.popleft()) for _ in range(count)]
-                    questions = _questions(prompts, chosen, rows=rows, slots=slots)
+                    questions = _questions(prompts, splits, chosen, rows=rows, slots=slots)
                     state = self.program.insert(state, feed.prefixes, questions, limits)
                     for prompt, _, slot in chosen:
                         taken[slot], seen[slot] = prompt, 0
@@ -168,6 +169,19 @@ def _name_prompts(numbers: Sequence[int], prompts: Sequence[Prompt]) -> str:
     return f"prompt {name_some([number + 1 for number in numbers])} of {len(prompts)},"
 
 
+def room_for(config: Architecture, prompts: Sequence[Prompt], new: int) -> tuple[int, ...]:
+    """Positions of a slot with room for any of the prompts and its answer, by group of layers.
+
+    Args:
+        config: of the model.
+        prompts: one or more.
+        new: tokens of an answer.
+    """
+    held = [config.system.held(prompt.ids, config.vision) for prompt in prompts]
+    most = config.text.max_positions
+    return tuple(bucket(min(max(sizes) + new, most)) for sizes in zip(*held, strict=True))
+
+
 def batch_sizes(slots: int, *, multiple: int) -> tuple[int, int]:
     """Slots rounded up to what divides, and how many prefixes or questions go into one call."""
     slots = -(-slots // multiple) * multiple
@@ -191,8 +205,9 @@ class _Feed:
     ):
         self._program, self._prompts, self._rows = program, prompts, rows
         self._readers = readers
-        # A batch has one budget, and clips of one shape.
-        shapes = itertools.groupby(groups, key=lambda group: _shape(prompts[group.prompts[0]]))
+        self._uniform = program.config.system.compacts
+        # A batch has one budget, and clips of one shape; where layers drop tokens, as many images.
+        shapes = itertools.groupby(groups, key=lambda group: self._shape(group))
         alike = [list(same) for _, same in shapes]
         self._chunks = deque(
             same[at : at + rows] for same in alike for at in range(0, len(same), rows)
@@ -201,6 +216,10 @@ class _Feed:
         # (prompt, row of its prefix)
         self.waiting = deque[tuple[int, int]]()
         self.prefixes: KVCache
+
+    def _shape(self, group: _Group) -> object:
+        prompt = self._prompts[group.prompts[0]]
+        return _shape(prompt), _images(prompt) if self._uniform else 0
 
     @property
     def more(self) -> bool:
@@ -214,7 +233,7 @@ class _Feed:
         chunk, loaded = self._chunks.popleft(), [future.result() for future in self._coming]
         self._coming = self._read()
         size = self._program.config.image_size
-        batch = pad_prompts(loaded, rows=self._rows, image_size=size)
+        batch = pad_prompts(loaded, rows=self._rows, image_size=size, uniform=self._uniform)
         self.prefixes = self._program.prefill(batch)
         self.waiting.extend(
             (prompt, row) for row, group in enumerate(chunk) for prompt in group.prompts
@@ -223,24 +242,22 @@ class _Feed:
     def _read(self) -> list[Future[Prompt]]:
         """Begins to read the images of the next chunk."""
         return [
-            self._readers.submit(self._prompts[group.prompts[0]].until, group.prefix)
+            self._readers.submit(self._prompts[group.prompts[0]].until, group.split.prefilled)
             for group in (self._chunks[0] if self._chunks else ())
         ]
 
 
-def _groups(prompts: Sequence[Prompt], *, share: bool) -> list[_Group]:
+def _groups(prompts: Sequence[Prompt], splits: Sequence[Split], *, share: bool) -> list[_Group]:
     """Prompts by what they share; those of like images and length are neighbors."""
     groups: dict[object, _Group] = {}
-    for number, prompt in enumerate(prompts):
-        end = prompt.prefix
+    for number, (prompt, split) in enumerate(zip(prompts, splits, strict=True)):
         shared = share and prompt.image_key is not None
-        key = (prompt.prefix_key, prompt.ids[:end].tobytes()) if shared else number
-        groups.setdefault(key, _Group(prefix=end, prompts=[])).prompts.append(number)
+        key = (prompt.prefix_key, prompt.ids[: split.prefilled].tobytes()) if shared else number
+        groups.setdefault(key, _Group(split=split, prompts=[])).prompts.append(number)
 
     def size(group: _Group) -> tuple[object, int, int]:
         prompt = prompts[group.prompts[0]]
-        images = int((prompt.ids == IMAGE_TOKEN_ID).sum())
-        return _shape(prompt), images, bucket(group.prefix)
+        return _shape(prompt), _images(prompt), bucket(group.split.prefilled)
 
     return sorted(groups.values(), key=size)
 
@@ -250,16 +267,26 @@ def _shape(prompt: Prompt) -> tuple[int, tuple[int, ...]]:
     return prompt.budget or 0, prompt.clip_shape
 
 
+def _images(prompt: Prompt) -> int:
+    """How many vision tokens a prompt has, which orders prompts as their images do."""
+    return int((prompt.ids == IMAGE_TOKEN_ID).sum())
+
+
 def _questions(
-    prompts: Sequence[Prompt], chosen: Sequence[tuple[int, int, int]], *, rows: int, slots: int
+    prompts: Sequence[Prompt],
+    splits: Sequence[Split],
+    chosen: Sequence[tuple[int, int, int]],
+    *,
+    rows: int,
+    slots: int,
 ) -> Suffixes:
     """(prompt, row of its prefix, slot) as arrays, padded to a bucket and to `rows`."""
-    ends = [prompts[prompt].prefix for prompt, _, _ in chosen]
-    rest = [prompts[prompt].ids[end:] for (prompt, _, _), end in zip(chosen, ends, strict=True)]
+    starts = [splits[prompt].start for prompt, _, _ in chosen]
+    rest = [prompts[prompt].ids[at:] for (prompt, _, _), at in zip(chosen, starts, strict=True)]
     length = bucket(max(map(len, rest)), least=LEAST_QUESTION)
     questions = Suffixes.empty(rows, length, slots=slots)
-    for row, (ids, end, (_, prefix, slot)) in enumerate(zip(rest, ends, chosen, strict=True)):
+    for row, (ids, start, (_, prefix, slot)) in enumerate(zip(rest, starts, chosen, strict=True)):
         questions.ids[row, : len(ids)] = ids
-        questions.lengths[row], questions.starts[row] = len(ids), end
+        questions.lengths[row], questions.starts[row] = len(ids), start
         questions.prefixes[row], questions.slots[row] = prefix, slot
     return questions

@@ -66,7 +66,7 @@ def lower(
     questions: Sequence[Suffixes],
     limits: Limits,
     slots: int,
-    context: int,
+    contexts: tuple[int, ...],
     new: int,
 ) -> LoweredEngine:
     """The programs that an engine compiles for arrays of these shapes.
@@ -77,7 +77,7 @@ def lower(
         questions: host arrays, of one length or of several.
         limits: of the answers.
         slots: B.
-        context: positions of a slot.
+        contexts: positions of a slot, by group of layers.
         new: room for the tokens of an answer.
     """
     mesh = program.mesh
@@ -92,7 +92,7 @@ def lower(
     parameters, batch_rows = program._parameters, rows(batch)
     greedy, numbers = limits.greedy, limits.arrays
     with jax.set_mesh(mesh):
-        empty = program._start.eval_shape(parameters, slots=slots, context=context, new=new)
+        empty = program._start.eval_shape(parameters, slots=slots, contexts=contexts, new=new)
         state = _place(empty, mesh)
         prefix_shapes = program._prefixes.eval_shape(parameters, batch_rows)
         prefixes = _place(prefix_shapes, mesh)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
 
 from stf_jax.data.batch import Batch
 from stf_jax.infer.sampling import Sampling, sample
-from stf_jax.models.cache import CacheDType, KVCache
+from stf_jax.models.cache import CacheDType, KVCache, SlotGroup
 from stf_jax.models.layers import unstack
 from stf_jax.models.llava import Llava
 from stf_jax.models.marks import Marks
@@ -103,7 +103,7 @@ class Program:
             model.vision.layers = unstack(model.vision.layers)
         self._graph, self._parameters = nnx.split(model)
         self._prefixes = jax.jit(self._prefix_caches)
-        self._start = jax.jit(self._empty_slots, static_argnames=("slots", "context", "new"))
+        self._start = jax.jit(self._empty_slots, static_argnames=("slots", "contexts", "new"))
         # Slots are written in place.
         self._insert = jax.jit(self._insert_requests, static_argnames="greedy", donate_argnums=1)
         self._resume = jax.jit(self._resume_requests, static_argnames="greedy", donate_argnums=1)
@@ -134,10 +134,16 @@ class Program:
         with self._on_mesh():
             return self._prefixes(self._parameters, self._place(batch))
 
-    def start(self, *, slots: int, context: int, new: int) -> Slots:
-        """Empty slots with room for `context` positions and `new` tokens an answer."""
+    def start(self, *, slots: int, contexts: tuple[int, ...], new: int) -> Slots:
+        """Empty slots.
+
+        Args:
+            slots: B.
+            contexts: positions that there is room for, by group of layers.
+            new: room for the tokens of an answer.
+        """
         with self._on_mesh():
-            return self._start(self._parameters, slots=slots, context=context, new=new)
+            return self._start(self._parameters, slots=slots, contexts=contexts, new=new)
 
     def insert(
         self, slots: Slots, prefixes: KVCache, questions: Suffixes, limits: "Limits"
@@ -184,22 +190,34 @@ class Program:
     def _prefix_caches(self, parameters: nnx.State, batch: Batch) -> KVCache:
         return self._model(parameters).prefill(batch, cache_dtype=self.cache_dtype)[1]
 
-    def _empty_slots(self, parameters: nnx.State, *, slots: int, context: int, new: int) -> Slots:
+    def _empty_slots(
+        self, parameters: nnx.State, *, slots: int, contexts: tuple[int, ...], new: int
+    ) -> Slots:
         text, rows = self.config.text, self._rules.tokens
         dtype = jax.tree.leaves(parameters)[0].dtype
-        layer = jnp.zeros(
-            (slots, context, text.kv_heads, text.head_dim), dtype, out_sharding=self._rules.hidden
-        )
-        layers = [layer] * text.layers
+        decoder = self._model(parameters).text
+        sizes = [(slots, context, text.kv_heads, text.head_dim) for context in contexts]
+        zeros = [jnp.zeros(size, dtype, out_sharding=self._rules.hidden) for size in sizes]
+        layers = [zeros[group] for group in decoder.layer_groups]
         integers = jnp.zeros(slots, jnp.int32, out_sharding=rows)
-        empty = jnp.zeros((slots, context), jnp.int32, out_sharding=rows)
+        empty = [jnp.zeros(size[:2], jnp.int32, out_sharding=rows) for size in sizes]
+        groups = [
+            SlotGroup.whole(Marks.text(array, array), renumbered=decoder.renumbers)
+            for array in empty
+        ]
         return Slots(
             tokens=jnp.full((slots, new), text.pad_id, jnp.int32, out_sharding=rows),
             counts=integers,
             last=integers,
             positions=integers,
             finished=jnp.ones(slots, bool, out_sharding=rows),
-            cache=KVCache.of(layers, layers, Marks.text(empty, empty), dtype=self.cache_dtype),
+            cache=KVCache.of(
+                layers,
+                layers,
+                groups,
+                layer_groups=decoder.layer_groups,
+                dtype=self.cache_dtype,
+            ),
         )
 
     def _insert_requests(
@@ -215,10 +233,14 @@ class Program:
         spec = self._rules.tokens
         # Copy each question's prefix out of the shared cache, without slots that would be empty.
         # Compute the question against it, and put all that results into the question's slot.
-        room = min(prefixes.slots + questions.ids.shape[1], slots.cache.slots)
+        added = questions.ids.shape[1]
+        room = [
+            min(size + added, most)
+            for size, most in zip(prefixes.sizes, slots.cache.sizes, strict=True)
+        ]
         cache = prefixes.rows(
             questions.prefixes, spec=self._rules.cache, marks=self._rules.tokens
-        ).pad_to(room)
+        ).resize(room)
         begun = self._first_tokens(
             parameters, questions, cache, limits, slots.tokens.shape[1], greedy
         )

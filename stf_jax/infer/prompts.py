@@ -71,15 +71,6 @@ class Prompt:
             return self.image_key
         return self.image_key, self.question.tobytes()
 
-    @property
-    def prefix(self) -> int:
-        """How many positions other questions about the same images may have in common.
-
-        All up to the last image; without images, all but the last one.
-        """
-        images = np.flatnonzero(self.ids == IMAGE_TOKEN_ID)
-        return int(images[-1]) + 1 if len(images) else len(self.ids) - 1
-
     def until(self, end: int) -> "Prompt":
         """The first `end` positions, pixels loaded; all images must lie before `end`."""
         return dataclasses.replace(self, ids=self.ids[:end], pixels=self.load())
@@ -238,11 +229,13 @@ def bucket(length: int, *, least: int = 64) -> int:
     return size
 
 
-def pad_prompts(prompts: Sequence[Prompt], *, rows: int, image_size: int) -> Batch:
+def pad_prompts(
+    prompts: Sequence[Prompt], *, rows: int, image_size: int, uniform: bool = False
+) -> Batch:
     """Pads prompts to the next bucket of the longest, to the most images, to `rows`.
 
-    They have one budget and one `clip_shape`. Rows beyond the prompts hold one token, so that
-    nothing they compute is undefined.
+    They have one budget and one `clip_shape`, and where they are `uniform` as many images each.
+    Rows beyond the prompts hold one token, so that nothing they compute is undefined.
     """
     loaded = [prompt.load() for prompt in prompts]
     length = bucket(max(len(prompt.ids) for prompt in prompts))
@@ -277,6 +270,7 @@ def pad_prompts(prompts: Sequence[Prompt], *, rows: int, image_size: int) -> Bat
         image_slots=image_slots,
         pixels=pixels,
         budget=prompts[0].budget,
+        uniform=uniform,
         **_pad_questions(prompts, rows=rows, images=images),
         **_place_clips(prompts, rows=rows),
     )

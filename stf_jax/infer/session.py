@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
+from stf_jax.infer.engine import room_for
 from stf_jax.infer.program import Limits, Program, Slots, Suffixes
 from stf_jax.infer.prompts import LEAST_QUESTION, Prompt, bucket, pad_prompts
 
@@ -26,6 +27,7 @@ class Session:
         self._slots: Slots | None = None
         self._held = np.zeros(0, np.int32)
         self._image_key: object = None
+        self._decided = 0
         #: Tokens of the last prompt that were computed for it.
         self.computed = 0
 
@@ -44,7 +46,8 @@ class Session:
                 f"context is {room}; start again"
             )
         needed, new = length + limits.max_new_tokens, bucket(limits.max_new_tokens)
-        start = self._common(prompt, context=min(needed, room), new=new)
+        contexts = room_for(self._program.config, [prompt], limits.max_new_tokens)
+        start = self._common(prompt, contexts=contexts, new=new)
         slots = self._slots
         # Until the devices have answered, nothing is known of what they hold.
         self._slots = None
@@ -53,7 +56,8 @@ class Session:
             slots = self._program.resume(slots, _question(prompt, start, rows), limits)
         else:
             # With room for as much again, so that few turns outgrow it.
-            slots = self._begin(prompt, limits, context=bucket(min(2 * needed, room)), new=new)
+            contexts = room_for(self._program.config, [prompt], 2 * needed - length)
+            slots = self._begin(prompt, limits, contexts=contexts, new=new)
         self.computed = length - start
         seen, finished = 0, False
         while not finished:
@@ -70,10 +74,12 @@ class Session:
             said, seen, finished = tokens[seen:count], int(count), bool(ended)
             yield said
 
-    def _common(self, prompt: Prompt, *, context: int, new: int) -> int:
+    def _common(self, prompt: Prompt, *, contexts: tuple[int, ...], new: int) -> int:
         """How many positions of a prompt need not be computed; one always is."""
         slots = self._slots
-        if slots is None or slots.cache.slots < context or slots.tokens.shape[1] != new:
+        if slots is None or slots.tokens.shape[1] != new:
+            return 0
+        if any(size < wanted for size, wanted in zip(slots.cache.sizes, contexts, strict=True)):
             return 0
         if prompt.prefix_key != self._image_key or len(prompt.ids) < 2:
             return 0
@@ -83,15 +89,26 @@ class Session:
         most = min(len(prompt.ids) - 1, len(self._held))
         differs = np.flatnonzero(prompt.ids[:most] != self._held[:most])
         common = int(differs[0]) if len(differs) else most
-        # What is asked anew is text.
-        return 0 if IMAGE_TOKEN_ID in prompt.ids[common:] else common
+        # What decided which tokens of images the cache holds, is as it was; what is asked anew is
+        # text.
+        return 0 if common < self._decided or IMAGE_TOKEN_ID in prompt.ids[common:] else common
 
-    def _begin(self, prompt: Prompt, limits: Limits, *, context: int, new: int) -> Slots:
-        rows, size = self._program.row_multiple, self._program.config.image_size
-        batch = pad_prompts([prompt.until(prompt.prefix)], rows=rows, image_size=size)
+    def _begin(
+        self, prompt: Prompt, limits: Limits, *, contexts: tuple[int, ...], new: int
+    ) -> Slots:
+        rows, config = self._program.row_multiple, self._program.config
+        split = config.system.split(prompt.ids)
+        batch = pad_prompts(
+            [prompt.until(split.prefilled)],
+            rows=rows,
+            image_size=config.image_size,
+            uniform=config.system.compacts,
+        )
         prefixes = self._program.prefill(batch)
-        empty = self._program.start(slots=rows, context=context, new=new)
-        question = _question(prompt, prompt.prefix, rows)
+        # Positions that only the prefill computes, since they decide what layers hold.
+        self._decided = split.prefilled if split.start < split.prefilled else 0
+        empty = self._program.start(slots=rows, contexts=contexts, new=new)
+        question = _question(prompt, split.start, rows)
         return self._program.insert(empty, prefixes, question, limits)
 
 

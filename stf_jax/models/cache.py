@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, TypeAlias
 
 import jax
@@ -50,56 +51,119 @@ def _store(x: Float[Array, "B T G D"], dtype: CacheDType | None) -> Stored:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KVCache:
-    """Keys (already rotated) and values of S slots for each row, one array a layer.
+class SlotGroup:
+    """What the slots of some layers hold, which may be less than was computed.
 
-    A slot is seen as its marks say; an empty one has segment 0, so nothing sees it. Layers are
-    separate arrays, since a slice of a stacked one would be copied at every step; and heads come
-    before slots, since attention multiplies by each head's [S, D], which must lie in one piece.
+    A token's slot is its place in the row less what these layers dropped of the row. Slots count
+    from 0 in every row, and the S of groups differ.
+
+    Attributes:
+        marks: of the slots; an empty one has segment 0, so nothing sees it.
+        dropped: positions of each row that these layers do not hold; all lie before what comes.
+        renumbered: whether rotary positions do not count what was dropped.
     """
 
-    keys: tuple[Stored, ...]
-    values: tuple[Stored, ...]
     marks: Marks
-    dtype: CacheDType | None = dataclasses.field(metadata={"static": True})
+    dropped: Int[Array, "B"]
+    renumbered: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
-    def of(
-        cls,
-        keys: Sequence[Float[Array, "B T G D"]],
-        values: Sequence[Float[Array, "B T G D"]],
-        marks: Marks,
-        *,
-        dtype: CacheDType | None,
-    ) -> "KVCache":
-        """A cache of T slots that hold these, layer by layer."""
-        return cls(
-            marks=marks,
-            keys=tuple(_store(key, dtype) for key in keys),
-            values=tuple(_store(value, dtype) for value in values),
-            dtype=dtype,
-        )
+    def whole(cls, marks: Marks, *, renumbered: bool = False) -> "SlotGroup":
+        """Of layers that hold everything so far."""
+        none = jnp.zeros_like(marks.segment[:, 0])
+        return cls(marks=marks, dropped=none, renumbered=renumbered)
 
     @property
     def slots(self) -> int:
-        """S, how many positions there is room for."""
-        return int(jax.tree.leaves(self.keys[0])[0].shape[2])
+        """S."""
+        return int(self.marks.segment.shape[1])
 
-    def next_position(self, start: Int[Array, "B"]) -> Int[Array, "B"]:
-        """The position after the last one that the slots before `start` hold; 0 after none."""
-        held = (jnp.arange(self.slots) < start[:, None]) & (self.marks.segment > 0)
-        return jnp.where(held, self.marks.position + 1, 0).max(axis=1)
+    def place(self, slots: Int[Array, "B T"], marks: Marks) -> tuple[Int[Array, "B T"], Marks]:
+        """The slots of new tokens in these layers, and their marks.
 
-    def mark(self, slots: Int[Array, "B T"], marks: Marks) -> "KVCache":
-        """With the marks of new tokens at these slots; those beyond S are dropped.
+        Args:
+            slots: their places in the row.
+            marks: of the tokens, as if nothing had been dropped.
+        """
+        dropped = self.dropped[:, None]
+        if self.renumbered:
+            marks = dataclasses.replace(marks, position=marks.position - dropped)
+        return slots - dropped, marks
 
-        What stood in these slots is hidden from now on: `write` follows in every layer.
+    def put(self, slots: Int[Array, "B T"], marks: Marks) -> "SlotGroup":
+        """With the marks of new tokens at what `place` gave; those beyond S are dropped.
+
+        What stood in these slots is hidden from now on.
         """
 
         def put(old: Array, new: Array) -> Array:
             return jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop"))(old, slots, new)
 
         return dataclasses.replace(self, marks=jax.tree.map(put, self.marks, marks))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KVCache:
+    """Keys (already rotated) and values of S slots for each row, one array a layer.
+
+    Layers that hold the same positions share the marks of their slots; where no layer drops any,
+    there is one group. Layers are separate arrays, since a slice of a stacked one would be copied
+    at every step; and heads come before slots, since attention multiplies by each head's [S, D],
+    which must lie in one piece.
+
+    Attributes:
+        keys: of each layer.
+        values: of each layer.
+        groups: of layers; the first holds the last position of every row, wherever it ends.
+        layer_groups: the group of each layer.
+        dtype: of keys and values.
+    """
+
+    keys: tuple[Stored, ...]
+    values: tuple[Stored, ...]
+    groups: tuple[SlotGroup, ...]
+    layer_groups: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    dtype: CacheDType | None = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(
+        cls,
+        keys: Sequence[Float[Array, "B _ G D"]],
+        values: Sequence[Float[Array, "B _ G D"]],
+        groups: Marks | Sequence[SlotGroup],
+        *,
+        layer_groups: Sequence[int] | None = None,
+        dtype: CacheDType | None,
+    ) -> "KVCache":
+        """A cache whose slots hold these, layer by layer.
+
+        Args:
+            keys: of each layer.
+            values: of each layer.
+            groups: of layers; or the marks of all, where no layer drops anything.
+            layer_groups: the group of each layer, by default the first.
+            dtype: of keys and values.
+        """
+        return cls(
+            keys=tuple(_store(key, dtype) for key in keys),
+            values=tuple(_store(value, dtype) for value in values),
+            groups=(SlotGroup.whole(groups),) if isinstance(groups, Marks) else tuple(groups),
+            layer_groups=(0,) * len(keys) if layer_groups is None else tuple(layer_groups),
+            dtype=dtype,
+        )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """S, how many positions each group of layers has room for."""
+        return tuple(group.slots for group in self.groups)
+
+    def next_position(self, start: Int[Array, "B"]) -> Int[Array, "B"]:
+        """The position after the last one that stands before `start` in the row; 0 after none."""
+        group = self.groups[0]
+        before = jnp.arange(group.slots) < (start - group.dropped)[:, None]
+        held = before & (group.marks.segment > 0)
+        return jnp.where(held, group.marks.position + 1, 0).max(axis=1)
 
     def write(
         self,
@@ -122,17 +186,37 @@ class KVCache:
         values[layer] = jax.tree.map(put, values[layer], _store(value, self.dtype))
         return dataclasses.replace(self, keys=tuple(keys), values=tuple(values))
 
-    def pad_to(self, slots: int) -> "KVCache":
-        """With room for `slots` slots, S or more; the new ones are empty."""
+    def grow(self, by: int) -> "KVCache":
+        """With room for so many more slots in every layer; they are empty."""
+        return self.resize([size + by for size in self.sizes])
 
-        def pad(array: Array) -> Array:
-            axis = _slot_axis(array)
+    def resize(self, sizes: Sequence[int]) -> "KVCache":
+        """With room for so many slots in each group's layers.
+
+        New ones are empty; those that are cut off have to be.
+        """
+
+        def fit(array: Array, size: int) -> Array:
+            axis = 1 if array.ndim == 2 else 2
+            array = jax.lax.slice_in_dim(array, 0, min(size, array.shape[axis]), axis=axis)
             room = [(0, 0)] * array.ndim
-            room[axis] = (0, slots - array.shape[axis])
+            room[axis] = (0, size - array.shape[axis])
             return jnp.pad(array, room)
 
-        padded: KVCache = jax.tree.map(pad, self)
-        return padded
+        def layers(stored: tuple[Stored, ...]) -> tuple[Stored, ...]:
+            wanted = [sizes[group] for group in self.layer_groups]
+            return tuple(
+                jax.tree.map(partial(fit, size=size), layer)
+                for layer, size in zip(stored, wanted, strict=True)
+            )
+
+        groups = (
+            dataclasses.replace(group, marks=jax.tree.map(partial(fit, size=size), group.marks))
+            for group, size in zip(self.groups, sizes, strict=True)
+        )
+        return dataclasses.replace(
+            self, keys=layers(self.keys), values=layers(self.values), groups=tuple(groups)
+        )
 
     def rows(
         self, which: Int[Array, "R"], *, spec: PartitionSpec | None, marks: PartitionSpec | None
@@ -142,11 +226,11 @@ class KVCache:
         Args:
             which: rows.
             spec: the partition spec of keys and values.
-            marks: that of their marks.
+            marks: that of what is known of their slots.
         """
         taken: KVCache = jax.tree.map(
             lambda array: array.at[which].get(
-                mode="clip", out_sharding=marks if array.ndim == 2 else spec
+                mode="clip", out_sharding=marks if array.ndim < 3 else spec
             ),
             self,
         )
@@ -166,19 +250,29 @@ class KVCache:
         """
 
         def put(old: Array, new: Array) -> Array:
-            if old.ndim == 2:
+            if old.ndim < 3:
                 # Whole rows, so that nothing sees what stood in the later slots.
-                new = jnp.pad(new, ((0, 0), (0, old.shape[1] - new.shape[1])))
+                if old.ndim == 2:
+                    new = jnp.pad(new, ((0, 0), (0, old.shape[1] - new.shape[1])))
                 return old.at[at].set(new, mode="drop", out_sharding=marks)
-            return old.at[at, :, : rows.slots].set(new, mode="drop", out_sharding=spec)
+            return old.at[at, :, : new.shape[2]].set(new, mode="drop", out_sharding=spec)
 
         inserted: KVCache = jax.tree.map(put, self, rows)
         return inserted
 
 
-def _slot_axis(array: Array) -> int:
-    """Keys and values are [B, G, S, D], marks [B, S]."""
-    return 1 if array.ndim == 2 else 2
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Split:
+    """How a prompt comes into the cache.
+
+    Attributes:
+        prefilled: positions that are computed at once; equal ones of several prompts only once.
+        start: where the rest begins, which is computed against that cache: `prefilled`, or one less
+            where the last position too decides what the cache holds.
+    """
+
+    prefilled: int
+    start: int
 
 
 def cache_attention(

@@ -4,13 +4,17 @@ import dataclasses
 from typing import Protocol, runtime_checkable
 
 import jax
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
 from stf_jax.data.batch import ClipLayout
+from stf_jax.models.cache import Split
 from stf_jax.models.layers import MLP, Init, gelu
+from stf_jax.models.llama import Llama
+from stf_jax.models.lora import LoRAConfig
 
 
 @jax.tree_util.register_dataclass
@@ -145,8 +149,21 @@ class ConnectedSystem(Protocol):
     def connector(self, vision: VisionConfig, text: TextConfig, *, init: Init) -> Connector:
         """The module between the tower and the language model."""
 
+    def decoder(
+        self, vision: VisionConfig, text: TextConfig, *, init: Init, lora: LoRAConfig | None
+    ) -> Llama:
+        """The language model, with new weights."""
+
     def flops(self, vision: VisionConfig, text: TextConfig) -> float:
         """Arithmetic of the connector for one image."""
+
+    def layer_lengths(
+        self, vision: VisionConfig, text: TextConfig, *, length: int, images: int
+    ) -> tuple[int, ...]:
+        """Positions that each layer of the decoder computes of a prompt of `length`."""
+
+    def decoder_flops(self, vision: VisionConfig, text: TextConfig, *, images: int) -> float:
+        """Arithmetic of a prompt in the decoder beside its blocks."""
 
     def describe(self) -> str:
         """One line: the name, and the fields."""
@@ -164,6 +181,16 @@ class ConnectedSystem(Protocol):
 
     def training_budgets(self, vision: VisionConfig) -> tuple[int, ...]:
         """Tokens an image of each view that a training step takes the mean loss over."""
+
+    def split(self, ids: Int[np.ndarray, "T"]) -> Split:
+        """What of a prompt is prefilled, and what is computed against that cache."""
+
+    def held(self, ids: Int[np.ndarray, "T"], vision: VisionConfig) -> tuple[int, ...]:
+        """Slots that a prompt takes in the cache, by group of layers."""
+
+    @property
+    def compacts(self) -> bool:
+        """Whether some layers hold fewer slots than a row has positions."""
 
 
 @runtime_checkable

@@ -26,7 +26,10 @@ class Flops:
 
 def forward(config: Architecture, *, rows: int, length: int, images: int) -> Flops:
     """Of one forward pass over `rows` rows of `length` positions with `images` images each."""
-    weights, attention = _text(config, length)
+    vision, text = config.vision, config.text
+    lengths = config.system.layer_lengths(vision, text, length=length, images=images)
+    weights, attention = _text(config, length, lengths)
+    attention += config.system.decoder_flops(vision, text, images=images)
     return Flops(
         vision=rows * images * _vision(config),
         connector=rows * images * _connector(config),
@@ -46,7 +49,8 @@ def training(
 
     A backward pass takes as many FLOPs for the gradient of its inputs, and as many again for that
     of its weights where they are trained. The tower has none but for extra tokens. A system that
-    trains several budgets runs the language model once for each, over rows of the same length.
+    trains several budgets runs the language model once for each, over rows of the same length. What
+    layers drop is hidden in training, and counted.
     """
     weights, attention = _text(config, length)
     passes = 3 if stage == "finetune" else 2
@@ -89,10 +93,13 @@ def _question(config: Architecture) -> float:
     return weights - 2 * length * text.width * text.padded_vocab_size + attention
 
 
-def _text(config: Architecture, length: int) -> tuple[float, float]:
-    """Of one row: products with weights, and attention."""
+def _text(
+    config: Architecture, length: int, lengths: tuple[int, ...] | None = None
+) -> tuple[float, float]:
+    """Of one row: products with weights, and attention; `lengths` are those of the layers."""
     text = config.text
     heads, kv_heads = text.heads * text.head_dim, text.kv_heads * text.head_dim
     layer = text.width * (2 * heads + 2 * kv_heads + 3 * text.mlp_width)
-    weights = 2 * length * (text.layers * layer + text.width * text.padded_vocab_size)
-    return weights, 4 * length**2 * heads * text.layers
+    lengths = (length,) * text.layers if lengths is None else lengths
+    weights = 2 * (sum(lengths) * layer + lengths[-1] * text.width * text.padded_vocab_size)
+    return weights, 4 * sum(each**2 for each in lengths) * heads

@@ -3,7 +3,9 @@
 Touvron et al. 2023, arXiv 2302.13971; rope scaling as Llama 3.1 defines it.
 """
 
+import dataclasses
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,7 @@ from stf_jax.models.layers import (
     stack,
     unstack,
 )
-from stf_jax.models.loop import run_layers
+from stf_jax.models.loop import Inputs, run_layers
 from stf_jax.models.lora import LoRAConfig
 from stf_jax.models.marks import Marks, Rule, causal
 from stf_jax.parallel.sharding import all_gather_fsdp, reshard
@@ -133,8 +135,12 @@ class DecoderLayer(nnx.Module):
 class Llama(nnx.Module):
     """Embeddings in, hidden states out; the head is applied where logits are wanted.
 
-    With `lora`, every matmul of the layers has an adapter.
+    With `lora`, every matmul of the layers has an adapter. What a system changes inside the
+    language model is a subclass: another rule of who sees whom, or other ways through the layers.
     """
+
+    # Whether rotary positions do not count what layers before have dropped.
+    renumbers: ClassVar[bool] = False
 
     def __init__(self, config: TextConfig, *, init: Init, lora: LoRAConfig | None = None):
         self.config, self.rules = config, init.rules
@@ -150,10 +156,25 @@ class Llama(nnx.Module):
             else Linear((width,), (vocabulary,), init=init, kernel=rules.column, use_bias=False)
         )
 
+    @property
+    def rule(self) -> Rule:
+        """Which positions a position sees."""
+        return causal
+
+    @property
+    def layer_groups(self) -> tuple[int, ...]:
+        """The group of each layer: those of one group hold the same positions in the cache."""
+        return (0,) * self.config.layers
+
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T H"]:
         """Rows of the embedding table; ids outside the vocabulary are clamped."""
         table = all_gather_fsdp(self.embedding[...], self.rules.embedding)
         return table.at[ids].get(mode="clip", out_sharding=self.rules.tokens)
+
+    def mark(self, ids: Int[Array, "B T"], marks: Marks) -> Marks:
+        """The marks of positions that hold these ids; a system that looks at ids writes this."""
+        del ids
+        return marks
 
     def head_kernel(self) -> Float[Array, "..."]:
         """What `logits` multiplies with: [H, V], or the embedding [V, H] where the two are one."""
@@ -182,17 +203,12 @@ class Llama(nnx.Module):
         return logits
 
     def __call__(
-        self,
-        x: Float[Array, "B T H"],
-        *,
-        marks: Marks,
-        rule: Rule = causal,
-        remat: Remat = "none",
+        self, x: Float[Array, "B T H"], *, marks: Marks, remat: Remat = "none"
     ) -> Float[Array, "B T H"]:
         """Normed hidden states of whole sequences; several segments may share a row."""
         with jax.named_scope("decoder"):
-            angles = self._angles(marks.position)
-            x, _, _ = run_layers(x, self.layers, angles=angles, marks=marks, rule=rule, remat=remat)
+            inputs = [self.inputs(marks)]
+            x, _, _ = run_layers(x, self.layers, inputs=inputs, rule=self.rule, remat=remat)
             return self.norm(x)
 
     def prefill(
@@ -200,17 +216,26 @@ class Llama(nnx.Module):
         x: Float[Array, "B T H"],
         *,
         marks: Marks,
-        rule: Rule = causal,
+        last: Int[Array, "B"],
+        images: int | None = None,
         cache_dtype: CacheDType | None = None,
-    ) -> tuple[Float[Array, "B T H"], KVCache]:
-        """The same, and a cache of T slots; a row holds one sequence from position 0 on."""
+    ) -> tuple[Float[Array, "B H"], KVCache]:
+        """Normed hidden states of one position a row, and the cache of everything.
+
+        Args:
+            x: embeddings; a row holds one sequence from position 0 on.
+            marks: of the positions.
+            last: the position of each row whose state is wanted: its last.
+            images: of every row, where all have as many; layers that drop tokens of images have
+                fewer slots then.
+            cache_dtype: of keys and values.
+        """
+        del images
         with jax.named_scope("decoder"):
-            angles = self._angles(marks.position)
-            x, _, kept = run_layers(
-                x, self.layers, angles=angles, marks=marks, rule=rule, keep=True
-            )
+            inputs = [self.inputs(marks)]
+            x, _, kept = run_layers(x, self.layers, inputs=inputs, rule=self.rule, keep=True)
             keys, values = zip(*(pair for pair in kept if pair is not None), strict=True)
-            return self.norm(x), KVCache.of(keys, values, marks, dtype=cache_dtype)
+            return self.norm(take(x, last)), KVCache.of(keys, values, marks, dtype=cache_dtype)
 
     def extend(
         self,
@@ -219,36 +244,45 @@ class Llama(nnx.Module):
         marks: Marks,
         slots: Int[Array, "B T"],
         cache: KVCache,
-        rule: Rule = causal,
     ) -> tuple[Float[Array, "B T H"], KVCache]:
         """T further tokens a row against the cache, which takes them in; decoding has T = 1.
 
         Args:
             x: their embeddings.
             marks: of the tokens; padding has segment 0.
-            slots: where the cache holds them; those beyond it are dropped.
+            slots: their places in the row; those that the cache has no room for are dropped.
             cache: of everything before them.
-            rule: which slots a token sees.
         """
         with jax.named_scope("extend"):
             # New marks lie where those of the cache do.
             rows = self.rules.tokens
             slots, marks = jax.tree.map(lambda array: reshard(array, rows), (slots, marks))
-            angles, cache = self._angles(marks.position), cache.mark(slots, marks)
+            inputs, groups = [], []
+            for group in cache.groups:
+                at, held = group.place(slots, marks)
+                inputs.append(self.inputs(held, slots=at))
+                groups.append(group.put(at, held))
             x, extended, _ = run_layers(
                 x,
                 unstack(self.layers),
-                angles=angles,
-                marks=marks,
-                rule=rule,
-                cache=cache,
-                slots=slots,
+                inputs=inputs,
+                rule=self.rule,
+                cache=dataclasses.replace(cache, groups=tuple(groups)),
             )
             assert extended is not None
             return self.norm(x), extended
+
+    def inputs(self, marks: Marks, *, slots: Int[Array, "B T"] | None = None) -> Inputs:
+        """What the layers are told of positions with these marks."""
+        return Inputs(marks=marks, angles=self._angles(marks.position), slots=slots)
 
     def _angles(self, positions: Array) -> tuple[Array, Array]:
         """Cosine and sine of each position's turns, [B, T, 1, D] in float32."""
         frequencies = jnp.tile(rope_frequencies(self.config), 2)
         turns = positions[..., None, None].astype(jnp.float32) * frequencies
         return jnp.cos(turns), jnp.sin(turns)
+
+
+def take(x: Float[Array, "B T H"], index: Int[Array, "B"]) -> Float[Array, "B H"]:
+    """One position of each row."""
+    return jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]

@@ -15,9 +15,9 @@ from stf_jax.models.cache import CacheDType, KVCache
 from stf_jax.models.clip import VisionTower
 from stf_jax.models.connector import Architecture, Tokens
 from stf_jax.models.layers import Init, Remat
-from stf_jax.models.llama import Llama
+from stf_jax.models.llama import take
 from stf_jax.models.lora import LoRAConfig
-from stf_jax.models.marks import IMAGE, TEXT, Marks
+from stf_jax.models.marks import ANSWER, IMAGE, TEXT, Marks
 from stf_jax.parallel.sharding import ShardingRules, on_mesh
 
 
@@ -30,7 +30,7 @@ class Llava(nnx.Module):
             config.vision, taps=config.system.taps, captures=config.system.captures, init=init
         )
         self.connector = config.system.connector(config.vision, config.text, init=init)
-        self.text = Llama(config.text, init=init, lora=lora)
+        self.text = config.system.decoder(config.vision, config.text, init=init, lora=lora)
 
     @classmethod
     def abstract(
@@ -68,7 +68,7 @@ class Llava(nnx.Module):
     def insert(self, batch: Batch) -> tuple[Float[Array, "B T H"], Marks]:
         """Text embeddings with image tokens at their slots, and what each position is."""
         if batch.pixels.shape[1] == 0:
-            return self.text.embed(batch.ids), marks_of(batch)
+            return self.text.embed(batch.ids), self._marks(batch)
         return self._insert_tokens(batch, self.encode(batch))
 
     def __call__(self, batch: Batch) -> Float[Array, "B T V"]:
@@ -118,8 +118,12 @@ class Llava(nnx.Module):
     ) -> tuple[Float[Array, "B V"], KVCache]:
         """Logits after each row's last position, and a cache of T slots; a row is one sequence."""
         x, marks = self.insert(batch)
-        hidden, cache = self.text.prefill(x, marks=marks, cache_dtype=cache_dtype)
-        return self._logits_at((batch.segments > 0).sum(axis=1) - 1, hidden), cache
+        images = batch.pixels.shape[1] if batch.uniform else None
+        last = (batch.segments > 0).sum(axis=1) - 1
+        hidden, cache = self.text.prefill(
+            x, marks=marks, last=last, images=images, cache_dtype=cache_dtype
+        )
+        return self.text.logits(hidden[:, None])[:, 0], cache
 
     def extend(
         self,
@@ -140,13 +144,7 @@ class Llava(nnx.Module):
         hidden, cache = self.text.extend(
             self.text.embed(ids), marks=marks, slots=start[:, None] + index, cache=cache
         )
-        return self._logits_at(lengths - 1, hidden), cache
-
-    def _logits_at(
-        self, index: Int[Array, "B"], hidden: Float[Array, "B T H"]
-    ) -> Float[Array, "B V"]:
-        one = jnp.take_along_axis(hidden, index[:, None, None], axis=1)
-        return self.text.logits(one)[:, 0]
+        return self.text.logits(take(hidden, lengths - 1)[:, None])[:, 0], cache
 
     def _encode_images(self, batch: Batch) -> Tokens:
         """Of each image by itself: [B*I, K, H].
@@ -197,7 +195,12 @@ class Llava(nnx.Module):
         slots = batch.image_slots[..., None]
         images = jnp.take_along_axis(tokens.values, jnp.maximum(slots, 0), axis=1)
         x = jnp.where(slots >= 0, images, self.text.embed(batch.ids))
-        return x, marks_of(batch, tokens.valid)
+        return x, self._marks(batch, tokens.valid)
+
+    def _marks(self, batch: Batch, valid: Bool[Array, "B _"] | None = None) -> Marks:
+        """What each position of a batch is, for the decoder."""
+        tokens = self.config.choose_budget(batch.budget)
+        return self.text.mark(batch.ids, marks_of(batch, valid, tokens_per_image=tokens))
 
     def _cross_entropy(
         self,
@@ -214,13 +217,17 @@ class Llava(nnx.Module):
         return jnp.where(known, lost, 0).sum(), known.sum()
 
 
-def marks_of(batch: Batch, valid: Bool[Array, "B _"] | None = None) -> Marks:
+def marks_of(
+    batch: Batch, valid: Bool[Array, "B _"] | None = None, *, tokens_per_image: int
+) -> Marks:
     """What each position of a batch is, for the rule of attention.
 
     Slots of images that hold nothing are padding, and rotary positions do not count them.
     """
     slots, position, segment = batch.image_slots, batch.positions, batch.segments
-    kind = jnp.where(slots >= 0, jnp.int32(IMAGE), jnp.int32(TEXT))
+    text = jnp.where(batch.labels == IGNORED_LABEL, jnp.int32(TEXT), jnp.int32(ANSWER))
+    kind = jnp.where(slots >= 0, jnp.int32(IMAGE), text)
+    image = jnp.where(slots >= 0, slots // tokens_per_image, -1)
     if valid is not None:
         empty = (slots >= 0) & ~jnp.take_along_axis(valid, jnp.maximum(slots, 0), axis=1)
         # Empty slots before each position; those before its own segment do not count.
@@ -228,4 +235,4 @@ def marks_of(batch: Batch, valid: Bool[Array, "B _"] | None = None) -> Marks:
         first = jnp.arange(slots.shape[1], dtype=jnp.int32) - position
         position = position - (before - jnp.take_along_axis(before, first, axis=1))
         segment = jnp.where(empty, 0, segment)
-    return Marks(position=position, segment=segment, kind=kind)
+    return Marks(position=position, segment=segment, kind=kind, image=image)

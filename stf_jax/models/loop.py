@@ -1,5 +1,7 @@
 """The one loop over the decoder's layers: whole sequences, or further tokens against a cache."""
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from flax import nnx
@@ -14,6 +16,21 @@ from stf_jax.models.marks import Marks, Rule
 Angles: TypeAlias = tuple[Float[Array, "B T 1 D"], Float[Array, "B T 1 D"]]
 # Rotated key, and value.
 KeyValue: TypeAlias = tuple[Float[Array, "B T G D"], Float[Array, "B T G D"]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a layer is told of the positions that it computes.
+
+    Attributes:
+        marks: of the positions.
+        angles: by which they turn.
+        slots: where the layer's cache takes them in, if there is one.
+    """
+
+    marks: Marks
+    angles: Angles
+    slots: Int[Array, "B T"] | None = None
 
 
 @runtime_checkable
@@ -35,11 +52,9 @@ def run_layers(
     x: Float[Array, "B T H"],
     layers: Any,
     *,
-    angles: Angles,
-    marks: Marks,
+    inputs: Sequence[Inputs],
     rule: Rule,
     cache: KVCache | None = None,
-    slots: Int[Array, "B T"] | None = None,
     keep: bool = False,
     remat: Remat = "none",
 ) -> tuple[Float[Array, "B T H"], KVCache | None, list[KeyValue | None]]:
@@ -48,25 +63,26 @@ def run_layers(
     Args:
         x: embeddings.
         layers: `Block`s, stacked or a list; with a cache, a list.
-        angles: of the positions.
-        marks: of the positions.
+        inputs: the one for all layers; with a cache, of each of its groups of layers.
         rule: which positions, or slots, a position sees.
         cache: of everything before `x`, whose marks hold those of `x` already; None where `x` is
             whole sequences.
-        slots: where the cache takes `x` in.
         keep: whether each layer's keys and values are returned.
         remat: what the backward pass computes again.
     """
 
     def step(carry: Any, layer: Block) -> tuple[Any, KeyValue | None]:
         x, cache, index = carry
-        query, key, value = layer.project(x, angles)
+        at = inputs[0 if cache is None else cache.layer_groups[index]]
+        query, key, value = layer.project(x, at.angles)
         if cache is None:
-            attended = attention(query, key, value, marks=marks, rule=rule)
+            attended = attention(query, key, value, marks=at.marks, rule=rule)
         else:
-            cache = cache.write(index, key, value, slots=slots)
+            assert at.slots is not None
+            cache = cache.write(index, key, value, slots=at.slots)
             stored = cache.keys[index], cache.values[index]
-            attended = cache_attention(query, *stored, marks=marks, slots=cache.marks, rule=rule)
+            held = cache.groups[cache.layer_groups[index]].marks
+            attended = cache_attention(query, *stored, marks=at.marks, slots=held, rule=rule)
             index += 1
         return (layer.finish(x, attended), cache, index), (key, value) if keep else None
 

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-# What a position holds.
-TEXT, IMAGE = 0, 1
+# What a position holds. An answer is the text that a loss supervises.
+TEXT, IMAGE, ANSWER = 0, 1, 2
 
 
 @jax.tree_util.register_dataclass
@@ -24,17 +24,33 @@ class Marks:
         position: rotary position, from 0 in each segment.
         segment: which sequence of a packed row it belongs to, from 1; 0 is padding or an empty
             slot, which nothing sees.
-        kind: `TEXT` or `IMAGE`.
+        kind: `TEXT`, `IMAGE` or `ANSWER`, or a kind of one system.
+        image: which image of the row it is part of, from 0; -1 is none.
     """
 
     position: Int[Array, "B T"]
     segment: Int[Array, "B T"]
     kind: Int[Array, "B T"]
+    image: Int[Array, "B T"]
 
     @classmethod
     def text(cls, position: Int[Array, "B T"], segment: Int[Array, "B T"]) -> "Marks":
         """Of positions that all hold text."""
-        return cls(position=position, segment=segment, kind=jnp.zeros_like(position))
+        return cls(
+            position=position,
+            segment=segment,
+            kind=jnp.full_like(position, TEXT),
+            image=jnp.full_like(position, -1),
+        )
+
+    def take(self, index: Int[Array, "B S"]) -> "Marks":
+        """Those of the positions that stand at `index`."""
+        return Marks(
+            **{
+                field.name: jnp.take_along_axis(getattr(self, field.name), index, axis=1)
+                for field in dataclasses.fields(self)
+            }
+        )
 
 
 # (marks of the queries [B, T, 1], marks of the keys [B, 1, S]) -> True where a query sees a key.

@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.infer.config import InferenceConfig
-from stf_jax.infer.engine import batch_sizes
+from stf_jax.infer.engine import batch_sizes, room_for
 from stf_jax.infer.lowering import LoweredEngine, abstract_program, lower
 from stf_jax.infer.program import Limits, Suffixes
 from stf_jax.infer.prompts import LEAST_QUESTION, Prompt, bucket, pad_prompts
@@ -57,14 +57,17 @@ def make_inference_plan(request: Request) -> InferencePlan:
             f"{model.text.max_positions}; make it smaller"
         )
     prompt = _prompt(model, prefix, work.images, tokens)
+    contexts = room_for(model, [prompt], longest - prefix)
     lengths = sorted({bucket(tokens, least=LEAST_QUESTION) for tokens in work.question_tokens})
     lowered = lower(
         program,
-        batch=pad_prompts([prompt], rows=rows, image_size=model.image_size),
+        batch=pad_prompts(
+            [prompt], rows=rows, image_size=model.image_size, uniform=model.system.compacts
+        ),
         questions=[Suffixes.empty(rows, length, slots=slots) for length in lengths],
         limits=Limits(sampling=GREEDY, max_new_tokens=work.max_new_tokens),
         slots=slots,
-        context=bucket(longest),
+        contexts=contexts,
         new=bucket(work.max_new_tokens),
     )
     plan = InferencePlan(

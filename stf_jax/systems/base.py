@@ -10,15 +10,21 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import jsonargparse
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh
+from jaxtyping import Int
 
 from stf_jax.config.checks import check_positive
 from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
 from stf_jax.config.yaml import plain
 from stf_jax.data.batch import ClipLayout
+from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
+from stf_jax.models.cache import Split
 from stf_jax.models.connector import Connector
 from stf_jax.models.layers import Init
+from stf_jax.models.llama import Llama
+from stf_jax.models.lora import LoRAConfig
 from stf_jax.models.weights import LINEAR, Entry, Transform, mlp_entries
 
 # The language models that named sizes ("llava_stf_7b") are over.
@@ -123,6 +129,13 @@ class System:
         """The module between the tower and the language model, with new weights."""
         return Connector(**self.widths(vision, text), init=init)
 
+    def decoder(
+        self, vision: VisionConfig, text: TextConfig, *, init: Init, lora: LoRAConfig | None
+    ) -> Llama:
+        """The language model, with new weights; a system that changes it has its own subclass."""
+        del vision
+        return Llama(text, init=init, lora=lora)
+
     def widths(self, vision: VisionConfig, text: TextConfig) -> dict[str, int]:
         """The sizes of the projector: inputs, width, outputs."""
         return {
@@ -131,12 +144,46 @@ class System:
             "outputs": text.width,
         }
 
+    # --- How a prompt goes through the decoder, on the host.
+
+    def split(self, ids: Int[np.ndarray, "T"]) -> Split:
+        """What of a prompt is prefilled, and what is computed against that cache.
+
+        Questions about the same images share the first positions: all up to the last image; without
+        images, all but the last one.
+        """
+        images = np.flatnonzero(ids == IMAGE_TOKEN_ID)
+        end = int(images[-1]) + 1 if len(images) else len(ids) - 1
+        return Split(prefilled=end, start=end)
+
+    def held(self, ids: Int[np.ndarray, "T"], vision: VisionConfig) -> tuple[int, ...]:
+        """Slots that a prompt takes in the cache, by group of layers."""
+        del vision
+        return (len(ids),)
+
+    @property
+    def compacts(self) -> bool:
+        """Whether some layers hold fewer slots than a row has positions."""
+        return False
+
     # --- What it costs, and where it lies.
 
     def flops(self, vision: VisionConfig, text: TextConfig) -> float:
         """Arithmetic of the connector for one image, two FLOPs a product."""
         products = self.projector_width * (self.token_width(vision) + text.width)
         return 2.0 * self.tokens(vision) * products
+
+    def layer_lengths(
+        self, vision: VisionConfig, text: TextConfig, *, length: int, images: int
+    ) -> tuple[int, ...]:
+        """Positions that each layer of the decoder computes of a prompt of `length`."""
+        del vision, images
+        return (length,) * text.layers
+
+    def decoder_flops(self, vision: VisionConfig, text: TextConfig, *, images: int) -> float:
+        """Arithmetic of a prompt in the decoder beside its blocks."""
+        del vision, text, images
+        return 0.0
 
     def tensor_sizes(self) -> dict[str, int]:
         """The sizes that the mesh axis `tensor` splits, by name."""

@@ -38,7 +38,7 @@ def marks_at(positions: jax.Array) -> Marks:
 def test_written_row_by_row(dtype: CacheDType | None, error: float) -> None:
     """Each row at its own positions; what lies beyond the last slot is dropped."""
     first, second = random(2, 4, 3, 8), random(2, 3, 3, 8, seed=1)
-    cache = KVCache.of([first], [2 * first], marks_to(2, 4), dtype=dtype).pad_to(6)
+    cache = KVCache.of([first], [2 * first], marks_to(2, 4), dtype=dtype).resize([6])
     positions = jnp.array([[1, 2, 3], [4, 5, 6]])
     cache = cache.write(0, second, 2 * second, slots=positions)
     expected = np.zeros((2, 6, 3, 8), np.float32)
@@ -74,7 +74,9 @@ def test_fewer_slots_leave_the_later_ones() -> None:
     rows = vectors(replaced.keys[0]).swapaxes(1, 2)
     np.testing.assert_array_equal(rows, old.at[1, :3].set(new[0]))
     # Nothing sees what stood there.
-    np.testing.assert_array_equal(replaced.marks.segment, [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    np.testing.assert_array_equal(
+        replaced.groups[0].marks.segment, [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+    )
 
 
 def test_zeros_stay_zeros() -> None:
@@ -84,7 +86,7 @@ def test_zeros_stay_zeros() -> None:
     positions = jnp.zeros((1, 1), jnp.int32)
     marks = marks_at(positions)
     seen = cache_attention(
-        random(1, 1, 1, 4), cache.keys[0], cache.values[0], marks=marks, slots=cache.marks
+        random(1, 1, 1, 4), cache.keys[0], cache.values[0], marks=marks, slots=cache.groups[0].marks
     )
     assert not seen.any()
 
@@ -98,7 +100,7 @@ def test_long_contexts_in_float16() -> None:
     cache = KVCache.of([key], [value], marks_to(1, slots), dtype="int8")
     query, positions = random(1, 1, 1, 16) * 0.1, jnp.full((1, 1), slots - 1)
     held = cache.keys[0], cache.values[0]
-    seen = {"marks": marks_at(positions), "slots": cache.marks}
+    seen = {"marks": marks_at(positions), "slots": cache.groups[0].marks}
     wanted = cache_attention(query, *held, **seen)
     actual = cache_attention(query.astype(jnp.float16), *held, **seen)
     assert actual.dtype == jnp.float16
@@ -134,7 +136,7 @@ def test_attention(
     )
     held = cache.keys[0], cache.values[0]
     monkeypatch.setattr(module, "platform", lambda: platform)
-    seen = {"marks": marks_at(positions), "slots": cache.marks}
+    seen = {"marks": marks_at(positions), "slots": cache.groups[0].marks}
     actual = cache_attention(late, *held, **seen)
     np.testing.assert_allclose(actual, wanted, rtol=0, atol=error)
     rows, heads = PartitionSpec(("data", "fsdp")), PartitionSpec(("data", "fsdp"), "tensor")

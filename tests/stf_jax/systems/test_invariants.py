@@ -14,8 +14,8 @@ from flax import nnx
 import stf_jax
 from stf_jax.convert.infer import infer_system, system_keys
 from stf_jax.convert.mapping import connector_entries, table
+from stf_jax.models.cache import Stored
 from stf_jax.models.llava import Llava
-from stf_jax.models.marks import Marks
 from stf_jax.store.arrays import flatten
 from stf_jax.systems import SYSTEMS, config_from_dict, named_config
 from tests.stf_jax.systems.conftest import VISION, batch_of, build, config_of
@@ -63,7 +63,7 @@ def test_prefill_and_decode_are_the_forward_pass(system_model: Llava) -> None:
     expected = logits_of(system_model, whole)
     logits, cache = prefill(system_model, cut)
     np.testing.assert_allclose(logits, expected[:, length - later - 1], rtol=0, atol=1e-4)
-    cache = cache.pad_to(length + 2)
+    cache = cache.grow(later + 2)
     for position in range(length - later, length):
         logits, cache = extend(
             system_model,
@@ -79,14 +79,16 @@ def test_empty_slots_are_not_seen(system_model: Llava) -> None:
     """What stands in slots that carry no marks reaches nothing."""
     batch = batch_of(system_model.config)
     _, cache = prefill(system_model, batch)
-    cache = cache.pad_to(batch.ids.shape[1] + 4)
-    assert isinstance(cache.marks, Marks)
-    hidden = cache.marks.segment == 0
-    spoiled = dataclasses.replace(
-        cache,
-        keys=tuple(jnp.where(hidden[:, None, :, None], 7.0, key) for key in cache.keys),
-        values=tuple(jnp.where(hidden[:, None, :, None], 7.0, value) for value in cache.values),
-    )
+    cache = cache.grow(4)
+
+    def spoil(layers: tuple[Stored, ...]) -> tuple[Stored, ...]:
+        empty = [cache.groups[group].marks.segment == 0 for group in cache.layer_groups]
+        return tuple(
+            jnp.where(hidden[:, None, :, None], 7.0, layer)
+            for hidden, layer in zip(empty, layers, strict=True)
+        )
+
+    spoiled = dataclasses.replace(cache, keys=spoil(cache.keys), values=spoil(cache.values))
     start = jnp.full(2, batch.ids.shape[1], jnp.int32)
     steps = [
         extend(

@@ -123,7 +123,7 @@ def test_reference_tokens(reference_case: Case, model: Llava) -> None:
         assert start <= length
         prompt = dataclasses.replace(prompt, budget=tokens)
         logits, cache = jax.jit(Llava.prefill)(model, prompt)
-        cache = cache.pad_to(prompt.ids.shape[1] + expected.shape[1])
+        cache = cache.grow(expected.shape[1])
         answer = []
         for step in range(expected.shape[1]):
             answer.append(int(logits[0].argmax()))
