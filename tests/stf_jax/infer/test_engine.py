@@ -224,7 +224,7 @@ def test_the_cache_is_no_longer_than_the_context(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Program, "start", spy)
     engine = make_engine(CONFIG)
     long = answers(engine, [prompt(20)], new=20_000)
-    assert seen == [{"slots": 4, "context": bucket(CONTEXT), "new": bucket(CONTEXT)}]
+    assert seen == [{"slots": 4, "contexts": (bucket(CONTEXT),), "new": bucket(CONTEXT)}]
     assert long == answers(engine, [prompt(20)], new=CONTEXT)
 
 
