@@ -20,14 +20,15 @@ from stf_jax.convert.mapping import carried_shapes, connector_entries, is_buffer
 from stf_jax.convert.processor import IMAGE_TOKEN, PAD_TOKEN, ImageTokens
 from stf_jax.convert.readers import BESIDE_LORA, read_json
 from stf_jax.convert.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorInfo
-from stf_jax.convert.sidecars import hf_sidecars, language_keys, llava_sidecars
+from stf_jax.convert.sidecars import generation_file, hf_sidecars, language_keys, llava_sidecars
 from stf_jax.convert.source import THREADS
 from stf_jax.convert.torch_file import import_torch, write_torch
+from stf_jax.data.fit import fit_template, stop_ids
 from stf_jax.data.processors import read_tokenizer
 from stf_jax.models.weights import Entry
 from stf_jax.store import checkpoint
 from stf_jax.store.checkpoint import NativeCheckpoint, extra_files
-from stf_jax.store.run import open_model
+from stf_jax.store.run import TrainedCheckpoint, open_model
 from stf_jax.systems.base import LlavaConfig
 from stf_jax.util.errors import CheckpointError
 from stf_jax.util.files import list_some, new_directory
@@ -280,9 +281,26 @@ def _sidecars(
 ) -> dict[str, bytes]:
     dtype = dtype or native.origin["cast"]
     if layout == "hf":
-        return hf_sidecars(native.hf, native.config, rows=rows, tokens=tokens, dtype=dtype)
+        files = hf_sidecars(native.hf, native.config, rows=rows, tokens=tokens, dtype=dtype)
+        return files | _generation(native, files)
     files = llava_sidecars(native.hf, native.config, rows=rows, dtype=dtype)
-    return {"config.json": files["config.json"]} if layout == "adapter" else files
+    if layout == "adapter":
+        return {"config.json": files["config.json"]}
+    return files | _generation(native, files)
+
+
+def _generation(native: Native, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """generation_config.json, if a run has taught the model to end a reply in another token."""
+    trained = native.checkpoint
+    if not isinstance(trained, TrainedCheckpoint) or trained.template is None:
+        return {}
+    try:
+        tokenizer = read_tokenizer(native.hf, extra_files(trained.extras))
+        template = fit_template(trained.template, tokenizer)
+    except (CheckpointError, ValueError):
+        # Without a tokenizer that is as it was in training, nothing is known of it.
+        return {}
+    return generation_file(files, native.config, stop_ids(template, tokenizer))
 
 
 def _write_native(source: NativeCheckpoint, out: epath.PathLike, dtype: DType | None) -> None:

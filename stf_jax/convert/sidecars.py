@@ -4,7 +4,8 @@ They start from what came with the import, so that keys unknown here survive, an
 where they no longer say what the model is.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from etils import epath
@@ -226,6 +227,23 @@ def _vision_config(stored: epath.Path, vision: VisionConfig) -> Json:
         except ValueError:
             continue
     return vision_to_hf(vision)
+
+
+def generation_file(
+    files: Mapping[str, bytes], config: LlavaConfig, stops: Collection[int]
+) -> dict[str, bytes]:
+    """generation_config.json with every token that ends a reply, where the model's own are not all.
+
+    A base model's end of text need not be that of a chat template; other code stops only at what
+    this file or config.json names.
+    """
+    own = config.text.eos_ids
+    if {*stops} <= {*own}:
+        return {}
+    name = "generation_config.json"
+    before = json.loads(files[name]) if name in files else {}
+    ids = [*own, *sorted({*stops} - {*own})]
+    return {name: encode_json({**before, "eos_token_id": ids})}
 
 
 def _dtype_name(folder: epath.Path) -> Json:

@@ -98,7 +98,9 @@ def held_out_loss(
             dtype=jnp.dtype(dtype),
             normalize_pixels=processors.image_processor.normalize,
         )
-        return sum_losses(loss, ({}, weights), data, layout=layout)
+        result = sum_losses(loss, ({}, weights), data, layout=layout)
+        assert result is not None
+        return result
 
 
 def _data_config(path: epath.PathLike, opened: StoredModel, *, mode: Mode) -> DataConfig:

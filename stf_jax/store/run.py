@@ -87,6 +87,7 @@ def open_model(path: epath.PathLike) -> NativeCheckpoint:
         version=first.version,
         first=first,
         lora=run["lora"],
+        template=(run.get("data") or {}).get("template"),
         step=max(steps),
     )
 
@@ -101,6 +102,8 @@ class TrainedCheckpoint(NativeCheckpoint):
 
     first: NativeCheckpoint
     lora: LoRAConfig
+    # Of the conversations that it was trained on.
+    template: str | None
     step: int
 
     @property

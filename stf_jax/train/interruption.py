@@ -42,6 +42,13 @@ class Interruption:
             return self._came
         return bool(multihost_utils.reached_preemption_sync_point(step))
 
+    def has_come(self) -> bool:
+        """Whether a signal has come, between two steps; False on several hosts, which leave at one.
+
+        What it interrupts begins anew after the next start.
+        """
+        return self._alone and self._came
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._came = True
         self._restore()

@@ -157,13 +157,13 @@ class _Run:
         batches = self.data.batches(start_step=start, stop_step=stop, rows=rows)
         with contextlib.closing(batches), contextlib.ExitStack() as tracing:
             for number in range(start, stop):
-                if self.interruption.is_requested(number):
+                requested = self.interruption.is_requested(number)
+                if requested or not self.validate(number, state, report, stop=stop):
                     report.write()
                     self.checkpoints.save(number, state)
                     self.checkpoints.wait()
                     _say(f"interrupted after step {number}; start it again to continue")
                     return "interrupted"
-                self.validate(number, state, report, stop=stop)
                 training_step = next(batches)
                 placed = self.program.layout.place(training_step.batch)
                 if number == profile[0]:
@@ -177,23 +177,25 @@ class _Run:
                 if self.checkpoints.due(number + 1) or number + 1 == stop:
                     # A step that was not finite must not get into a checkpoint unseen.
                     report.write()
-                    if number + 1 == stop:
-                        # Before the run counts as finished: a kill meanwhile repeats it.
-                        self.validate(stop, state, report, stop=stop)
+                    # Before the run counts as finished: a kill or a signal meanwhile repeats it.
+                    if number + 1 == stop and not self.validate(stop, state, report, stop=stop):
+                        _say("interrupted in the last validation; start it again to continue")
+                        return "interrupted"
                     self.checkpoints.save(number + 1, state)
         self.checkpoints.wait()
         if self.data.lost:
             _say(f"left out, since they could not be read: {', '.join(self.data.lost)}")
         return "finished"
 
-    def validate(self, number: int, state: TrainState, report: "_Report", *, stop: int) -> None:
+    def validate(self, number: int, state: TrainState, report: "_Report", *, stop: int) -> bool:
         """Records the loss of the held-out examples before step `number`, where that is due.
 
-        It is a function of the state, so that a resumed run records the same.
+        It is a function of the state, so that a resumed run records the same. False if a signal
+        ended it.
         """
         section = self.config.validation
         if self.held_out is None or section is None or (number % section.every and number < stop):
-            return
+            return True
         report.write()
         result = sum_losses(
             self.loss,
@@ -201,9 +203,13 @@ class _Run:
             self.held_out,
             layout=self.program.layout,
             batches=section.batches,
+            is_ended=self.interruption.has_come,
         )
+        if result is None:
+            return False
         self.log.write_validation(number, result)
         report.restart_clock()
+        return True
 
 
 class _Report:

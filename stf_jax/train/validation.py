@@ -37,7 +37,8 @@ def sum_losses(
     *,
     layout: BatchLayout,
     batches: int | None = None,
-) -> HeldOutLoss:
+    is_ended: Callable[[], bool] = lambda: False,
+) -> HeldOutLoss | None:
     """The mean loss over the first epoch of some data, which holds every example once.
 
     Args:
@@ -46,6 +47,7 @@ def sum_losses(
         data: the held-out examples.
         layout: of their batches on the mesh.
         batches: the first so many only.
+        is_ended: asked before each batch; the result is None where it gave True.
 
     Raises:
         DatasetError: too many of the examples cannot be read.
@@ -55,6 +57,8 @@ def sum_losses(
     steps = data.batches(stop_step=stop, rows=layout.local_rows)
     with contextlib.closing(steps):
         for step in steps:
+            if is_ended():
+                return None
             # Sums of a batch are float32, and those of all batches double.
             part, count = jax.device_get(loss(*parameters, layout.place(step.batch)))
             total, tokens = total + float(part), tokens + int(count)

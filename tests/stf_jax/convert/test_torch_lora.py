@@ -12,7 +12,13 @@ import safetensors.torch
 import torch
 import yaml
 
-from stf_jax.convert import export_checkpoint, import_checkpoint, inspect_checkpoint, open_source
+from stf_jax.convert import (
+    export_checkpoint,
+    exporter,
+    import_checkpoint,
+    inspect_checkpoint,
+    open_source,
+)
 from stf_jax.convert.mapping import connector_entries, text_entries
 from stf_jax.store.arrays import host_like
 from stf_jax.store.checkpoint import open_native
@@ -376,3 +382,19 @@ def test_layouts_that_would_leave_something_out(lora_run: Path, tmp_path: Path) 
     with pytest.raises(CheckpointError, match=r"is no LoRA run .*; use --layout llava-stf$"):
         export_checkpoint(tmp_path / "native", out, layout="lora")
     assert not out.exists()
+
+
+def test_an_export_names_the_end_that_a_run_has_taught(
+    lora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A template may end in another token than its base model; other code knows what is written."""
+    content = yaml.safe_load((lora_run / "config.yaml").read_text())
+    (lora_run / "config.yaml").write_text(yaml.safe_dump(content | {"data": {"template": "v1"}}))
+    export_checkpoint(lora_run, tmp_path / "same", layout="llava-stf")
+    monkeypatch.setattr(exporter, "stop_ids", lambda template, tokenizer: frozenset({2, 9}))
+    export_checkpoint(lora_run, tmp_path / "taught", layout="llava-stf")
+    before, after = (
+        json.loads((tmp_path / name / "generation_config.json").read_text())
+        for name in ("same", "taught")
+    )
+    assert after == before | {"eos_token_id": [2, 9]} != before

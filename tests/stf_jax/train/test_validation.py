@@ -42,14 +42,22 @@ def records(config: TrainConfig) -> tuple[list[float], dict[int, float]]:
     )
 
 
-def interrupt(monkeypatch: pytest.MonkeyPatch, held_out: Path, *, step: int) -> None:
-    """Sends SIGTERM when a step's batch of the training data is made."""
-    validation = str(held_out)
+def interrupt(
+    monkeypatch: pytest.MonkeyPatch, held_out: Path, *, step: int, validation: int | None = None
+) -> None:
+    """Sends SIGTERM when a step's batch is made: of the training data, or of a validation.
+
+    Validations are counted from 0 in each start.
+    """
+    begun = [0]
 
     class Interrupted(TrainingData):
         def batches(self, **arguments: Any) -> Iterator[TrainingStep]:
+            held = self.config.datasets[0].path == str(held_out)
+            number = begun[0] if held else None
+            begun[0] += held
             for made in super().batches(**arguments):
-                if made.step == step and self.config.datasets[0].path != validation:
+                if made.step == step and number == validation:
                     os.kill(os.getpid(), signal.SIGTERM)
                 yield made
 
@@ -150,6 +158,25 @@ def test_it_is_the_same_to_the_bit_after_a_resumption(
         interrupt(patched, held_out, step=2)
         assert train(run) == "interrupted"
     assert [*records(run)[1]] == [0, 2]
+    # Then in the last validation, before the run counts as finished.
+    with monkeypatch.context() as patched:
+        interrupt(patched, held_out, step=0, validation=1)
+        assert train(run) == "interrupted"
+    assert [*records(run)[1]] == [0, 2, 4]
+    assert train(run) == "finished"
+    assert records(run) == (whole["losses"], whole["validation"])
+
+
+def test_a_signal_in_a_validation_is_heard(
+    config: Config, held_out: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint is of the step before it, and it is done again."""
+    run = config(validation=whole["section"])
+    with monkeypatch.context() as patched:
+        interrupt(patched, held_out, step=0, validation=1)
+        assert train(run) == "interrupted"
+    assert [*records(run)[1]] == [0]
+    assert (Path(run.out) / "checkpoints" / "2").is_dir()
     assert train(run) == "finished"
     assert records(run) == (whole["losses"], whole["validation"])
 
