@@ -16,7 +16,7 @@ from etils import epath
 from stf_jax.convert.dtypes import FLOATS, Array, DType, FloatName, cast, check_finite
 from stf_jax.convert.layouts import ExportLayout, PublishedLayout, published_name
 from stf_jax.convert.lora_exporter import check_trained, write_lora
-from stf_jax.convert.mapping import carried_shapes, connector_entries, is_buffer, table
+from stf_jax.convert.mapping import carried_shapes, connector_entries, is_buffer, own_entries, table
 from stf_jax.convert.processor import IMAGE_TOKEN, PAD_TOKEN, ImageTokens
 from stf_jax.convert.readers import BESIDE_LORA, read_json
 from stf_jax.convert.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorInfo
@@ -65,6 +65,10 @@ class Native:
     def hf(self) -> epath.Path:
         """The files that travel along."""
         return self.checkpoint.extras / "hf"
+
+    def publish(self, name: str, layout: PublishedLayout) -> str:
+        """The published name of a canonical one, in the words of the system's own code."""
+        return published_name(self.config.system.rename(name), layout)
 
     def dtype(self, name: str, entry: Entry) -> DType:
         """The dtype in which a tensor came, or in which its parameter is stored."""
@@ -134,7 +138,7 @@ def export_checkpoint(
         )
     cast_to = None if dtype is None else FLOATS[dtype]
     spelling: PublishedLayout = "adapter" if layout == "lora" else layout
-    plan = _plan(native, spelling, rows, cast_to)
+    plan = _plan(native, spelling, rows, cast_to, lora=layout == "lora")
     sidecars = _sidecars(native, spelling, rows, tokens, dtype)
     if spelling == "adapter":
         import_torch(f"to write {'mm_projector.bin' if layout == 'adapter' else BESIDE_LORA}")
@@ -236,13 +240,15 @@ def _least_rows(
     return min(came, max(ids.values()) + 1)
 
 
-def _plan(native: Native, layout: PublishedLayout, rows: int, dtype: DType | None) -> _Plan:
+def _plan(
+    native: Native, layout: PublishedLayout, rows: int, dtype: DType | None, *, lora: bool
+) -> _Plan:
     entries = table(native.config, vocabulary=rows)
     if layout == "adapter":
-        entries = connector_entries(native.config)
+        entries = own_entries(native.config) if lora else connector_entries(native.config)
     missing = [e.native for e in entries if e.native not in native.checkpoint.shapes]
     infos = {
-        published_name(name, layout): TensorInfo(entry.shape, dtype or native.dtype(name, entry))
+        native.publish(name, layout): TensorInfo(entry.shape, dtype or native.dtype(name, entry))
         for entry in entries
         for name in (() if entry.native in missing else entry.tensors)
     }
@@ -373,7 +379,7 @@ def _each_tensor(
     """Calls `put` with every tensor under its published name; one parameter in memory at a time."""
 
     def convert(entry: Entry, name: str, array: Array) -> None:
-        theirs = published_name(name, layout)
+        theirs = native.publish(name, layout)
         tensor = entry.transform.torch(array)
         check_finite(tensor, name=theirs)
         put(theirs, cast(tensor, plan.infos[theirs].dtype, name=theirs))
@@ -385,7 +391,7 @@ def _each_tensor(
             layers = [array] if entry.layers is None else list(array)
             names = entry.tensors
             list(pool.map(convert, [entry] * len(names), names, layers))
-            advance(sum(plan.infos[published_name(name, layout)].nbytes for name in names))
+            advance(sum(plan.infos[native.publish(name, layout)].nbytes for name in names))
         for name in plan.carried:
             assert native.carried is not None
             theirs = published_name(name, layout)

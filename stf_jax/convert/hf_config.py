@@ -9,6 +9,7 @@ from typing import Any
 
 from stf_jax.config.text import RopeScaling, TextConfig
 from stf_jax.config.vision import VisionConfig
+from stf_jax.systems import SYSTEMS
 
 # The sizes that `transformers.CLIPVisionConfig` and `LlamaConfig` have where a file is silent.
 VISION_DEFAULTS = {
@@ -73,7 +74,8 @@ def text_from_hf(hf: Mapping[str, Any]) -> TextConfig:
     Raises:
         ValueError: another model family, or a LLaMA variant that the decoder does not compute.
     """
-    _check_value(hf, "model_type", "llama", "llava_llama", "llava")
+    kinds = {system.model_type for system in SYSTEMS.values()}
+    _check_value(hf, "model_type", "llama", "llava", *sorted(kinds))
     _check_value(hf, "hidden_act", "silu")
     _check_value(hf, "attention_bias", False)
     _check_value(hf, "mlp_bias", False)

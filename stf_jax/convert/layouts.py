@@ -61,10 +61,10 @@ _PREFIXES: dict[Layout, tuple[tuple[str, str], ...]] = {
 # The rest of a whole CLIP: its text tower has no place in a LLaVA.
 _CLIP_TEXT = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
 
-# What PyTorch's wrappers add to names: DistributedDataParallel, torch.compile, FSDP.
+# What wrappers add to names: DistributedDataParallel, torch.compile, FSDP; p-MoD's round a layer.
 _WRAPPERS = re.compile(
     r"^(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+"
-    r"|(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+    r"|(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|decoder_layer)\."
 )
 
 # What PEFT puts in front of the names of the model that it adapts.
@@ -116,6 +116,9 @@ def published_name(name: str, layout: Layout) -> str:
     for theirs, ours in _PREFIXES[layout]:
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
+    if layout == "adapter" and name.startswith("model."):
+        # Beside a LoRA adapter lies what a system adds to the language model, too.
+        return name
     raise AssertionError(f"{layout} has no name for {name}")
 
 

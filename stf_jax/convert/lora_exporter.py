@@ -64,7 +64,8 @@ def write_lora(
     for entry in _adapted(checkpoint):
         a, b = (checkpoint.read_trained(adapter_path(entry.native, which)) for which in "ab")
         for layer, name in enumerate(entry.tensors):
-            module = published_name(name, "llava").removesuffix(".weight")
+            theirs = checkpoint.config.system.rename(name)
+            module = published_name(theirs, "llava").removesuffix(".weight")
             modules[module.rpartition(".")[2]] = None
             # A [*inputs, R] -> [R, C], B [R, *outputs] -> [F, R].
             for half, array in (

@@ -41,6 +41,7 @@ def table(config: LlavaConfig, *, vocabulary: int | None = None) -> tuple[Entry,
         *_computed_tower(config),
         *connector_entries(config),
         *text_entries(config.text, vocabulary=vocabulary or config.text.vocab_size),
+        *config.system.decoder_weights(config.text),
     )
 
 
@@ -172,6 +173,11 @@ def next_layer_entries(vision: VisionConfig, *, layer: int) -> tuple[Entry, ...]
 def connector_entries(config: LlavaConfig) -> tuple[Entry, ...]:
     """What lies between tower and language model: what a stage-1 adapter holds."""
     return config.system.weights(config.vision, config.text)
+
+
+def own_entries(config: LlavaConfig) -> tuple[Entry, ...]:
+    """What a system adds to a tower and a language model: its connector, and in the decoder."""
+    return (*connector_entries(config), *config.system.decoder_weights(config.text))
 
 
 def text_entries(text: TextConfig, *, vocabulary: int) -> tuple[Entry, ...]:

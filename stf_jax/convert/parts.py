@@ -112,7 +112,7 @@ def open_part(path: epath.PathLike) -> Part:
 
 @dataclasses.dataclass(frozen=True)
 class RandomTensors:
-    """New weights for a connector, as PyTorch starts its layers.
+    """New weights of a system, as PyTorch starts its layers.
 
     Linear layers and convolutions are uniform within 1 / sqrt(inputs), their biases too; a norm
     scales by 1 and adds 0; learned tokens are normal with deviation 0.02, as CLIP's embeddings.
@@ -120,15 +120,22 @@ class RandomTensors:
 
     infos: Mapping[str, TensorInfo]
     seed: int
+    zeros: frozenset[str] = frozenset()
 
     @classmethod
     def for_entries(cls, entries: tuple[Entry, ...], *, dtype: DType, seed: int) -> "RandomTensors":
         """Weights for the layers of a table."""
-        return cls({entry.torch: TensorInfo(entry.shape, dtype) for entry in entries}, seed)
+        return cls(
+            {name: TensorInfo(e.shape, dtype) for e in entries for name in e.tensors},
+            seed,
+            frozenset(name for e in entries if e.start == "zeros" for name in e.tensors),
+        )
 
     def read(self, name: str) -> Array:
         """The same values at every call."""
         info = self.infos[name]
+        if name in self.zeros:
+            return np.zeros(info.shape, info.dtype)
         # A stream for each tensor: none depends on which others are drawn.
         rng = np.random.default_rng([self.seed, list(self.infos).index(name)])
         # "x.weight" and "x.bias", or "in_proj_weight" and "in_proj_bias".

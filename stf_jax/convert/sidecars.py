@@ -181,11 +181,11 @@ def _llava_config(hf: Json, config: LlavaConfig, dtype: FloatName | None) -> Jso
     result = base | kind
     if not base or text_from_hf(base) != config.text:
         result |= text_to_hf(config.text)
-    if base.get("model_type") not in ("llava_llama", "llava"):
+    if base.get("model_type") not in ("llava", config.system.model_type):
         named = [name for name, make in PUBLISHED.items() if make() == config.vision]
         result |= {
-            "architectures": ["LlavaLlamaForCausalLM"],
-            "model_type": "llava_llama",
+            "architectures": [config.system.architecture],
+            "model_type": config.system.model_type,
             "mm_vision_tower": named[0] if named else "vision_tower",
             "mm_hidden_size": config.vision.width,
             "mm_projector_type": "mlp2x_gelu",

@@ -29,7 +29,7 @@ from stf_jax.convert.hf_config import TEXT_DEFAULTS, text_from_hf
 from stf_jax.convert.infer import infer_system, name_fields, new_system, replace_system
 from stf_jax.convert.layouts import Layout
 from stf_jax.convert.lora import merge_lora
-from stf_jax.convert.mapping import carried_shapes, connector_entries, is_buffer, table
+from stf_jax.convert.mapping import carried_shapes, is_buffer, own_entries, table
 from stf_jax.convert.parts import Part, RandomTensors, Tensor, open_part
 from stf_jax.convert.sidecars import find_sidecars, language_keys
 from stf_jax.convert.tower import TowerChoice, choose_tower
@@ -201,8 +201,13 @@ def open_source(
             assumed=_describe_defaults(None, tower),
         )
     config = _name_errors(place, lambda: LlavaConfig(vision=tower.config, text=text, system=chosen))
-    if part.layout == "llama":
-        tensors |= _random(config, tensors, seed)
+    new = own_entries(config) if part.layout == "llama" else ()
+    if part.layout != "llama" and system is not None:
+        # Of a system that the weights fit, what it adds to the language model may be new.
+        new = tuple(
+            e for e in chosen.decoder_weights(text) if not any(n in tensors for n in e.tensors)
+        )
+    tensors |= _random(new, tensors, seed)
     text = dataclasses.replace(text, vocab_padding=-text.vocab_size % vocabulary_multiple)
     config = dataclasses.replace(config, text=text)
     entries = table(config)
@@ -278,10 +283,12 @@ def _describe_defaults(language: Part | None, tower: TowerChoice) -> str:
     return f" (config.json lacks {', '.join(silent)}; transformers' defaults were assumed)"
 
 
-def _random(config: LlavaConfig, tensors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+def _random(
+    entries: tuple[Entry, ...], tensors: Mapping[str, Tensor], seed: int
+) -> dict[str, Tensor]:
     like = tensors.get("model.embed_tokens.weight")
     dtype = like.info.dtype if like else FLOATS["float32"]
-    drawn = RandomTensors.for_entries(connector_entries(config), dtype=dtype, seed=seed)
+    drawn = RandomTensors.for_entries(entries, dtype=dtype, seed=seed)
     return {name: Tensor(drawn, name) for name in drawn.infos}
 
 

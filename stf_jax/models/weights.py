@@ -6,6 +6,7 @@ N heads, D head width, W window side, V vocabulary.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 
@@ -146,13 +147,15 @@ class Entry:
     native_shape: tuple[int, ...]  # of the parameter
     transform: Transform
     layers: int | None = None  # None: not stacked
+    numbers: tuple[int, ...] = ()  # of the layers, where they are not 0, 1, 2, ...
+    start: Literal["torch", "zeros"] = "torch"  # as PyTorch starts its layers, or with zeros
 
     @property
     def tensors(self) -> tuple[str, ...]:
         """The canonical names of its tensors, in the order of the stack."""
         if self.layers is None:
             return (self.torch,)
-        return tuple(self.torch.format(layer) for layer in range(self.layers))
+        return tuple(self.torch.format(layer) for layer in self.numbers or range(self.layers))
 
 
 def make_entry(
@@ -162,16 +165,21 @@ def make_entry(
     to: tuple[int, ...],
     transform: Transform,
     *,
-    layers: int | None = None,
+    layers: int | tuple[int, ...] | None = None,
+    start: Literal["torch", "zeros"] = "torch",
 ) -> Entry:
-    """One row of a table; shapes are those of one layer."""
+    """One row of a table; shapes are those of one layer, `layers` how many or which there are."""
+    numbers = layers if isinstance(layers, tuple) else ()
+    count = len(layers) if isinstance(layers, tuple) else layers
     return Entry(
         native=native,
         torch=torch,
         shape=shape,
-        native_shape=to if layers is None else (layers, *to),
+        native_shape=to if count is None else (count, *to),
         transform=transform,
-        layers=layers,
+        layers=count,
+        numbers=numbers,
+        start=start,
     )
 
 

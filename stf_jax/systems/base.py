@@ -59,6 +59,9 @@ class System:
     published: ClassVar[Mapping[str, float]] = {}
     # The keys of config.json by which its published code knows such a model.
     published_keys: ClassVar[tuple[str, ...]] = ()
+    # `model_type` and `architectures` of its published code's config.json.
+    model_type: ClassVar[str] = "llava_llama"
+    architecture: ClassVar[str] = "LlavaLlamaForCausalLM"
     # What the tensors of its connector begin with, and the layout that each prefix tells.
     prefixes: ClassVar[Mapping[str, str]] = {"mm_projector.": "llava"}
 
@@ -195,6 +198,11 @@ class System:
         """Every parameter of the connector, and the tensor that it is in PyTorch."""
         return self.projector_weights(vision, text, first=LINEAR)
 
+    def decoder_weights(self, text: TextConfig) -> tuple[Entry, ...]:
+        """What the language model has beside LLaMA's parameters; every stage trains it."""
+        del text
+        return ()
+
     def projector_weights(
         self, vision: VisionConfig, text: TextConfig, *, first: Transform
     ) -> tuple[Entry, ...]:
@@ -248,6 +256,10 @@ class System:
     def hf_keys(self) -> dict[str, Any]:
         """The keys of config.json by which its published code knows such a model."""
         return {}
+
+    def rename(self, name: str) -> str:
+        """What its published code calls a tensor of this canonical name."""
+        return name
 
     @property
     def layout(self) -> str:

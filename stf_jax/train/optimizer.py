@@ -15,6 +15,9 @@ from stf_jax.models.lora import is_adapter
 
 Stage = Literal["pretrain", "finetune", "lora"]
 
+# What the language model has in every system.
+LLAMA = ("text/embedding", "text/layers/", "text/norm/", "text/head/")
+
 # Every parameter by its path in the model: "text/layers/mlp/up/kernel".
 Parameters = dict[str, Array]
 
@@ -66,13 +69,14 @@ class OptimizerConfig:
 def split_trained(parameters: Parameters, stage: Stage) -> tuple[Parameters, Parameters]:
     """The parameters that a stage trains, and those that it leaves alone.
 
-    Every stage trains the connector and none the vision tower; of the language model
-    "finetune" trains all, "lora" the adapters only.
+    Every stage trains the connector and what else a system adds, and none the vision tower; of the
+    language model "finetune" trains all, "lora" the adapters only.
     """
 
     def is_trained(path: str) -> bool:
         return (
             path.startswith("connector/")
+            or (path.startswith("text/") and not path.startswith(LLAMA))
             or (stage == "finetune" and path.startswith("text/"))
             or (stage == "lora" and is_adapter(path))
         )
