@@ -15,7 +15,7 @@ from typing import Any
 from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
 from stf_jax.convert.hf_config import section
-from stf_jax.convert.mapping import connector_entries
+from stf_jax.convert.mapping import own_entries
 from stf_jax.systems import SYSTEMS, get_system, system_from_dict
 from stf_jax.systems.base import LlavaConfig, Shapes, System
 from stf_jax.systems.older import upgrade_fusion
@@ -140,8 +140,11 @@ def system_keys(config: LlavaConfig) -> dict[str, Any]:
     system, vision = config.system, config.vision
     # The published STF keeps LLaVA's value, though its taps are others.
     selected = -2 if len(system.taps) > 1 else system.taps[0] - vision.layers - 1
-    keys: dict[str, Any] = {"mm_vision_select_layer": selected, **system.hf_keys()}
-    shapes = {name: e.shape for e in connector_entries(config) for name in e.tensors}
+    keys: dict[str, Any] = {
+        "mm_vision_select_layer": selected,
+        **system.hf_keys(vision, config.text),
+    }
+    shapes = {name: e.shape for e in own_entries(config) for name in e.tensors}
     try:
         inferred = infer_system(shapes, keys, vision)
     except CheckpointError:

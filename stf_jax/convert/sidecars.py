@@ -20,7 +20,7 @@ from stf_jax.convert.hf_config import (
     vision_to_hf,
 )
 from stf_jax.convert.infer import SYSTEM_KEYS, infer_system, replace_vocabulary, system_keys
-from stf_jax.convert.mapping import connector_entries
+from stf_jax.convert.mapping import own_entries
 from stf_jax.convert.processor import ImageTokens, Json, encode_json, processor_files
 from stf_jax.convert.readers import read_json
 from stf_jax.convert.tower import PUBLISHED
@@ -201,7 +201,7 @@ def _llava_config(hf: Json, config: LlavaConfig, dtype: FloatName | None) -> Jso
         }
     else:
         result["model_type"] = base["model_type"]
-    shapes = {name: e.shape for e in connector_entries(config) for name in e.tensors}
+    shapes = {name: e.shape for e in own_entries(config) for name in e.tensors}
     if infer_system(shapes, result, config.vision) != config.system:
         for key in SYSTEM_KEYS:
             result.pop(key, None)

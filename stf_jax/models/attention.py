@@ -20,6 +20,7 @@ def attention(
     value: Float[Array, "B S G D"],
     *,
     marks: Marks | None = None,
+    key_marks: Marks | None = None,
     rule: Rule = causal,
 ) -> Float[Array, "B T N D"]:
     """softmax(q k^T / sqrt(D)) v, with the softmax in float32; N is a multiple of G.
@@ -30,17 +31,20 @@ def attention(
         query: T positions, N heads.
         key: S positions, G heads.
         value: as `key`.
-        marks: of the positions, where queries and keys are the same ones; None lets every query
-            see every key.
+        marks: of the queries; None lets every query see every key.
+        key_marks: of the keys, where they are other positions than the queries.
         rule: read with `marks` only.
     """
     with jax.named_scope("attention"):
         place = platform()
         # Splash knows one rule. It goes by index, which is the same: positions ascend in a segment.
-        if place == "tpu" and (marks is None or rule is causal):
+        by_index = rule is causal and key_marks is None
+        if place == "tpu" and (marks is None or by_index):
             return _per_device(query, key, value, None if marks is None else marks.segment)
         cudnn = place in ("cuda", "gpu") and query.dtype in (jnp.bfloat16, jnp.float16)
-        mask = None if marks is None else visible(rule, marks, marks)[:, None]
+        mask = None
+        if marks is not None:
+            mask = visible(rule, marks, marks if key_marks is None else key_marks)[:, None]
         query, key, value = (checkpoint_name(array, "attention") for array in (query, key, value))
         attended = jax.nn.dot_product_attention(
             query, key, value, mask=mask, implementation="cudnn" if cudnn else None

@@ -162,8 +162,10 @@ class ConnectedSystem(Protocol):
     ) -> tuple[int, ...]:
         """Positions that each layer of the decoder computes of a prompt of `length`."""
 
-    def decoder_flops(self, vision: VisionConfig, text: TextConfig, *, images: int) -> float:
-        """Arithmetic of a prompt in the decoder beside its blocks."""
+    def decoder_flops(
+        self, vision: VisionConfig, text: TextConfig, *, length: int, images: int
+    ) -> float:
+        """Arithmetic of a prompt of `length` in the decoder beside `layer_lengths`."""
 
     def describe(self) -> str:
         """One line: the name, and the fields."""
@@ -190,7 +192,7 @@ class ConnectedSystem(Protocol):
 
     @property
     def compacts(self) -> bool:
-        """Whether some layers hold fewer slots than a row has positions."""
+        """Whether some layers compute or hold fewer positions than a row has."""
 
 
 @runtime_checkable

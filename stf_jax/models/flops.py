@@ -29,7 +29,7 @@ def forward(config: Architecture, *, rows: int, length: int, images: int) -> Flo
     vision, text = config.vision, config.text
     lengths = config.system.layer_lengths(vision, text, length=length, images=images)
     weights, attention = _text(config, length, lengths)
-    attention += config.system.decoder_flops(vision, text, images=images)
+    attention += config.system.decoder_flops(vision, text, length=length, images=images)
     return Flops(
         vision=rows * images * _vision(config),
         connector=rows * images * _connector(config),

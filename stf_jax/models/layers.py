@@ -5,12 +5,14 @@ in the dtype of its parameters; norms and softmax work in float32 inside.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
@@ -249,6 +251,21 @@ def unstack(layers: Layer | nnx.List[Layer]) -> nnx.List[Layer]:
     leaves, tree = jax.tree.flatten(state)
     rows = zip(*([leaf[i] for i in range(leaf.shape[0])] for leaf in leaves), strict=True)
     return nnx.List([nnx.merge(graph, jax.tree.unflatten(tree, row)) for row in rows])
+
+
+def split_layers(
+    layers: Layer | nnx.List[Layer], sizes: Sequence[int]
+) -> list[Layer | nnx.List[Layer]]:
+    """Consecutive layers in groups of these sizes, which add up to all; stacks stay stacks."""
+    starts = np.cumsum([0, *sizes]).tolist()
+    if isinstance(layers, nnx.List):
+        parts = itertools.pairwise(starts)
+        return [nnx.List([layers[i] for i in range(start, stop)]) for start, stop in parts]
+    graph, state = nnx.split(layers)
+    leaves, tree = jax.tree.flatten(state)
+    # One split, whose gradient is one concatenation.
+    rows = [jax.lax.split(leaf, sizes) for leaf in leaves]
+    return [nnx.merge(graph, jax.tree.unflatten(tree, part)) for part in zip(*rows, strict=True)]
 
 
 def apply_layers(

@@ -119,10 +119,22 @@ class DecoderLayer(nnx.Module):
         self, x: Float[Array, "B T H"], angles: tuple[Array, Array]
     ) -> tuple[Float[Array, "B T N D"], Float[Array, "B T G D"], Float[Array, "B T G D"]]:
         """Rotated query, rotated key, value."""
-        normal, heads = barrier(self.attention_norm(x)), self.attention.rules.hidden
-        query = rotate(self.attention.query(normal, out=heads), *angles)
+        normal = barrier(self.attention_norm(x))
+        query = rotate(self.attention.query(normal, out=self.attention.rules.hidden), *angles)
+        return query, *self._key_value(normal, angles)
+
+    def project_keys(
+        self, x: Float[Array, "B T H"], angles: tuple[Array, Array]
+    ) -> tuple[Float[Array, "B T G D"], Float[Array, "B T G D"]]:
+        """Rotated key and value of positions that have no query."""
+        return self._key_value(barrier(self.attention_norm(x)), angles)
+
+    def _key_value(
+        self, normal: Float[Array, "B T H"], angles: tuple[Array, Array]
+    ) -> tuple[Float[Array, "B T G D"], Float[Array, "B T G D"]]:
+        heads = self.attention.rules.hidden
         key = rotate(self.attention.key(normal, out=heads), *angles)
-        return query, key, self.attention.value(normal, out=heads)
+        return key, self.attention.value(normal, out=heads)
 
     def finish(
         self, x: Float[Array, "B T H"], attended: Float[Array, "B T N D"]

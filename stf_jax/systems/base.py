@@ -166,7 +166,7 @@ class System:
 
     @property
     def compacts(self) -> bool:
-        """Whether some layers hold fewer slots than a row has positions."""
+        """Whether some layers compute or hold fewer positions than a row has."""
         return False
 
     # --- What it costs, and where it lies.
@@ -183,9 +183,11 @@ class System:
         del vision, images
         return (length,) * text.layers
 
-    def decoder_flops(self, vision: VisionConfig, text: TextConfig, *, images: int) -> float:
-        """Arithmetic of a prompt in the decoder beside its blocks."""
-        del vision, text, images
+    def decoder_flops(
+        self, vision: VisionConfig, text: TextConfig, *, length: int, images: int
+    ) -> float:
+        """Arithmetic of a prompt of `length` in the decoder beside `layer_lengths`."""
+        del vision, text, length, images
         return 0.0
 
     def tensor_sizes(self) -> dict[str, int]:
@@ -253,8 +255,9 @@ class System:
         del hf
         return None
 
-    def hf_keys(self) -> dict[str, Any]:
+    def hf_keys(self, vision: VisionConfig, text: TextConfig) -> dict[str, Any]:
         """The keys of config.json by which its published code knows such a model."""
+        del vision, text
         return {}
 
     def rename(self, name: str) -> str:

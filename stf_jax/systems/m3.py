@@ -83,7 +83,7 @@ class M3(System):
         scales = hf.get(_SCALES_KEY)
         return None if scales is None else {"scales": scales}
 
-    def hf_keys(self) -> dict[str, Any]:
+    def hf_keys(self, vision: VisionConfig, text: TextConfig) -> dict[str, Any]:
         """The same key."""
         return {_SCALES_KEY: list(self.scales)}
 

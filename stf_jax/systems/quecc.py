@@ -202,7 +202,7 @@ class QueCC(System):
         """The released keys name the window; so do the weights."""
         return {} if hf.get(_TYPE) == cls.name else None
 
-    def hf_keys(self) -> dict[str, Any]:
+    def hf_keys(self, vision: VisionConfig, text: TextConfig) -> dict[str, Any]:
         """The released keys."""
         return {_TYPE: self.name, _KERNEL: self.stride, _STRIDE: self.stride}
 

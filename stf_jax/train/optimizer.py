@@ -27,7 +27,7 @@ class OptimizerConfig:
     """AdamW, a linear warm-up, then a cosine to zero. Defaults: stage 2.
 
     Attributes:
-        learning_rate: the peak.
+        learning_rate: the peak for all that lies in the language model.
         projector_learning_rate: the peak for the connector, where it is another one.
         warmup_ratio: of all steps, rounded up.
         clip_norm: of the gradient over all parameters; None does not clip.

@@ -89,3 +89,16 @@ def test_split_over_a_mesh(monkeypatch: pytest.MonkeyPatch, masked: bool) -> Non
         assert jax.typeof(actual).sharding.spec[:3] == (("data", "fsdp"), None, "tensor")
     real = np.asarray(segments > 0)[..., None, None] if masked else True
     np.testing.assert_allclose(np.where(real, actual, 0), np.where(real, wanted, 0), atol=1e-5)
+
+
+def test_keys_may_be_other_positions_than_queries() -> None:
+    """Some of the queries against all keys are those rows of the whole."""
+    query, key, value, segments, _ = arrays(CASES["grouped, padded"])
+    index = jnp.broadcast_to(jnp.arange(query.shape[1], dtype=jnp.int32), segments.shape)
+    marks, chosen = Marks.text(index, segments), jnp.broadcast_to(index[0, 3::7], (2, 29))
+    whole = attention(query, key, value, marks=marks, rule=same_segment)
+    part = attention(
+        query[:, 3::7], key, value, marks=marks.take(chosen), key_marks=marks, rule=same_segment
+    )
+    real = np.asarray(segments[:, 3::7]) > 0
+    np.testing.assert_allclose(part[real], whole[:, 3::7][real], rtol=0, atol=1e-6)

@@ -13,7 +13,7 @@ from flax import nnx
 
 import stf_jax
 from stf_jax.convert.infer import infer_system, system_keys
-from stf_jax.convert.mapping import connector_entries, table
+from stf_jax.convert.mapping import connector_entries, own_entries, table
 from stf_jax.models.cache import Stored
 from stf_jax.models.llava import Llava
 from stf_jax.store.arrays import flatten
@@ -136,7 +136,7 @@ def test_config_comes_back(system_model: Llava) -> None:
     """From a dictionary, and from what an export writes into config.json."""
     config = system_model.config
     assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    shapes = {name: e.shape for e in connector_entries(config) for name in e.tensors}
+    shapes = {name: e.shape for e in own_entries(config) for name in e.tensors}
     keys = json.loads(json.dumps(system_keys(config)))
     assert infer_system(shapes, keys, config.vision) == config.system
 
