@@ -41,7 +41,7 @@ def table(config: LlavaConfig, *, vocabulary: int | None = None) -> tuple[Entry,
         *_computed_tower(config),
         *connector_entries(config),
         *text_entries(config.text, vocabulary=vocabulary or config.text.vocab_size),
-        *config.system.decoder_weights(config.text),
+        *config.system.decoder_weights(config.vision, config.text),
     )
 
 
@@ -177,7 +177,7 @@ def connector_entries(config: LlavaConfig) -> tuple[Entry, ...]:
 
 def own_entries(config: LlavaConfig) -> tuple[Entry, ...]:
     """What a system adds to a tower and a language model: its connector, and in the decoder."""
-    return (*connector_entries(config), *config.system.decoder_weights(config.text))
+    return (*connector_entries(config), *config.system.decoder_weights(config.vision, config.text))
 
 
 def text_entries(text: TextConfig, *, vocabulary: int) -> tuple[Entry, ...]:

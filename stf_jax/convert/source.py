@@ -205,7 +205,9 @@ def open_source(
     if part.layout != "llama" and system is not None:
         # Of a system that the weights fit, what it adds to the language model may be new.
         new = tuple(
-            e for e in chosen.decoder_weights(text) if not any(n in tensors for n in e.tensors)
+            entry
+            for entry in chosen.decoder_weights(tower.config, text)
+            if not any(name in tensors for name in entry.tensors)
         )
     tensors |= _random(new, tensors, seed)
     text = dataclasses.replace(text, vocab_padding=-text.vocab_size % vocabulary_multiple)

@@ -200,9 +200,9 @@ class System:
         """Every parameter of the connector, and the tensor that it is in PyTorch."""
         return self.projector_weights(vision, text, first=LINEAR)
 
-    def decoder_weights(self, text: TextConfig) -> tuple[Entry, ...]:
+    def decoder_weights(self, vision: VisionConfig, text: TextConfig) -> tuple[Entry, ...]:
         """What the language model has beside LLaMA's parameters; every stage trains it."""
-        del text
+        del vision, text
         return ()
 
     def projector_weights(
