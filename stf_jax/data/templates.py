@@ -35,6 +35,29 @@ class LabelRule(Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImagesFirst:
+    """How images come in front of a conversation, and then tokens that stand for them.
+
+        <image>
+        <voco><voco>
+        A chat ... assistant of the image. ... USER: How many cats? ASSISTANT: Two.</s>
+
+    Attributes:
+      token: that stands for an image; a special token.
+      token_id: of it.
+      count: how many for each image. Those of all images come behind the last image.
+      behind: what of a system text is followed by `inserted`, with an image and without.
+      inserted: see there.
+    """
+
+    token: str
+    token_id: int
+    count: int
+    behind: str
+    inserted: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Template:
     """The text round questions and replies.
 
@@ -55,6 +78,7 @@ class Template:
       stop_strings: texts at which a reply ends that no token ends.
       label_rule: the reference's way to labels; None where it has no such template.
       training: the template to train with, where that is another one.
+      images_first: how images come in front of all that; None leaves them in their questions.
     """
 
     name: str
@@ -73,6 +97,7 @@ class Template:
     stop_strings: tuple[str, ...] = ()
     label_rule: LabelRule | None = None
     training: "Template | None" = None
+    images_first: ImagesFirst | None = None
 
 
 def _vicuna(name: str, system: str, image_marker: str = IMAGE_MARKER) -> Template:

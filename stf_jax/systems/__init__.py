@@ -19,12 +19,25 @@ from stf_jax.systems.quecc import QueCC
 from stf_jax.systems.random import Random
 from stf_jax.systems.stf import STF, MBTFConfig
 from stf_jax.systems.vistog import VisToG
+from stf_jax.systems.voco import VoCo
 from stf_jax.systems.vqtoken import VQToken
 
 # In the order of tables.
 SYSTEMS: Mapping[str, type[System]] = {
     system.name: system
-    for system in (Llava, Average, Random, Downsample, STF, M3, PruMerge, QueCC, VisToG, VQToken)
+    for system in (
+        Llava,
+        Average,
+        Random,
+        Downsample,
+        STF,
+        M3,
+        PruMerge,
+        QueCC,
+        VisToG,
+        VQToken,
+        VoCo,
+    )
 }
 
 

@@ -19,6 +19,7 @@ from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
 from stf_jax.config.yaml import plain
 from stf_jax.data.batch import ClipLayout
+from stf_jax.data.templates import ImagesFirst
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.models.cache import Split
 from stf_jax.models.connector import Connector
@@ -48,6 +49,9 @@ class System:
 
     # Tokens of an image's question that the connector reads.
     question_length = 0
+
+    # A token that the language model's vocabulary gets a row for; the field `token_id` is its id.
+    own_token: ClassVar[str | None] = None
 
     # Its name in YAML, in checkpoints and on the command line.
     name: ClassVar[str]
@@ -147,7 +151,12 @@ class System:
             "outputs": text.width,
         }
 
-    # --- How a prompt goes through the decoder, on the host.
+    # --- How a prompt is laid out and goes through the decoder, on the host.
+
+    @property
+    def images_first(self) -> ImagesFirst | None:
+        """How images come in front of a conversation; None where they stand inside it."""
+        return None
 
     def split(self, ids: Int[np.ndarray, "T"]) -> Split:
         """What of a prompt is prefilled, and what is computed against that cache.
@@ -352,6 +361,11 @@ class LlavaConfig:
         return self.system.question_length
 
     @property
+    def images_first(self) -> ImagesFirst | None:
+        """How images come in front of a conversation; None where they stand inside it."""
+        return self.system.images_first
+
+    @property
     def image_size(self) -> int:
         """The side in pixels at which the tower sees an image."""
         return self.system.image_size(self.vision)
@@ -371,6 +385,8 @@ def published_models(systems: Mapping[str, type[System]]) -> Iterator[tuple[str,
     for system in systems.values():
         for size, make in _TEXTS.items():
             text = make()
+            if system.own_token is not None:
+                text = dataclasses.replace(text, vocab_size=text.vocab_size + 1)
             yield (
                 f"{system.family}_{size}",
                 LlavaConfig(

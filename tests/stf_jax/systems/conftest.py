@@ -40,14 +40,22 @@ def build(config: LlavaConfig, seed: int = 0, *, training: bool = False) -> Llav
     return model
 
 
+def own_tokens(config: LlavaConfig) -> list[int]:
+    """What the system wants behind an image."""
+    first = config.images_first
+    return [] if first is None else [first.token_id] * first.count
+
+
 def batch_of(config: LlavaConfig, *, rows: int = 2, text: int = 7, padding: int = 0) -> Batch:
     """Rows of text with an image after the second token; `padding` positions behind."""
     rng = np.random.default_rng(1)
-    images, length = config.tokens_per_image, text + config.tokens_per_image
-    ids = rng.integers(3, config.text.vocab_size, (rows, length))
+    images, own = config.tokens_per_image, own_tokens(config)
+    length, end = text + images + len(own), 2 + images + len(own)
+    ids = rng.integers(3, config.text.vocab_size - 1, (rows, length))
+    ids[:, end - len(own) : end] = own
     slots = np.full(length, -1)
     slots[2 : 2 + images] = np.arange(images)
-    labels = np.where(np.arange(length) >= 2 + images, ids, -100)
+    labels = np.where(np.arange(length) >= end, ids, -100)
     side = config.image_size
 
     def pad(array: np.ndarray, value: int) -> jax.Array:

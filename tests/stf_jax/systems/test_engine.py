@@ -8,7 +8,7 @@ from stf_jax.infer.engine import Engine
 from stf_jax.infer.prompts import Prompt
 from stf_jax.infer.sampling import GREEDY
 from stf_jax.systems import SYSTEMS
-from tests.stf_jax.systems.conftest import build, config_of
+from tests.stf_jax.systems.conftest import build, config_of, own_tokens
 
 
 def ask(engine: Engine, prompts: list[Prompt], *, slots: int) -> dict[int, list[int]]:
@@ -23,7 +23,7 @@ def ask(engine: Engine, prompts: list[Prompt], *, slots: int) -> dict[int, list[
     return said
 
 
-@pytest.mark.parametrize("name", ["m3", "prumerge", "quecc", "vqtoken"])
+@pytest.mark.parametrize("name", ["m3", "prumerge", "quecc", "vqtoken", "voco"])
 def test_a_mixed_batch_answers_as_one_at_a_time(name: str, compilations: list[str]) -> None:
     """Of every budget, images shared, two and none; a second call compiles nothing."""
     assert name in SYSTEMS
@@ -35,11 +35,12 @@ def test_a_mixed_batch_answers_as_one_at_a_time(name: str, compilations: list[st
     prompts = []
     for budget in config.system.budgets(config.vision):
         for images in ((0,), (0,), (1, 2), (2,), ()):
-            parts = [rng.integers(3, 600, 2)]
+            parts = [rng.integers(3, 599, 2)]
             parts += [np.full(budget, IMAGE_TOKEN_ID)] * len(images)
             # Those about one image share what stands before it.
             parts[0] = np.array([7, 8]) if len(images) == 1 else parts[0]
-            ids = np.concatenate([*parts, rng.integers(3, 600, rng.integers(1, 6))])
+            parts += [own_tokens(config) * len(images)]
+            ids = np.concatenate([*parts, rng.integers(3, 599, rng.integers(1, 6))])
             prompts.append(
                 Prompt(
                     ids=ids.astype(np.int32),
