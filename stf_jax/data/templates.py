@@ -56,6 +56,10 @@ class ImagesFirst:
     behind: str
     inserted: str
 
+    def tokens(self, images: int) -> list[int]:
+        """The ids behind so many images."""
+        return [self.token_id] * (self.count * images)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Template:

@@ -6,6 +6,7 @@ Runs in a process of its own, see `stf_jax.plan.client`.
 import dataclasses
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -49,14 +50,15 @@ def make_inference_plan(request: Request) -> InferencePlan:
     )
     slots, rows = batch_sizes(config.slots, multiple=program.row_multiple)
     tokens = model.choose_budget(config.tokens)
-    prefix = work.prompt_tokens + work.images * tokens
+    behind = [] if model.images_first is None else model.images_first.tokens(work.images)
+    prefix = work.prompt_tokens + work.images * tokens + len(behind)
     longest = prefix + max(work.question_tokens) + work.max_new_tokens
     if longest > model.text.max_positions:
         raise ValueError(
             f"the workload makes {longest} positions; {config.architecture} has "
             f"{model.text.max_positions}; make it smaller"
         )
-    prompt = _prompt(model, prefix, work.images, tokens)
+    prompt = _prompt(model, prefix, work.images, tokens, behind)
     contexts = room_for(model, [prompt], longest - prefix)
     lengths = sorted({bucket(tokens, least=LEAST_QUESTION) for tokens in work.question_tokens})
     lowered = lower(
@@ -120,11 +122,14 @@ def _compile(phase: Phase, lowered: Any, plan: InferencePlan, topology: Topology
     )
 
 
-def _prompt(model: LlavaConfig, length: int, images: int, tokens: int) -> Prompt:
-    """A prompt of text and then images, of so many positions."""
+def _prompt(
+    model: LlavaConfig, length: int, images: int, tokens: int, behind: Sequence[int]
+) -> Prompt:
+    """A prompt of text, images, and what the system wants behind them, of so many positions."""
     size = model.image_size
     ids = np.zeros(length, np.int32)
-    ids[length - images * tokens :] = IMAGE_TOKEN_ID
+    end = length - len(behind)
+    ids[end - images * tokens : end], ids[end:] = IMAGE_TOKEN_ID, behind
     question = np.zeros(model.question_length, np.int32) if model.question_length else None
     pixels = np.zeros((images, size, size, 3), np.float32)
     return Prompt(ids=ids, pixels=pixels, budget=tokens, question=question)

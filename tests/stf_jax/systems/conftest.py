@@ -42,8 +42,7 @@ def build(config: LlavaConfig, seed: int = 0, *, training: bool = False) -> Llav
 
 def own_tokens(config: LlavaConfig) -> list[int]:
     """What the system wants behind an image."""
-    first = config.images_first
-    return [] if first is None else [first.token_id] * first.count
+    return [] if config.images_first is None else config.images_first.tokens(1)
 
 
 def batch_of(config: LlavaConfig, *, rows: int = 2, text: int = 7, padding: int = 0) -> Batch:
