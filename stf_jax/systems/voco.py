@@ -165,7 +165,7 @@ class VoCo(System):
         token = {"token_id": hf[_TOKEN_KEY]} if _TOKEN_KEY in hf else {}
         return {"count": hf[_COUNT_KEY], **token}
 
-    def hf_keys(self) -> dict[str, Any]:
+    def hf_keys(self, vision: VisionConfig, text: TextConfig) -> dict[str, Any]:
         """The same keys."""
         return {_COUNT_KEY: self.count, _TOKEN_KEY: self.token_id}
 
