@@ -193,13 +193,14 @@ def _check_layout(native: Native, layout: str) -> None:
 
 
 def _known_tokens(native: Native) -> dict[str, int]:
-    """Every token of its tokenizer; none where there is no tokenizer to read."""
+    """Every token of its tokenizer and its system; none where there is no tokenizer to read."""
     try:
         tokenizer = read_tokenizer(native.hf, extra_files(native.checkpoint.extras))
     except CheckpointError:
         return {}
     tokens: dict[str, int] = tokenizer.backend.get_vocab(with_added_tokens=True)
-    return tokens
+    first = native.config.images_first
+    return tokens if first is None else {first.token: first.token_id, **tokens}
 
 
 def _image_tokens(native: Native, layout: str, known: Mapping[str, int]) -> ImageTokens | None:

@@ -96,6 +96,38 @@ def processor_files(
         ),
         "processor_class": "LlavaProcessor",
     }
+    contents |= _add_tokens(files, tokens)
+    if "tokenizer_config.json" in files:
+        contents["tokenizer_config.json"] |= {
+            "pad_token": PAD_TOKEN,
+            "extra_special_tokens": {"image_token": IMAGE_TOKEN},
+            "processor_class": "LlavaProcessor",
+        }
+    if "special_tokens_map.json" in files:
+        hf = _read(files, "special_tokens_map.json")
+        contents["special_tokens_map.json"] = {**hf, "pad_token": PAD_TOKEN}
+    encoded = {name: encode_json(content) for name, content in contents.items()}
+    return encoded | {"chat_template.jinja": _CHAT_TEMPLATE.encode()}
+
+
+def tokenizer_files(files: Mapping[str, bytes], tokens: Mapping[str, int]) -> dict[str, bytes]:
+    """Those of a tokenizer's files that change when it gets special tokens.
+
+    Args:
+        files: of the checkpoint, by name.
+        tokens: their ids. Files that have them already do not change.
+    """
+    changed = _add_tokens(files, tokens)
+    return {
+        name: encode_json(content)
+        for name, content in changed.items()
+        if content != _read(files, name)
+    }
+
+
+def _add_tokens(files: Mapping[str, bytes], tokens: Mapping[str, int]) -> dict[str, Json]:
+    """Every file that says which tokens were added; what it says of a token already is kept."""
+    contents: dict[str, Json] = {}
     added = {
         str(number): {
             "content": token,
@@ -109,25 +141,22 @@ def processor_files(
     }
     if "tokenizer_config.json" in files:
         hf = _read(files, "tokenizer_config.json")
-        decoder = {**hf.get("added_tokens_decoder", {}), **added}
-        contents["tokenizer_config.json"] = {
-            **hf,
-            "added_tokens_decoder": decoder,
-            "pad_token": PAD_TOKEN,
-            "extra_special_tokens": {"image_token": IMAGE_TOKEN},
-            "processor_class": "LlavaProcessor",
-        }
-    if "special_tokens_map.json" in files:
-        hf = _read(files, "special_tokens_map.json")
-        contents["special_tokens_map.json"] = {**hf, "pad_token": PAD_TOKEN}
+        before = hf.get("added_tokens_decoder", {})
+        new = {number: token for number, token in added.items() if number not in before}
+        contents["tokenizer_config.json"] = {**hf, "added_tokens_decoder": {**before, **new}}
     if "tokenizer.json" in files:
         hf = _read(files, "tokenizer.json")
-        extra = [{"id": int(number), **token} for number, token in added.items()]
-        contents["tokenizer.json"] = {**hf, "added_tokens": [*hf.get("added_tokens", []), *extra]}
+        listed = hf.get("added_tokens", [])
+        known = {token.get("content") for token in listed}
+        extra = [
+            {"id": int(number), **token}
+            for number, token in added.items()
+            if token["content"] not in known
+        ]
+        contents["tokenizer.json"] = {**hf, "added_tokens": [*listed, *extra]}
     if "tokenizer.model" in files and tokens:
         contents["added_tokens.json"] = {**_read(files, "added_tokens.json"), **tokens}
-    encoded = {name: encode_json(content) for name, content in contents.items()}
-    return encoded | {"chat_template.jinja": _CHAT_TEMPLATE.encode()}
+    return contents
 
 
 def _read(files: Mapping[str, bytes], name: str) -> Json:

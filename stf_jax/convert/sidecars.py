@@ -21,7 +21,13 @@ from stf_jax.convert.hf_config import (
 )
 from stf_jax.convert.infer import SYSTEM_KEYS, infer_system, replace_vocabulary, system_keys
 from stf_jax.convert.mapping import own_entries
-from stf_jax.convert.processor import ImageTokens, Json, encode_json, processor_files
+from stf_jax.convert.processor import (
+    ImageTokens,
+    Json,
+    encode_json,
+    processor_files,
+    tokenizer_files,
+)
 from stf_jax.convert.readers import read_json
 from stf_jax.convert.tower import PUBLISHED
 from stf_jax.data.processors import MOST_TOKENIZER, find_image_settings
@@ -102,6 +108,8 @@ def llava_sidecars(
         dtype: The dtype to which the weights were cast; None: they are as they came.
     """
     files = _copy_keys(stored)
+    if (first := config.images_first) is not None:
+        files |= tokenizer_files(files, {first.token: first.token_id})
     config = replace_vocabulary(config, rows)
     files["config.json"] = encode_json(_llava_config(_dtype_name(stored), config, dtype))
     files["vision_tower/config.json"] = encode_json(_vision_config(stored, config.vision))
@@ -181,11 +189,12 @@ def _llava_config(hf: Json, config: LlavaConfig, dtype: FloatName | None) -> Jso
     result = base | kind
     if not base or text_from_hf(base) != config.text:
         result |= text_to_hf(config.text)
-    if base.get("model_type") not in ("llava", config.system.model_type):
+    own = config.system.model_type
+    if base.get("model_type") not in ("llava", own):
         named = [name for name, make in PUBLISHED.items() if make() == config.vision]
         result |= {
             "architectures": [config.system.architecture],
-            "model_type": config.system.model_type,
+            "model_type": own,
             "mm_vision_tower": named[0] if named else "vision_tower",
             "mm_hidden_size": config.vision.width,
             "mm_projector_type": "mlp2x_gelu",

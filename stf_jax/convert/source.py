@@ -30,9 +30,11 @@ from stf_jax.convert.infer import infer_system, name_fields, new_system, replace
 from stf_jax.convert.layouts import Layout
 from stf_jax.convert.lora import merge_lora
 from stf_jax.convert.mapping import carried_shapes, is_buffer, own_entries, table
+from stf_jax.convert.own_token import add_rows, find_token
 from stf_jax.convert.parts import Part, RandomTensors, Tensor, open_part
 from stf_jax.convert.sidecars import find_sidecars, language_keys
 from stf_jax.convert.tower import TowerChoice, choose_tower
+from stf_jax.data.processors import read_tokenizer
 from stf_jax.models.weights import Entry
 from stf_jax.store.checkpoint import Leaf
 from stf_jax.systems.base import LlavaConfig, System
@@ -147,7 +149,8 @@ def open_source(
             on, into which it is merged.
         system: What makes the tokens of a language model alone: a name, with the published
             proportions, or a system. Its weights are new, random ones; "stf" by default. For a
-            model that has a connector, another system that its weights fit, such as "prumerge".
+            model that has a connector, another system that its weights fit, such as "prumerge". A
+            system with a token of its own gets a row for it, new and random too.
         fields: Of that system, those that differ from its published proportions: {"taps": [11, 6]}.
         seed: Of these random weights.
         dtype: The dtype of every parameter; None keeps those of the file.
@@ -180,6 +183,12 @@ def open_source(
     text = _text_config(language)
     tower = choose_tower(part, under, vision_tower)
     tensors = language.language | dict(tower.tensors)
+    files = find_sidecars(*folders, tower=tower.folder)
+    token = find_token(system, part.hf, lambda: _tokens(language.path, files), rows=text.vocab_size)
+    if token is not None:
+        fields = {"token_id": token, **(fields or {})}
+        text = dataclasses.replace(text, vocab_size=max(text.vocab_size, token + 1))
+        tensors = add_rows(tensors, rows=text.vocab_size, seed=seed)
     place = part.path if tower.folder is None else tower.folder
     if part.layout == "llama":
         chosen = _name_errors(
@@ -219,7 +228,7 @@ def open_source(
         layout=part.layout,
         vocabulary=text.vocab_size,
         dtype=dtype,
-        files=find_sidecars(*folders, tower=tower.folder),
+        files=files,
         entries=entries,
         tensors=tensors,
         carried=_check(
@@ -255,6 +264,17 @@ def _language_part(part: Part, base: epath.PathLike | None) -> Part:
     if not language.language:
         raise CheckpointError(f"{base} is no language model, but {language.layout}")
     return language
+
+
+def _tokens(path: epath.Path, files: Mapping[str, epath.Path]) -> Mapping[str, int]:
+    """Ids of the tokenizer's tokens; none where there is none to read."""
+    try:
+        tokenizer = read_tokenizer(path, files)
+    except CheckpointError:
+        # Weights alone are converted, too.
+        return {}
+    tokens: dict[str, int] = tokenizer.backend.get_vocab(with_added_tokens=True)
+    return tokens
 
 
 def _text_config(part: Part) -> TextConfig:

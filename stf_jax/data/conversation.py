@@ -1,6 +1,6 @@
 """The rendering of a LLaVA conversation, and of a prompt, into text by a template."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from stf_jax.data.templates import IMAGE_MARKER, Template
@@ -147,6 +147,44 @@ def _image_first(turn: Turn) -> Turn:
     return Turn(text=f"{IMAGE_MARKER}\n{words}".strip(), is_reply=turn.is_reply)
 
 
+def lay_out(
+    turns: Sequence[Turn], template: Template, *, num_images: int
+) -> tuple[tuple[Turn, ...], Template]:
+    """What `place_images` gave as `render_turns` takes it: images where the template has them.
+
+    Where it has them in front of the conversation, its opening begins with them, and the turns are
+    one line each, without `<image>`.
+    """
+    template, flatten = _put_images_first(template, num_images)
+    return tuple(replace(turn, text=flatten(turn.text)) for turn in turns), template
+
+
+def _put_images_first(template: Template, images: int) -> tuple[Template, Callable[[str], str]]:
+    """The template whose opening begins with the images, and what becomes of a turn's text."""
+    first = template.images_first
+    if first is None:
+        return template, lambda text: text
+    gone = [first.token]
+    if images:
+        gone += ["\n", template.image_marker, IMAGE_MARKER]
+        lead = f"{template.image_marker}\n" * images + first.token * (first.count * images) + "\n"
+        reply = template.opening_to_reply
+        template = replace(
+            template,
+            opening=lead + template.opening,
+            opening_to_reply=None if reply is None else lead + reply,
+        )
+
+    def flatten(text: str) -> str:
+        # What is taken out may leave a marker behind.
+        while any(part in text for part in gone):
+            for part in gone:
+                text = text.replace(part, "")
+        return text
+
+    return template, flatten
+
+
 def render_turns(turns: Sequence[Turn], template: Template) -> list[TextPiece]:
     """Text of a training conversation whose turns alternate, in the template's training form.
 
@@ -187,7 +225,7 @@ def render_conversation(
     """
     conversation, template = take_system(conversation, template.training or template)
     turns = place_images(read_turns(conversation, template), template, num_images=num_images)
-    return render_turns(turns, template)
+    return render_turns(*lay_out(turns, template, num_images=num_images))
 
 
 def render_prompt(
@@ -195,7 +233,8 @@ def render_prompt(
 ) -> PromptText:
     """A prompt that ends where the model's reply begins.
 
-    `<image>` stays where the caller put it (benchmarks and chats put it first, with a newline).
+    `<image>` stays where the caller put it (benchmarks and chats put it first, with a newline),
+    unless the template has images in front of the conversation.
 
     Args:
       question: the new question.
@@ -205,11 +244,13 @@ def render_prompt(
     Raises:
       ValueError: an empty question.
     """
+    images = sum(words.count(IMAGE_MARKER) for words in [question, *(q for q, _ in history)])
+    template, flatten = _put_images_first(template, images)
     text, typed = template.opening, []
 
     def add(words: str) -> None:
         nonlocal text
-        for number, part in enumerate(words.split(IMAGE_MARKER)):
+        for number, part in enumerate(flatten(words).split(IMAGE_MARKER)):
             text += template.image_marker if number else ""
             typed.append((len(text), len(text) + len(part)))
             text += part

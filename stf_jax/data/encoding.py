@@ -5,7 +5,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from stf_jax.data.conversation import TextPiece, place_images, read_turns, render_turns, take_system
+from stf_jax.data.conversation import (
+    TextPiece,
+    lay_out,
+    place_images,
+    read_turns,
+    render_turns,
+    take_system,
+)
 from stf_jax.data.reference_labels import reference_labels
 from stf_jax.data.templates import Template
 from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID, Tokenizer, chunks, ids_with_images
@@ -62,6 +69,7 @@ def encode_conversation(
     """
     conversation, template = take_system(conversation, template.training or template)
     turns = place_images(read_turns(conversation, template), template, num_images=num_images)
+    turns, template = lay_out(turns, template, num_images=num_images)
     pieces = render_turns(turns, template)
     ids, labels = _encode_pieces(tokenizer, pieces, with_images=num_images > 0)
     mismatch = False

@@ -7,7 +7,16 @@ as ordinary characters, and the model would talk on.
 
 from dataclasses import replace
 
-from stf_jax.data.templates import BEGIN, END, IMAGE_MARKER, TEMPLATES, Template, get_template
+from stf_jax.data.templates import (
+    BEGIN,
+    END,
+    IMAGE_MARKER,
+    TEMPLATES,
+    ImagesFirst,
+    LabelRule,
+    Template,
+    get_template,
+)
 from stf_jax.data.tokenizer import Tokenizer
 
 
@@ -15,8 +24,8 @@ def fit_template(name: str, tokenizer: Tokenizer) -> Template:
     """The template of that name as a tokenizer spells it.
 
     `<s>` and `</s>` become the tokenizer's own beginning and end of text, and an image gets the
-    tokens round it that the model was trained with. `v0` and `plain` end a reply in text, at which
-    generation stops too.
+    tokens round it, or the place in front of the conversation, that the model was trained with.
+    `v0` and `plain` end a reply in text, at which generation stops too.
 
     Raises:
       ValueError: an unknown template, or one with special tokens that this tokenizer does not have;
@@ -47,13 +56,30 @@ def _spell(template: Template, tokenizer: Tokenizer) -> Template:
         return "" if token is None else tokenizer.backend.id_to_token(token) or ""
 
     marker = template.image_marker.replace(IMAGE_MARKER, tokenizer.image_marker)
+    template = _put_images_first(replace(template, image_marker=marker), tokenizer.images_first)
     training = template.training
     return replace(
         template,
-        image_marker=marker,
-        training=training and replace(training, image_marker=marker),
+        training=training
+        and _put_images_first(replace(training, image_marker=marker), tokenizer.images_first),
         reply_end=template.reply_end.replace(END, spell(tokenizer.eos_id)),
         before_question=template.before_question.replace(BEGIN, spell(tokenizer.bos_id)),
+    )
+
+
+def _put_images_first(template: Template, first: ImagesFirst | None) -> Template:
+    if first is None:
+        return template
+    system = template.system.replace(first.behind, first.behind + first.inserted, 1)
+    reply = template.opening_to_reply
+    return replace(
+        template,
+        system=system,
+        opening=template.opening.replace(template.system, system),
+        opening_to_reply=reply and reply.replace(template.system, system),
+        # The code that has images first has no other.
+        label_rule=template.label_rule if template.label_rule is LabelRule.V1 else None,
+        images_first=first,
     )
 
 

@@ -156,5 +156,7 @@ def index_name(tokenizer: Tokenizer, template: Template) -> str:
         content += [template.reply_end, template.before_question]
     if tokenizer.image_marker != IMAGE_MARKER:
         content.append(tokenizer.image_marker)
+    if (first := tokenizer.images_first) is not None:
+        content.append(f"{first.token} {first.count}")
     digest = hashlib.sha256("\n".join(content).encode()).hexdigest()[:12]
     return f"index-{template.name}-{digest}.npz"

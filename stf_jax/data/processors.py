@@ -13,8 +13,8 @@ from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
 from stf_jax.data.batch import ClipLayout
 from stf_jax.data.images import ImageProcessor
-from stf_jax.data.templates import IMAGE_MARKER
-from stf_jax.data.tokenizer import Tokenizer, load_tokenizer, surround_images
+from stf_jax.data.templates import IMAGE_MARKER, ImagesFirst
+from stf_jax.data.tokenizer import Tokenizer, load_tokenizer, put_images_first, surround_images
 from stf_jax.util.errors import CheckpointError
 from stf_jax.util.files import check_file, explain_file, read_json
 
@@ -68,6 +68,10 @@ class ModelSizes(Protocol):
     def question_length(self) -> int:
         """Tokens of an image's question that the model reads; 0 where it reads none."""
 
+    @property
+    def images_first(self) -> ImagesFirst | None:
+        """How images come in front of a conversation; None where they stand inside it."""
+
     def clip_layout(self, frames: int) -> ClipLayout | None:
         """The slots of a clip of at most so many frames; None where frames are images."""
 
@@ -81,6 +85,11 @@ def read_processors(
         CheckpointError: a file that is missing, damaged, of another kind or of another model.
     """
     tokenizer = read_tokenizer(path, files)
+    if config.images_first is not None:
+        try:
+            tokenizer = put_images_first(tokenizer, config.images_first)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
     check_tokenizer(path, tokenizer, text=config.text)
     images = read_image_processor(path, files)
     if images.image_size == config.vision.image_size != config.image_size:

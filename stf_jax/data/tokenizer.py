@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import normalizers, pre_tokenizers
 
 from stf_jax.data.conversation import PromptText
-from stf_jax.data.templates import IMAGE_MARKER
+from stf_jax.data.templates import IMAGE_MARKER, ImagesFirst
 from stf_jax.util.files import read_json
 
 IMAGE_TOKEN_ID = -200
@@ -46,6 +46,7 @@ class Tokenizer:
         sentencepiece tokenizers with `legacy: false` have it.
       special_ids: tokens that are no text, and are left out of decoded text.
       image_marker: what stands in a text for an image; see `surround_images`.
+      images_first: how images come in front of a conversation; see `put_images_first`.
     """
 
     backend: tokenizers.Tokenizer = field(repr=False)
@@ -57,6 +58,7 @@ class Tokenizer:
     marks_start: bool
     special_ids: frozenset[int]
     image_marker: str = IMAGE_MARKER
+    images_first: ImagesFirst | None = None
 
     def encode(self, text: str, *, typed: Sequence[tuple[int, int]] = ()) -> list[int]:
         """Ids of `text` without BOS, special tokens in it recognized. `<image>` means nothing.
@@ -228,8 +230,33 @@ def surround_images(tokenizer: Tokenizer, *, patch: bool) -> Tokenizer:
       tokenizer: of the model.
       patch: whether `<im_patch>`, which no text has, was added in front of them.
     """
-    backend = copy.deepcopy(tokenizer.backend)
     names = [IMAGE_PATCH, IMAGE_START, IMAGE_END] if patch else [IMAGE_START, IMAGE_END]
+    return replace(
+        _add_tokens(tokenizer, names), image_marker=f"{IMAGE_START}{IMAGE_MARKER}{IMAGE_END}"
+    )
+
+
+def put_images_first(tokenizer: Tokenizer, first: ImagesFirst) -> Tokenizer:
+    """The tokenizer of a model that has images in front, and a token that stands for them.
+
+    Where the tokenizer's files lack this token, it is added behind all others.
+
+    Raises:
+      ValueError: it has another id than in the model.
+    """
+    result = _add_tokens(tokenizer, [first.token])
+    number = result.backend.token_to_id(first.token)
+    if number != first.token_id:
+        raise ValueError(
+            f"the tokenizer numbers {first.token!r} {number}, and the model {first.token_id}; copy "
+            "the tokenizer that belongs to these weights"
+        )
+    return replace(result, images_first=first)
+
+
+def _add_tokens(tokenizer: Tokenizer, names: Sequence[str]) -> Tokenizer:
+    """With special tokens, behind all others where it lacks them."""
+    backend = copy.deepcopy(tokenizer.backend)
     backend.add_special_tokens(
         [tokenizers.AddedToken(name, normalized=False, special=True) for name in names]
     )
@@ -239,7 +266,6 @@ def surround_images(tokenizer: Tokenizer, *, patch: bool) -> Tokenizer:
         backend=backend,
         vocab_size=backend.get_vocab_size(with_added_tokens=True),
         special_ids=tokenizer.special_ids.union(ids),
-        image_marker=f"{IMAGE_START}{IMAGE_MARKER}{IMAGE_END}",
     )
 
 

@@ -50,11 +50,12 @@ class ModelAnswerer:
         self._clips: dict[Path, Clip] = {}
 
     def describe(self) -> dict[str, Any]:
-        """Weights, image mode, vision tokens, dtypes, and what stands round an image."""
-        marker = self._model.tokenizer.image_marker
+        """Weights, image mode, vision tokens, dtypes, and how an image stands in a prompt."""
+        marker, first = self._model.tokenizer.image_marker, self._model.tokenizer.images_first
         return {
             **({} if self._sampling == UNIFORM else {"clips": asdict(self._sampling)}),
             **({} if marker == IMAGE_MARKER else {"image_marker": marker}),
+            **({} if first is None else {"images_first": asdict(first)}),
             "weights": self._model.engine.program.checksum,
             "image_mode": self._model.image_processor.mode,
             "image_size": self._model.image_processor.image_size,
