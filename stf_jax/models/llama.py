@@ -140,8 +140,18 @@ class DecoderLayer(nnx.Module):
         self, x: Float[Array, "B T H"], attended: Float[Array, "B T N D"]
     ) -> Float[Array, "B T H"]:
         """Adds what attention saw, then the MLP of it."""
-        x = x + self.attention.output(attended, out=self.attention.rules.tokens)
-        return x + self.mlp(barrier(self.mlp_norm(checkpoint_name(x, "mlp"))))
+        x = self.add_attention(x, attended)
+        return x + self.feed(x)
+
+    def add_attention(
+        self, x: Float[Array, "B T H"], attended: Float[Array, "B T N D"]
+    ) -> Float[Array, "B T H"]:
+        """The first half of `finish`."""
+        return x + self.attention.output(attended, out=self.attention.rules.tokens)
+
+    def feed(self, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
+        """What the MLP adds in the second half of `finish`."""
+        return self.mlp(barrier(self.mlp_norm(checkpoint_name(x, "mlp"))))
 
 
 class Llama(nnx.Module):
@@ -187,6 +197,10 @@ class Llama(nnx.Module):
         """The marks of positions that hold these ids; a system that looks at ids writes this."""
         del ids
         return marks
+
+    def loss_weights(self, marks: Marks) -> Float[Array, "B T"] | None:
+        """By how much the loss counts what each position predicts; None counts all alike."""
+        del marks
 
     def head_kernel(self) -> Float[Array, "..."]:
         """What `logits` multiplies with: [H, V], or the embedding [V, H] where the two are one."""

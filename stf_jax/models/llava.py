@@ -105,11 +105,12 @@ class Llava(nnx.Module):
         length = hidden.shape[1]
         total, count = jnp.float32(0), jnp.int32(0)
         kernel = self.text.head_kernel()
+        weights = self.text.loss_weights(marks)
         entropy = jax.checkpoint(self._cross_entropy)
         for start in range(0, length, chunk):
-            part, known = entropy(
-                hidden[:, start : start + chunk], targets[:, start : start + chunk], kernel
-            )
+            end = start + chunk
+            counted = None if weights is None else weights[:, start:end]
+            part, known = entropy(hidden[:, start:end], targets[:, start:end], counted, kernel)
             total, count = total + part, count + known
         return total, count
 
@@ -206,6 +207,7 @@ class Llava(nnx.Module):
         self,
         hidden: Float[Array, "B T H"],
         targets: Int[Array, "B T"],
+        weights: Float[Array, "B T"] | None,
         kernel: Float[Array, "..."],
     ) -> tuple[Float[Array, ""], Int[Array, ""]]:
         logits = self.text.logits(hidden, kernel)
@@ -214,6 +216,7 @@ class Llava(nnx.Module):
         chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
         right = jnp.where(chosen, logits, 0).sum(-1)
         lost = jax.nn.logsumexp(logits, axis=-1) - right
+        lost = lost if weights is None else lost * weights
         return jnp.where(known, lost, 0).sum(), known.sum()
 
 

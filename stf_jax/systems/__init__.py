@@ -14,10 +14,12 @@ from stf_jax.systems.base import LlavaConfig, System, parse, published_models
 from stf_jax.systems.downsample import Downsample
 from stf_jax.systems.llava import Llava
 from stf_jax.systems.m3 import M3
+from stf_jax.systems.pmod import PMoD
 from stf_jax.systems.prumerge import PruMerge
 from stf_jax.systems.quecc import QueCC
 from stf_jax.systems.random import Random
 from stf_jax.systems.stf import STF, MBTFConfig
+from stf_jax.systems.videollm_mod import VideoLLMMoD
 from stf_jax.systems.vistog import VisToG
 from stf_jax.systems.voco import VoCo
 from stf_jax.systems.vqtoken import VQToken
@@ -37,6 +39,8 @@ SYSTEMS: Mapping[str, type[System]] = {
         VisToG,
         VQToken,
         VoCo,
+        VideoLLMMoD,
+        PMoD,
     )
 }
 

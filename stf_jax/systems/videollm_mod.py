@@ -1,0 +1,212 @@
+"""VideoLLM-MoD: mixture of depths over vision tokens (arXiv 2408.16730).
+
+Every other layer lets through the best of an image's tokens only; all text goes
+through every layer. There is no released code. From descriptions of the paper: a linear score for
+each layer, a share of 0.2 of each frame, interleaved layers. Our own choice, since its equation
+could not be read:
+
+- the score is x . w on the layer's input, without bias, in float32;
+- k = max(1, floor(0.2 K)) of an image's K tokens go through the odd layers (0, 1, 2, ...), ties to
+  the lower index, at their own positions;
+- what goes through becomes x + score (layer(x) - x); what skips stays x. So an image whose scores
+  are near 0 passes unchanged, as at the start of training;
+- weights start as those of a linear layer.
+
+The paper's frames have 10 tokens of another tower; here an image or a frame has LLaVA-1.5's.
+`stream_loss_weight` is that of VideoLLM-online's loss (arXiv 2406.11816): what a vision token
+predicts counts so much.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from stf_jax.config.text import TextConfig
+from stf_jax.config.vision import VisionConfig
+from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
+from stf_jax.models.layers import Init
+from stf_jax.models.llama import DecoderLayer
+from stf_jax.models.lora import LoRAConfig
+from stf_jax.models.marks import IMAGE, Marks
+from stf_jax.models.routing import Depths, RoutedLlama, Routing, router_entries
+from stf_jax.models.weights import Entry
+from stf_jax.systems.base import Shapes, System
+
+_ROUTER = re.compile(r"model\.layers\.(\d+)\.router\.weight")
+
+
+class RoutedSystem(System):
+    """LLaVA-1.5 whose language model has routed layers: what these hold and cost."""
+
+    @property
+    def depths(self) -> Depths:
+        """Which layers choose, and how many tokens go through each."""
+        raise NotImplementedError
+
+    def held(self, ids: Int[np.ndarray, "T"], vision: VisionConfig) -> tuple[int, ...]:
+        """All in dense layers, all text and the chosen vision tokens in the others."""
+        each = self.tokens(vision)
+        images = int((ids == IMAGE_TOKEN_ID).sum()) // each
+        return self.depths.held(len(ids), images=images, tokens_per_image=each)
+
+    @property
+    def compacts(self) -> bool:
+        """Routed layers hold less."""
+        return True
+
+    def layer_lengths(
+        self, vision: VisionConfig, text: TextConfig, *, length: int, images: int
+    ) -> tuple[int, ...]:
+        """All in dense layers, all text and the chosen vision tokens in the others."""
+        each = self.tokens(vision)
+        return self.depths.lengths(text.layers, length=length, images=images, tokens_per_image=each)
+
+    def decoder_flops(self, vision: VisionConfig, text: TextConfig, *, images: int) -> float:
+        """The scores."""
+        return 2.0 * len(self.depths.layers) * images * self.tokens(vision) * text.width
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VideoLLMMoD(RoutedSystem):
+    """Defaults: over LLaVA-1.5-7B.
+
+    Attributes:
+        layers: that are routed, ascending, from 0.
+        ratio: of an image's tokens that go through such a layer; at least one does.
+        stream_loss_weight: by which the loss counts what a vision token predicts.
+    """
+
+    layers: tuple[int, ...] = tuple(range(1, 32, 2))
+    ratio: float = 0.2
+    stream_loss_weight: float = 1.0
+
+    name: ClassVar[str] = "videollm_mod"
+    title: ClassVar[str] = "VideoLLM-MoD"
+    family: ClassVar[str] = "llava_videollm_mod"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"ratio is {self.ratio}; give more than 0, at most 1")
+        if not 0 <= self.stream_loss_weight < math.inf:
+            raise ValueError(
+                f"stream_loss_weight is {self.stream_loss_weight}; give 0 or more, and finite"
+            )
+        if not self.layers or list(self.layers) != sorted({*self.layers}) or self.layers[0] < 0:
+            raise ValueError(f"layers {self.layers} must be one or more numbers from 0, ascending")
+
+    @classmethod
+    def for_model(cls, *, vision: VisionConfig, text: TextConfig) -> "VideoLLMMoD":
+        """Every odd layer."""
+        return cls(
+            taps=(vision.layers - 1,),
+            projector_width=text.width,
+            layers=tuple(range(1, text.layers, 2)),
+        )
+
+    def check(self, vision: VisionConfig, text: TextConfig) -> None:
+        """The language model has these layers."""
+        super().check(vision, text)
+        if self.layers[-1] >= text.layers:
+            raise ValueError(
+                f"layer {self.layers[-1]} cannot be routed: the language model has {text.layers} "
+                f"layers; give layers up to {text.layers - 1}"
+            )
+
+    @property
+    def depths(self) -> Depths:
+        """One ratio for all of them."""
+        return Depths(
+            ratios=tuple((layer, self.ratio) for layer in self.layers), keep=_keep, per_image=True
+        )
+
+    def decoder(
+        self, vision: VisionConfig, text: TextConfig, *, init: Init, lora: LoRAConfig | None
+    ) -> "MoDLlama":
+        """LLaMA with routed layers."""
+        return MoDLlama(self, self.tokens(vision), text, init=init, lora=lora)
+
+    def decoder_weights(self, text: TextConfig) -> tuple[Entry, ...]:
+        """A router for each of the layers; there are no published names."""
+        return router_entries("model.layers.{}.router", text, self.layers)
+
+    @classmethod
+    def recognizes(cls, shapes: Shapes, vision: VisionConfig) -> bool:
+        """It has routers."""
+        del vision
+        return any(_ROUTER.fullmatch(name) for name in shapes)
+
+    @classmethod
+    def fields_of(
+        cls,
+        shapes: Shapes,
+        vision: VisionConfig,
+        *,
+        selected: Callable[[], int],
+        given: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """The routers tell which layers are routed."""
+        fields = super().fields_of(shapes, vision, selected=selected, given=given)
+        layers = sorted(int(name[1]) for name in map(_ROUTER.fullmatch, shapes) if name)
+        return fields | ({"layers": layers} if layers else {})
+
+
+def _keep(tokens: Int[np.ndarray, "..."], ratio: float) -> Int[np.ndarray, "..."]:
+    """At least one; a product that is a whole number but for rounding is that number."""
+    return np.maximum(np.floor(ratio * tokens + 1e-6).astype(int), 1)
+
+
+class MoDLlama(RoutedLlama):
+    """What goes through changes by its score times what the layer would change."""
+
+    def __init__(
+        self,
+        system: VideoLLMMoD,
+        tokens_per_image: int,
+        text: TextConfig,
+        *,
+        init: Init,
+        lora: LoRAConfig | None,
+    ):
+        super().__init__(
+            text,
+            system.depths,
+            tokens_per_image=tokens_per_image,
+            bias=False,
+            zeros=False,
+            init=init,
+            lora=lora,
+        )
+        self.stream_loss_weight = system.stream_loss_weight
+
+    def weigh(self, logits: Float[Array, "B T"]) -> Float[Array, "B T"]:
+        """The score as it is."""
+        return logits
+
+    def passed(
+        self,
+        layer: DecoderLayer,
+        x: Float[Array, "B T H"],
+        attended: Float[Array, "B T N D"],
+        routing: Routing,
+    ) -> Float[Array, "B T H"]:
+        """X + score (layer(x) - x); of text, layer(x)."""
+        whole = layer.finish(x, attended)
+        return jnp.where(routing.vision, x + routing.weight * (whole - x), whole)
+
+    def skipped(self, x: Float[Array, "B T H"], routing: Routing) -> Float[Array, "B T H"]:
+        """Unchanged."""
+        del routing
+        return x
+
+    def loss_weights(self, marks: Marks) -> Float[Array, "B T"] | None:
+        """What a vision token predicts is whether to stay silent."""
+        if self.stream_loss_weight == 1:
+            return None
+        return jnp.where(marks.kind == IMAGE, jnp.float32(self.stream_loss_weight), 1.0)
