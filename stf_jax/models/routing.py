@@ -42,7 +42,7 @@ class Depths:
     """
 
     ratios: tuple[tuple[int, float], ...]
-    keep: Callable[[Int[np.ndarray, "..."], float], Int[np.ndarray, "..."]]
+    keep: Callable[[Int[np.ndarray, "N"], float], Int[np.ndarray, "N"]]
     per_image: bool
 
     @property
@@ -64,10 +64,10 @@ class Depths:
 
     def dropped(self, ratio: float, *, images: int, tokens_per_image: int) -> int:
         """Tokens of a sequence that skip a layer of this ratio."""
-        samples, each = (
-            (images, tokens_per_image) if self.per_image else (1, images * tokens_per_image)
-        )
-        return samples * (each - int(self.keep(np.asarray(each), ratio)))
+        each, times = images * tokens_per_image, 1
+        if self.per_image:
+            each, times = tokens_per_image, images
+        return times * (each - int(self.keep(np.array([each]), ratio)[0]))
 
     def held(self, length: int, *, images: int, tokens_per_image: int) -> tuple[int, ...]:
         """Positions of a sequence in each group of layers."""
@@ -329,6 +329,11 @@ class RoutedLlama(Llama):
         return x, keys, values, list(groups.values()), self.layer_groups
 
 
+# Of a linear layer with one output: its weight [1, C] <-> [C], and its bias [1] <-> [].
+_ROW = Transform(lambda tensor: tensor.reshape(-1), lambda array: array.reshape(1, -1))
+_SCALAR = Transform(lambda tensor: tensor.reshape(()), lambda array: array.reshape(1))
+
+
 def router_entries(
     name: str,
     text: TextConfig,
@@ -347,20 +352,18 @@ def router_entries(
         start: how new ones begin.
     """
     width = text.width
-    row = Transform(lambda tensor: tensor.reshape(-1), lambda array: array.reshape(1, -1))
-    scalar = Transform(lambda tensor: tensor.reshape(()), lambda array: array.reshape(1))
     kernel = make_entry(
         "text/router/kernel",
         f"{name}.weight",
         (1, width),
         (width,),
-        row,
+        _ROW,
         layers=layers,
         start=start,
     )
     if not bias:
         return (kernel,)
     shift = make_entry(
-        "text/router/bias", f"{name}.bias", (1,), (), scalar, layers=layers, start=start
+        "text/router/bias", f"{name}.bias", (1,), (), _SCALAR, layers=layers, start=start
     )
     return kernel, shift

@@ -35,7 +35,7 @@ from stf_jax.systems.videollm_mod import RoutedSystem
 
 _SCHEDULE = re.compile(r"(shiftedcos|shiftedlinear)_decay_(\d+\.\d+)_(\d+\.\d+)")
 _GATE = re.compile(r"tanh_(\d+(?:\.\d+)?)_(\d+(?:\.\d+)?)")
-_ROUTER = re.compile(r"model\.layers\.\d+\.router\.router\.weight")
+_ROUTER = re.compile(r"model\.layers\.(\d+)\.router\.router\.weight")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(?!router\.)")
 # Keys of config.json of the released code.
 _LAYERS, _NORM = "mod_target_layers", "mod_weight_norm"
@@ -150,10 +150,10 @@ class PMoD(RoutedSystem):
         selected: Callable[[], int],
         given: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """The layers are counted."""
+        """The last layer is routed in every schedule, so its router tells the depth."""
         fields = super().fields_of(shapes, vision, selected=selected, given=given)
-        layers = {layer[1] for layer in map(_LAYER.match, shapes) if layer}
-        return fields | ({"depth": len(layers)} if layers else {})
+        routed = [int(name[1]) for name in map(_ROUTER.fullmatch, shapes) if name]
+        return fields | ({"depth": max(routed) + 1} if routed else {})
 
     @classmethod
     def read_hf(cls, hf: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -165,8 +165,9 @@ class PMoD(RoutedSystem):
                 raise ValueError(f"{key} is {hf[key]!r} in config.json; {cls.title} has {value!r}")
         return {"schedule": hf[_LAYERS]} | ({"gate": hf[_NORM]} if _NORM in hf else {})
 
-    def hf_keys(self) -> dict[str, Any]:
+    def hf_keys(self, vision: VisionConfig, text: TextConfig) -> dict[str, Any]:
         """Those of the released code."""
+        del vision, text
         return {
             _LAYERS: self.schedule,
             _NORM: self.gate,
@@ -175,7 +176,7 @@ class PMoD(RoutedSystem):
         }
 
 
-def _keep(tokens: Int[np.ndarray, "..."], ratio: float) -> Int[np.ndarray, "..."]:
+def _keep(tokens: Int[np.ndarray, "N"], ratio: float) -> Int[np.ndarray, "N"]:
     """Rounded down, as Python multiplies."""
     return np.floor(tokens * ratio).astype(int)
 

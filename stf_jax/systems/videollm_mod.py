@@ -6,7 +6,7 @@ each layer, a share of 0.2 of each frame, interleaved layers. Our own choice, si
 could not be read:
 
 - the score is x . w on the layer's input, without bias, in float32;
-- k = max(1, floor(0.2 K)) of an image's K tokens go through the odd layers (0, 1, 2, ...), ties to
+- k = max(1, floor(0.2 K)) of an image's K tokens go through layers 1, 3, 5, ... (from 0), ties to
   the lower index, at their own positions;
 - what goes through becomes x + score (layer(x) - x); what skips stays x. So an image whose scores
   are near 0 passes unchanged, as at the start of training;
@@ -67,8 +67,11 @@ class RoutedSystem(System):
         each = self.tokens(vision)
         return self.depths.lengths(text.layers, length=length, images=images, tokens_per_image=each)
 
-    def decoder_flops(self, vision: VisionConfig, text: TextConfig, *, images: int) -> float:
+    def decoder_flops(
+        self, vision: VisionConfig, text: TextConfig, *, length: int, images: int
+    ) -> float:
         """The scores."""
+        del length
         return 2.0 * len(self.depths.layers) * images * self.tokens(vision) * text.width
 
 
@@ -157,7 +160,7 @@ class VideoLLMMoD(RoutedSystem):
         return fields | ({"layers": layers} if layers else {})
 
 
-def _keep(tokens: Int[np.ndarray, "..."], ratio: float) -> Int[np.ndarray, "..."]:
+def _keep(tokens: Int[np.ndarray, "N"], ratio: float) -> Int[np.ndarray, "N"]:
     """At least one; a product that is a whole number but for rounding is that number."""
     return np.maximum(np.floor(ratio * tokens + 1e-6).astype(int), 1)
 
