@@ -201,6 +201,7 @@ class Llama(nnx.Module):
     def loss_weights(self, marks: Marks) -> Float[Array, "B T"] | None:
         """By how much the loss counts what each position predicts; None counts all alike."""
         del marks
+        return None
 
     def head_kernel(self) -> Float[Array, "..."]:
         """What `logits` multiplies with: [H, V], or the embedding [V, H] where the two are one."""

@@ -123,8 +123,9 @@ class PMoD(RoutedSystem):
         """LLaMA with routed layers."""
         return PMoDLlama(self, self.tokens(vision), text, init=init, lora=lora)
 
-    def decoder_weights(self, text: TextConfig) -> tuple[Entry, ...]:
+    def decoder_weights(self, vision: VisionConfig, text: TextConfig) -> tuple[Entry, ...]:
         """The released names; new ones are zero."""
+        del vision
         name = "model.layers.{}.router.router"
         return router_entries(name, text, self.depths.layers, bias=True, start="zeros")
 

@@ -135,8 +135,9 @@ class VideoLLMMoD(RoutedSystem):
         """LLaMA with routed layers."""
         return MoDLlama(self, self.tokens(vision), text, init=init, lora=lora)
 
-    def decoder_weights(self, text: TextConfig) -> tuple[Entry, ...]:
+    def decoder_weights(self, vision: VisionConfig, text: TextConfig) -> tuple[Entry, ...]:
         """A router for each of the layers; there are no published names."""
+        del vision
         return router_entries("model.layers.{}.router", text, self.layers)
 
     @classmethod

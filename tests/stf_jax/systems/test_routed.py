@@ -83,7 +83,10 @@ def decoder_of(
         for name, tensor in case.group("w.").items()
         if name.startswith(("model.", "lm_head."))
     }
-    entries = (*text_entries(text, vocabulary=text.vocab_size), *system.decoder_weights(text))
+    entries = (
+        *text_entries(text, vocabulary=text.vocab_size),
+        *system.decoder_weights(VISION, text),
+    )
     fill(decoder, entries, {**given, **routers}, at="text/")
     return decoder
 
