@@ -19,7 +19,7 @@ from stf_jax.convert import (
     inspect_checkpoint,
     open_source,
 )
-from stf_jax.convert.mapping import connector_entries, text_entries
+from stf_jax.convert.mapping import own_entries, text_entries
 from stf_jax.store.arrays import host_like
 from stf_jax.store.checkpoint import open_native
 from stf_jax.store.run import adapter_path, open_model
@@ -298,14 +298,20 @@ def lora_run(request: pytest.FixtureRequest, checkpoint: Callable, tmp_path: Pat
     dtype = getattr(request, "param", "float32")
     source = checkpoint(lambda name, array: array.astype(dtype))
     native = tmp_path / "native"
-    config = import_checkpoint(source, native, vocabulary_multiple=16).config
+    import_checkpoint(source, native, vocabulary_multiple=16)
+    return write_run(tmp_path / "run", native)
+
+
+def write_run(run: Path, native: Path) -> Path:
+    """A LoRA run over a native checkpoint, whose parameters are random ones."""
+    config = open_native(native).config
     rng = np.random.default_rng(3)
     trained = {
         entry.native: rng.standard_normal(entry.native_shape, np.float32)
-        for entry in connector_entries(config)
+        for entry in own_entries(config)
     }
     shapes = open_native(native).shapes
-    for entry in text_entries(config.text, vocabulary=600):
+    for entry in text_entries(config.text, vocabulary=config.text.vocab_size):
         if not entry.native.startswith("text/layers/") or not entry.native.endswith("/kernel"):
             continue
         layers, *axes = shapes[entry.native].shape
@@ -313,7 +319,6 @@ def lora_run(request: pytest.FixtureRequest, checkpoint: Callable, tmp_path: Pat
         for which, shape in (("a", (*axes[:inputs], RANK)), ("b", (RANK, *axes[inputs:]))):
             values = rng.standard_normal((layers, *shape), np.float32)
             trained[adapter_path(entry.native, which)] = values
-    run = tmp_path / "run"
     content = {"model": str(native), "lora": {"rank": RANK, "alpha": float(ALPHA)}}
     with Checkpoints(run / "checkpoints", config=content, every=1, keep=1) as checkpoints:
         parameters = {name: jnp.asarray(array) for name, array in trained.items()}
@@ -373,6 +378,27 @@ def test_the_files_of_an_exported_adapter_are_pefts(lora_run: Path, tmp_path: Pa
     expected = base[f"{module}.weight"].double() + ALPHA / RANK * b @ a
     found = run.read("text/layers/mlp/up/kernel")[1].T
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-5)
+
+
+def test_routers_lie_beside_the_adapter(reference: Path, tmp_path: Path) -> None:
+    """p-MoD's, which LoRA does not adapt: they are trained as a whole."""
+    native, tower = tmp_path / "native", reference / "clip"
+    import_checkpoint(reference / "vicuna", native, vision_tower=tower, system="pmod")
+    export_checkpoint(native, tmp_path / "base", layout="llava")
+    run = write_run(tmp_path / "run", native)
+    export_checkpoint(run, tmp_path / "out", layout="lora")
+    beside = torch.load(tmp_path / "out" / "non_lora_trainables.bin", weights_only=True)
+    router = f"{PEFT}model.layers.1.router.router"
+    assert {f"{router}.weight", f"{router}.bias"} < beside.keys()
+    # The names of p-MoD's own code.
+    adapted = {name.removeprefix(PEFT).rpartition(".lora_")[0] for name in load(tmp_path / "out")}
+    assert "model.layers.0.self_attn.q_proj" in adapted
+    assert "model.layers.1.decoder_layer.self_attn.q_proj" in adapted
+    opened, stored = open_source(tmp_path / "out", base=tmp_path / "base"), open_model(run)
+    wanted = {name: host_like(like.shape, like.dtype) for name, like in stored.shapes.items()}
+    expected = stored.load(wanted)
+    for leaf in opened.leaves():
+        assert leaf.read().tobytes() == expected[leaf.path].tobytes(), leaf.path
 
 
 def test_layouts_that_would_leave_something_out(lora_run: Path, tmp_path: Path) -> None:
