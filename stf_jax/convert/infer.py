@@ -39,13 +39,19 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def infer_system(shapes: Shapes, hf: Mapping[str, Any], vision: VisionConfig) -> System:
+def infer_system(
+    shapes: Shapes,
+    hf: Mapping[str, Any],
+    vision: VisionConfig,
+    text: TextConfig = TextConfig(),
+) -> System:
     """The system of a PyTorch checkpoint.
 
     Args:
         shapes: its tensors by canonical name.
         hf: its config.json.
         vision: its tower.
+        text: its language model.
 
     Raises:
         CheckpointError: a setting that is not supported, or weights that fit no system.
@@ -70,8 +76,8 @@ def infer_system(shapes: Shapes, hf: Mapping[str, Any], vision: VisionConfig) ->
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     try:
-        # What neither weights nor config tell is as published, for a tower of this size.
-        proposed = system.for_model(vision=vision, text=TextConfig()).to_dict()
+        # What neither weights nor config tell is as published, for a model of this size.
+        proposed = system.for_model(vision=vision, text=text).to_dict()
         return system_from_dict({"name": system.name, **_merge(_merge(proposed, fields), given)})
     except ValueError as error:
         if not given:
@@ -146,7 +152,7 @@ def system_keys(config: LlavaConfig) -> dict[str, Any]:
     }
     shapes = {name: e.shape for e in own_entries(config) for name in e.tensors}
     try:
-        inferred = infer_system(shapes, keys, vision)
+        inferred = infer_system(shapes, keys, vision, config.text)
     except CheckpointError:
         inferred = None
     if inferred != system:

@@ -211,7 +211,7 @@ def _llava_config(hf: Json, config: LlavaConfig, dtype: FloatName | None) -> Jso
     else:
         result["model_type"] = base["model_type"]
     shapes = {name: e.shape for e in own_entries(config) for name in e.tensors}
-    if infer_system(shapes, result, config.vision) != config.system:
+    if infer_system(shapes, result, config.vision, config.text) != config.system:
         for key in SYSTEM_KEYS:
             result.pop(key, None)
         result |= system_keys(config)

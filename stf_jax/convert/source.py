@@ -207,6 +207,7 @@ def open_source(
             shapes,
             hf,
             tower.config,
+            text,
             assumed=_describe_defaults(None, tower),
         )
     config = _name_errors(place, lambda: LlavaConfig(vision=tower.config, text=text, system=chosen))

@@ -138,7 +138,7 @@ def test_config_comes_back(system_model: Llava) -> None:
     assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
     shapes = {name: e.shape for e in own_entries(config) for name in e.tensors}
     keys = json.loads(json.dumps(system_keys(config)))
-    assert infer_system(shapes, keys, config.vision) == config.system
+    assert infer_system(shapes, keys, config.vision, config.text) == config.system
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
