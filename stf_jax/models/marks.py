@@ -52,6 +52,11 @@ class Marks:
             }
         )
 
+    def join(self, other: "Marks") -> "Marks":
+        """These positions, then the others."""
+        joined: Marks = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), self, other)
+        return joined
+
 
 # (marks of the queries [B, T, 1], marks of the keys [B, 1, S]) -> True where a query sees a key.
 Rule: TypeAlias = Callable[[Marks, Marks], Bool[Array, "B T S"]]

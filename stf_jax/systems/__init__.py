@@ -15,6 +15,7 @@ from stf_jax.systems.downsample import Downsample
 from stf_jax.systems.llava import Llava
 from stf_jax.systems.m3 import M3
 from stf_jax.systems.pmod import PMoD
+from stf_jax.systems.proxyv import ProxyV
 from stf_jax.systems.prumerge import PruMerge
 from stf_jax.systems.quecc import QueCC
 from stf_jax.systems.random import Random
@@ -41,6 +42,7 @@ SYSTEMS: Mapping[str, type[System]] = {
         VoCo,
         VideoLLMMoD,
         PMoD,
+        ProxyV,
     )
 }
 

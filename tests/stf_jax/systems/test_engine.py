@@ -24,7 +24,7 @@ def ask(engine: Engine, prompts: list[Prompt], *, slots: int) -> dict[int, list[
 
 
 @pytest.mark.parametrize(
-    "name", ["m3", "prumerge", "quecc", "vqtoken", "voco", "videollm_mod", "pmod"]
+    "name", ["m3", "prumerge", "quecc", "vqtoken", "voco", "proxyv", "videollm_mod", "pmod"]
 )
 def test_a_mixed_batch_answers_as_one_at_a_time(name: str, compilations: list[str]) -> None:
     """Of every budget, images shared, two and none; a second call compiles nothing."""
