@@ -12,7 +12,7 @@ from stf_jax.data.conversation import render_prompt
 from stf_jax.data.fit import fit_template
 from stf_jax.data.images import ImageSource
 from stf_jax.data.templates import IMAGE_MARKER
-from stf_jax.infer.program import Limits, limit_new_tokens
+from stf_jax.infer.program import limit_new_tokens
 from stf_jax.infer.prompts import Prompt, make_prompt, read_pixels
 from stf_jax.infer.sampling import GREEDY, Sampling
 from stf_jax.infer.session import Session
@@ -66,7 +66,7 @@ class Chat:
         self._tokens = model.config.choose_budget(tokens)
         self._model, self._template = model, fit_template(template, model.tokenizer)
         most = limit_new_tokens(max_new_tokens, room=model.config.text.max_positions)
-        self._limits = Limits(sampling=sampling, max_new_tokens=most)
+        self._sampling, self._most = sampling, most
         self._session = Session(model.engine.program)
         self.restart()
 
@@ -99,7 +99,9 @@ class Chat:
         shown = self.images + self._pending
         prompt = self._prompt(turn, shown)
         answer = self._model.make_builder(self._template)
-        stream = self._session.stream(prompt, limits=self._limits, every=_EVERY)
+        stream = self._session.stream(
+            prompt, sampling=self._sampling, max_new_tokens=self._most, every=_EVERY
+        )
         try:
             for ids in stream:
                 yield answer.push(ids)

@@ -1,27 +1,21 @@
 """Many questions through few slots: shared prefixes are computed once, no slot waits for another.
 
-Prompts are put in groups that share their first positions (system text and images). The cache of
-several such prefixes is computed in one batch; then their questions go through the slots, each
-taking over the cache of its prefix. A round is: insert requests into free slots, decode on the
-devices until enough slots are free again, look at the tokens. The next images are read meanwhile.
+A list of prompts is ordered by what they share and goes through a scheduler.
 """
 
-import dataclasses
-import itertools
-from collections import deque
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
-from stf_jax.infer.program import Limits, Program, Suffixes, limit_new_tokens
-from stf_jax.infer.prompts import LEAST_QUESTION, Prompt, bucket, pad_prompts
+from stf_jax.infer.program import Program, limit_new_tokens
+from stf_jax.infer.prompts import Prompt, bucket
 from stf_jax.infer.sampling import Sampling
-from stf_jax.models.cache import CacheDType, KVCache, Split
+from stf_jax.infer.scheduler import Room, Scheduler, shape_of, vision_tokens
+from stf_jax.models.cache import CacheDType
 from stf_jax.models.connector import Architecture
 from stf_jax.models.llava import Llava
 from stf_jax.util.errors import explain_memory
@@ -32,17 +26,8 @@ Take = Callable[[int, Int[np.ndarray, "new"]], bool]
 
 # Slots are refilled when this part of them is free: a question alone costs as much as several.
 _REFILL = 4
-_READERS = 4
 # Slots are numbered in int32.
 _MOST_SLOTS = np.iinfo(np.int32).max
-
-
-@dataclasses.dataclass(kw_only=True)
-class _Group:
-    """Prompts that have in common what is prefilled."""
-
-    split: Split
-    prompts: list[int]
 
 
 class Engine:
@@ -86,61 +71,61 @@ class Engine:
             ValueError: no tokens or no slots wanted, more slots than there is memory for, a prompt
                 that leaves no room for any token, or one that ends in an image.
         """
-        limits = Limits(sampling=sampling, max_new_tokens=self._check(prompts, max_new_tokens))
+        most = self._check(prompts, max_new_tokens)
         if not 1 <= slots <= _MOST_SLOTS:
             raise ValueError(f"slots is {slots}; give 1 to {_MOST_SLOTS}")
         if not prompts:
             return
-        slots, rows = batch_sizes(slots, multiple=self.program.row_multiple)
-        contexts = room_for(self.config, prompts, limits.max_new_tokens)
+        room = self._room(prompts, slots=slots, new=most)
         shortage = (
-            f"{slots} slots of {max(contexts)} positions do not fit into the memory of a device; "
-            "give fewer slots, a cache of int8 or a larger mesh"
+            f"{room.slots} slots of {max(room.contexts)} positions do not fit into the memory of a "
+            "device; give fewer slots, a cache of int8 or a larger mesh"
         )
-        with explain_memory(shortage), ThreadPoolExecutor(_READERS) as readers:
-            state = self.program.start(
-                slots=slots, contexts=contexts, new=bucket(limits.max_new_tokens)
-            )
-            free, taken, seen = deque(range(slots)), dict[int, int](), np.zeros(slots, int)
-            splits = [self.config.system.split(prompt.ids) for prompt in prompts]
-            groups = _groups(prompts, splits, share=share)
-            feed = _Feed(self.program, prompts, groups, rows, readers=readers)
-            # Three steps, until every prompt has its answer: fill the free slots, decode, hand out
-            # the new tokens. `taken` is the prompt of each slot at work, `seen` its tokens so far.
-            while taken or feed.more:
-                # An insert costs the same for one question as for `rows`. So it waits until there
-                # are slots for all that wait, up to `rows`.
-                while free and feed.more:
-                    feed.refill()
-                    if len(free) < (count := min(rows, len(feed.waiting))):
-                        break
-                    chosen = [(*feed.waiting.popleft(), free.popleft()) for _ in range(count)]
-                    questions = _questions(prompts, splits, chosen, rows=rows, slots=slots)
-                    state = self.program.insert(state, feed.prefixes, questions, limits)
-                    for prompt, _, slot in chosen:
-                        taken[slot], seen[slot] = prompt, 0
-                # Decode until enough slots are finished for a full insert; if no question waits,
-                # until all are finished.
-                enough = min(rows, len(feed.waiting) or rows) if feed.more else slots
-                state = self.program.decode(
-                    state,
-                    limits,
-                    stopped=np.isin(np.arange(slots), free),
-                    every=min(every, limits.max_new_tokens),
-                    enough=enough,
-                )
-                # The host reads the next images while the devices decode.
-                feed.refill()
-                tokens, counts, finished = jax.device_get(
-                    (state.tokens, state.counts, state.finished)
-                )
-                for slot, prompt in list(taken.items()):
-                    is_wanted = take(prompt, tokens[slot, seen[slot] : counts[slot]])
-                    seen[slot] = counts[slot]
-                    if finished[slot] or not is_wanted:
-                        del taken[slot]
-                        free.append(slot)
-                        yield prompt
+        with explain_memory(shortage), contextlib.closing(self.open(room)) as scheduler:
+            numbers = {
+                scheduler.submit(prompts[number], sampling=sampling, most=most, share=share): number
+                for number in self._order(prompts)
+            }
+            while scheduler.busy:
+                for progress in scheduler.step(every=min(every, most)):
+                    number = numbers[progress.ticket]
+                    if progress.ticket.error is not None:
+                        raise progress.ticket.error
+                    is_wanted = take(number, progress.ids)
+                    if progress.ticket.finished:
+                        yield number
+                    elif not is_wanted:
+                        scheduler.cancel(progress.ticket)
+                        yield number
+
+    def open(self, room: Room) -> Scheduler:
+        """A scheduler that takes requests one by one, as they come."""
+        return Scheduler(self.program, room)
+
+    def _room(self, prompts: Sequence[Prompt], *, slots: int, new: int) -> Room:
+        """What these prompts need, and no more."""
+        slots, rows = batch_sizes(slots, multiple=self.program.row_multiple)
+        split = self.config.system.split
+        prefixes = [p.ids[: split(p.ids).prefilled] for p in prompts]
+        return Room(
+            slots=slots,
+            rows=rows,
+            contexts=room_for(self.config, [prompt.ids for prompt in prompts], new),
+            new=bucket(new),
+            kept=rows,
+            prefixes=room_for(self.config, prefixes, 0),
+        )
+
+    def _order(self, prompts: Sequence[Prompt]) -> list[int]:
+        """Those of like images and length one after the other."""
+        system = self.config.system
+
+        def size(number: int) -> tuple[object, ...]:
+            prompt = prompts[number]
+            shape = shape_of(prompt, system.split(prompt.ids), uniform=system.compacts)
+            return *shape[:2], vision_tokens(prompt), shape[-1]
+
+        return sorted(range(len(prompts)), key=size)
 
     def _check(self, prompts: Sequence[Prompt], max_new_tokens: int) -> int:
         """Checks every prompt; returns the limit, no higher than the context."""
@@ -169,15 +154,17 @@ def _name_prompts(numbers: Sequence[int], prompts: Sequence[Prompt]) -> str:
     return f"prompt {name_some([number + 1 for number in numbers])} of {len(prompts)},"
 
 
-def room_for(config: Architecture, prompts: Sequence[Prompt], new: int) -> tuple[int, ...]:
+def room_for(
+    config: Architecture, prompts: Sequence[Int[np.ndarray, "T"]], new: int
+) -> tuple[int, ...]:
     """Positions of a slot with room for any of the prompts and its answer, by group of layers.
 
     Args:
         config: of the model.
-        prompts: one or more.
+        prompts: ids of one or more.
         new: tokens of an answer.
     """
-    held = [config.system.held(prompt.ids, config.vision) for prompt in prompts]
+    held = [config.system.held(ids, config.vision) for ids in prompts]
     most = config.text.max_positions
     return tuple(bucket(min(max(sizes) + new, most)) for sizes in zip(*held, strict=True))
 
@@ -186,107 +173,3 @@ def batch_sizes(slots: int, *, multiple: int) -> tuple[int, int]:
     """Slots rounded up to what divides, and how many prefixes or questions go into one call."""
     slots = -(-slots // multiple) * multiple
     return slots, max(slots // _REFILL // multiple, 1) * multiple
-
-
-class _Feed:
-    """Prefixes, `rows` of them at a time, and the questions that wait to be asked about them.
-
-    While one batch of images is at work, those of the next are read.
-    """
-
-    def __init__(
-        self,
-        program: Program,
-        prompts: Sequence[Prompt],
-        groups: Sequence[_Group],
-        rows: int,
-        *,
-        readers: ThreadPoolExecutor,
-    ):
-        self._program, self._prompts, self._rows = program, prompts, rows
-        self._readers = readers
-        self._uniform = program.config.system.compacts
-        # A batch has one budget, and clips of one shape; where layers drop tokens, as many images.
-        shapes = itertools.groupby(groups, key=lambda group: self._shape(group))
-        alike = [list(same) for _, same in shapes]
-        self._chunks = deque(
-            same[at : at + rows] for same in alike for at in range(0, len(same), rows)
-        )
-        self._coming = self._read()
-        # (prompt, row of its prefix)
-        self.waiting = deque[tuple[int, int]]()
-        self.prefixes: KVCache
-
-    def _shape(self, group: _Group) -> object:
-        prompt = self._prompts[group.prompts[0]]
-        return _shape(prompt), _images(prompt) if self._uniform else 0
-
-    @property
-    def more(self) -> bool:
-        """Whether a question waits that has no slot yet."""
-        return bool(self.waiting or self._chunks)
-
-    def refill(self) -> None:
-        """Continues with the next prefixes if no question waits about the last ones."""
-        if self.waiting or not self._chunks:
-            return
-        chunk, loaded = self._chunks.popleft(), [future.result() for future in self._coming]
-        self._coming = self._read()
-        size = self._program.config.image_size
-        batch = pad_prompts(loaded, rows=self._rows, image_size=size, uniform=self._uniform)
-        self.prefixes = self._program.prefill(batch)
-        self.waiting.extend(
-            (prompt, row) for row, group in enumerate(chunk) for prompt in group.prompts
-        )
-
-    def _read(self) -> list[Future[Prompt]]:
-        """Begins to read the images of the next chunk."""
-        return [
-            self._readers.submit(self._prompts[group.prompts[0]].until, group.split.prefilled)
-            for group in (self._chunks[0] if self._chunks else ())
-        ]
-
-
-def _groups(prompts: Sequence[Prompt], splits: Sequence[Split], *, share: bool) -> list[_Group]:
-    """Prompts by what they share; those of like images and length are neighbors."""
-    groups: dict[object, _Group] = {}
-    for number, (prompt, split) in enumerate(zip(prompts, splits, strict=True)):
-        shared = share and prompt.image_key is not None
-        key = (prompt.prefix_key, prompt.ids[: split.prefilled].tobytes()) if shared else number
-        groups.setdefault(key, _Group(split=split, prompts=[])).prompts.append(number)
-
-    def size(group: _Group) -> tuple[object, int, int]:
-        prompt = prompts[group.prompts[0]]
-        return _shape(prompt), _images(prompt), bucket(group.split.prefilled)
-
-    return sorted(groups.values(), key=size)
-
-
-def _shape(prompt: Prompt) -> tuple[int, tuple[int, ...]]:
-    """What is the same for all prompts of a batch."""
-    return prompt.budget or 0, prompt.clip_shape
-
-
-def _images(prompt: Prompt) -> int:
-    """How many vision tokens a prompt has, which orders prompts as their images do."""
-    return int((prompt.ids == IMAGE_TOKEN_ID).sum())
-
-
-def _questions(
-    prompts: Sequence[Prompt],
-    splits: Sequence[Split],
-    chosen: Sequence[tuple[int, int, int]],
-    *,
-    rows: int,
-    slots: int,
-) -> Suffixes:
-    """(prompt, row of its prefix, slot) as arrays, padded to a bucket and to `rows`."""
-    starts = [splits[prompt].start for prompt, _, _ in chosen]
-    rest = [prompts[prompt].ids[at:] for (prompt, _, _), at in zip(chosen, starts, strict=True)]
-    length = bucket(max(map(len, rest)), least=LEAST_QUESTION)
-    questions = Suffixes.empty(rows, length, slots=slots)
-    for row, (ids, start, (_, prefix, slot)) in enumerate(zip(rest, starts, chosen, strict=True)):
-        questions.ids[row, : len(ids)] = ids
-        questions.lengths[row], questions.starts[row] = len(ids), start
-        questions.prefixes[row], questions.slots[row] = prefix, slot
-    return questions

@@ -12,7 +12,8 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from stf_jax.data.batch import Batch
-from stf_jax.infer.program import Limits, Program, Suffixes
+from stf_jax.infer.program import Program
+from stf_jax.infer.slots import Suffixes
 from stf_jax.models.cache import CacheDType
 from stf_jax.models.layers import unstack
 from stf_jax.models.llava import Llava
@@ -30,7 +31,7 @@ class LoweredEngine:
         decode: turns until enough slots are finished.
         parameters: of the model.
         slots: all of them, with their cache.
-        prefixes: one call's.
+        prefixes: those that are kept, as many as one call computes.
     """
 
     prefill: Any
@@ -64,18 +65,16 @@ def lower(
     *,
     batch: Batch,
     questions: Sequence[Suffixes],
-    limits: Limits,
     slots: int,
     contexts: tuple[int, ...],
     new: int,
 ) -> LoweredEngine:
-    """The programs that an engine compiles for arrays of these shapes.
+    """The programs that an engine compiles for arrays of these shapes, with greedy answers.
 
     Args:
         program: from `abstract_program`.
         batch: of prefixes, host arrays.
         questions: host arrays, of one length or of several.
-        limits: of the answers.
         slots: B.
         contexts: positions of a slot, by group of layers.
         new: room for the tokens of an answer.
@@ -90,18 +89,25 @@ def lower(
         )
 
     parameters, batch_rows = program._parameters, rows(batch)
-    greedy, numbers = limits.greedy, limits.arrays
+    kept = len(batch.ids)
     with jax.set_mesh(mesh):
         empty = program._start.eval_shape(parameters, slots=slots, contexts=contexts, new=new)
         state = _place(empty, mesh)
-        prefix_shapes = program._prefixes.eval_shape(parameters, batch_rows)
-        prefixes = _place(prefix_shapes, mesh)
+        computed = program._prefixes.eval_shape(parameters, batch_rows)
+        prefixes = _place(
+            program._pool.eval_shape(parameters, rows=kept, contexts=computed.sizes), mesh
+        )
         scalar = np.int32(1)
         return LoweredEngine(
             prefill=program._prefixes.lower(parameters, batch_rows),
             inserts=[
                 program._insert.lower(
-                    parameters, state, prefixes, rows(suffixes), numbers, greedy=greedy
+                    parameters,
+                    state,
+                    prefixes,
+                    rows(suffixes),
+                    lengths=prefixes.sizes,
+                    greedy=True,
                 )
                 for suffixes in questions
             ],
@@ -111,8 +117,7 @@ def lower(
                 rows(np.zeros(slots, bool)),
                 scalar,
                 scalar,
-                numbers,
-                greedy=greedy,
+                greedy=True,
             ),
             parameters=parameters,
             slots=state,

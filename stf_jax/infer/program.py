@@ -1,4 +1,4 @@
-"""What an engine has the devices do: prefill shared prefixes, insert requests into slots, decode.
+"""What an engine has the devices do: prefill prefixes, keep them, insert requests, decode.
 
 Every shape is a bucket, so calling again with the same shapes compiles nothing.
 """
@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import hashlib
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,69 +17,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
 
 from stf_jax.data.batch import Batch
-from stf_jax.infer.sampling import Sampling, sample
+from stf_jax.infer.sampling import sample
+from stf_jax.infer.slots import Draws, Slots, Suffixes
 from stf_jax.models.cache import CacheDType, KVCache, SlotGroup
 from stf_jax.models.layers import unstack
 from stf_jax.models.llava import Llava
 from stf_jax.models.marks import Marks
 from stf_jax.parallel.sharding import BATCH_AXES, reshard
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Slots:
-    """B answers in the making, and all that their next tokens depend on.
-
-    Attributes:
-        tokens: of each answer so far; the first `counts` of a row mean something.
-        counts: tokens so far.
-        last: the newest token, which the cache does not hold yet.
-        positions: where that token will stand.
-        finished: the answer is complete, or the slot was never taken.
-        cache: of everything before `last`.
-    """
-
-    tokens: Int[Array, "B new"]
-    counts: Int[Array, "B"]
-    last: Int[Array, "B"]
-    positions: Int[Array, "B"]
-    finished: Bool[Array, "B"]
-    cache: KVCache
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Suffixes:
-    """R prompts without the prefixes whose cache is there.
-
-    Attributes:
-        ids: what follows the prefix, padded.
-        lengths: of that, without padding; at least 1.
-        starts: length of the prefix.
-        prefixes: the row of the prefix.
-        slots: the slot for the answer; B and beyond is a padding row.
-    """
-
-    ids: Int[Array, "R T"]
-    lengths: Int[Array, "R"]
-    starts: Int[Array, "R"]
-    prefixes: Int[Array, "R"]
-    slots: Int[Array, "R"]
-
-    @classmethod
-    def empty(cls, rows: int, length: int, *, slots: int) -> "Suffixes":
-        """Padding rows in host memory, to be filled in."""
-
-        def full(value: int, *shape: int) -> Any:
-            return np.full((rows, *shape), value, np.int32)
-
-        return cls(
-            ids=full(0, length),
-            lengths=full(1),
-            starts=full(0),
-            prefixes=full(0),
-            slots=full(slots),
-        )
 
 
 class Program:
@@ -104,8 +47,12 @@ class Program:
         self._graph, self._parameters = nnx.split(model)
         self._prefixes = jax.jit(self._prefix_caches)
         self._start = jax.jit(self._empty_slots, static_argnames=("slots", "contexts", "new"))
-        # Slots are written in place.
-        self._insert = jax.jit(self._insert_requests, static_argnames="greedy", donate_argnums=1)
+        self._pool = jax.jit(self._empty_cache, static_argnames=("rows", "contexts"))
+        # Slots and kept prefixes are written in place.
+        self._keep = jax.jit(self._keep_prefixes, donate_argnums=0)
+        self._insert = jax.jit(
+            self._insert_requests, static_argnames=("lengths", "greedy"), donate_argnums=1
+        )
         self._resume = jax.jit(self._resume_requests, static_argnames="greedy", donate_argnums=1)
         self._decode = jax.jit(self._decode_steps, static_argnames="greedy", donate_argnums=1)
 
@@ -145,32 +92,54 @@ class Program:
         with self._on_mesh():
             return self._start(self._parameters, slots=slots, contexts=contexts, new=new)
 
+    def pool(self, *, rows: int, contexts: tuple[int, ...]) -> KVCache:
+        """Room for the caches of so many prefixes, of so many positions by group of layers."""
+        with self._on_mesh():
+            return self._pool(self._parameters, rows=rows, contexts=contexts)
+
+    def keep(self, pool: KVCache, prefixes: KVCache, at: Int[np.ndarray, "R"]) -> KVCache:
+        """Puts prefixes into rows of a pool; beyond its rows they are dropped."""
+        with self._on_mesh():
+            return self._keep(pool, prefixes, self._place(at))
+
     def insert(
-        self, slots: Slots, prefixes: KVCache, questions: Suffixes, limits: "Limits"
+        self,
+        slots: Slots,
+        prefixes: KVCache,
+        questions: Suffixes,
+        *,
+        lengths: tuple[int, ...] | None = None,
+        greedy: bool,
     ) -> Slots:
-        """Puts questions into slots, and the first token of each answer."""
+        """Puts questions into slots, and the first token of each answer.
+
+        Args:
+            slots: written in place.
+            prefixes: whose rows the questions name.
+            questions: padded to a bucket.
+            lengths: of the longest prefix that is named, by group of layers; by default all.
+            greedy: whether no answer in any slot draws noise.
+        """
+        lengths = prefixes.sizes if lengths is None else lengths
         with self._on_mesh():
             placed = self._place(questions)
             return self._insert(
-                self._parameters, slots, prefixes, placed, limits.arrays, greedy=limits.greedy
+                self._parameters, slots, prefixes, placed, lengths=lengths, greedy=greedy
             )
 
-    def resume(self, slots: Slots, questions: Suffixes, limits: "Limits") -> Slots:
+    def resume(self, slots: Slots, questions: Suffixes, *, greedy: bool) -> Slots:
         """A question for every slot, whose prefix is what the cache of that slot begins with."""
         with self._on_mesh():
-            placed = self._place(questions)
-            return self._resume(
-                self._parameters, slots, placed, limits.arrays, greedy=limits.greedy
-            )
+            return self._resume(self._parameters, slots, self._place(questions), greedy=greedy)
 
     def decode(
         self,
         slots: Slots,
-        limits: "Limits",
         *,
         stopped: Bool[np.ndarray, "B"],
         every: int,
         enough: int,
+        greedy: bool,
     ) -> Slots:
         """Decodes `every` steps, or fewer: until `enough` slots are finished.
 
@@ -183,41 +152,57 @@ class Program:
                 self._place(stopped),
                 np.int32(every),
                 np.int32(enough),
-                limits.arrays,
-                greedy=limits.greedy,
+                greedy=greedy,
             )
 
     def _prefix_caches(self, parameters: nnx.State, batch: Batch) -> KVCache:
         return self._model(parameters).prefill(batch, cache_dtype=self.cache_dtype)[1]
 
+    def _empty_cache(
+        self, parameters: nnx.State, *, rows: int, contexts: tuple[int, ...]
+    ) -> KVCache:
+        text, decoder = self.config.text, self._model(parameters).text
+        dtype = jax.tree.leaves(parameters)[0].dtype
+        sizes = [(rows, context, text.kv_heads, text.head_dim) for context in contexts]
+        zeros = [jnp.zeros(size, dtype, out_sharding=self._rules.hidden) for size in sizes]
+        layers = [zeros[group] for group in decoder.layer_groups]
+        empty = [jnp.zeros(size[:2], jnp.int32, out_sharding=self._rules.tokens) for size in sizes]
+        return KVCache.of(
+            layers,
+            layers,
+            [
+                SlotGroup.whole(Marks.text(array, array), renumbered=decoder.renumbers)
+                for array in empty
+            ],
+            layer_groups=decoder.layer_groups,
+            dtype=self.cache_dtype,
+        )
+
     def _empty_slots(
         self, parameters: nnx.State, *, slots: int, contexts: tuple[int, ...], new: int
     ) -> Slots:
-        text, rows = self.config.text, self._rules.tokens
-        dtype = jax.tree.leaves(parameters)[0].dtype
-        decoder = self._model(parameters).text
-        sizes = [(slots, context, text.kv_heads, text.head_dim) for context in contexts]
-        zeros = [jnp.zeros(size, dtype, out_sharding=self._rules.hidden) for size in sizes]
-        layers = [zeros[group] for group in decoder.layer_groups]
+        rows = self._rules.tokens
         integers = jnp.zeros(slots, jnp.int32, out_sharding=rows)
-        empty = [jnp.zeros(size[:2], jnp.int32, out_sharding=rows) for size in sizes]
-        groups = [
-            SlotGroup.whole(Marks.text(array, array), renumbered=decoder.renumbers)
-            for array in empty
-        ]
+        reals = jnp.zeros(slots, jnp.float32, out_sharding=rows)
         return Slots(
-            tokens=jnp.full((slots, new), text.pad_id, jnp.int32, out_sharding=rows),
+            tokens=jnp.full((slots, new), self.config.text.pad_id, jnp.int32, out_sharding=rows),
             counts=integers,
             last=integers,
             positions=integers,
             finished=jnp.ones(slots, bool, out_sharding=rows),
-            cache=KVCache.of(
-                layers,
-                layers,
-                groups,
-                layer_groups=decoder.layer_groups,
-                dtype=self.cache_dtype,
+            draws=Draws(
+                temperature=reals,
+                top_k=integers,
+                top_p=reals,
+                seed=jnp.zeros(slots, jnp.uint32, out_sharding=rows),
+                most=integers,
             ),
+            cache=self._empty_cache(parameters, rows=slots, contexts=contexts),
+        )
+
+    def _keep_prefixes(self, pool: KVCache, prefixes: KVCache, at: Int[Array, "R"]) -> KVCache:
+        return pool.insert(
+            at, prefixes.resize(pool.sizes), spec=self._rules.cache, marks=self._rules.tokens
         )
 
     def _insert_requests(
@@ -226,8 +211,8 @@ class Program:
         slots: Slots,
         prefixes: KVCache,
         questions: Suffixes,
-        limits: dict[str, Array],
         *,
+        lengths: tuple[int, ...],
         greedy: bool,
     ) -> Slots:
         spec = self._rules.tokens
@@ -235,14 +220,15 @@ class Program:
         # Compute the question against it, and put all that results into the question's slot.
         added = questions.ids.shape[1]
         room = [
-            min(size + added, most)
-            for size, most in zip(prefixes.sizes, slots.cache.sizes, strict=True)
+            min(size + added, most) for size, most in zip(lengths, slots.cache.sizes, strict=True)
         ]
-        cache = prefixes.rows(
-            questions.prefixes, spec=self._rules.cache, marks=self._rules.tokens
-        ).resize(room)
+        cache = (
+            prefixes.resize(lengths)
+            .rows(questions.prefixes, spec=self._rules.cache, marks=self._rules.tokens)
+            .resize(room)
+        )
         begun = self._first_tokens(
-            parameters, questions, cache, limits, slots.tokens.shape[1], greedy
+            parameters, questions, cache, slots.tokens.shape[1], greedy=greedy
         )
 
         def put(old: Array, new: Array) -> Array:
@@ -254,45 +240,41 @@ class Program:
             last=put(slots.last, begun.last),
             positions=put(slots.positions, begun.positions),
             finished=put(slots.finished, begun.finished),
+            draws=jax.tree.map(put, slots.draws, begun.draws),
             cache=slots.cache.insert(
                 questions.slots, begun.cache, spec=self._rules.cache, marks=self._rules.tokens
             ),
         )
 
     def _resume_requests(
-        self,
-        parameters: nnx.State,
-        slots: Slots,
-        questions: Suffixes,
-        limits: dict[str, Array],
-        *,
-        greedy: bool,
+        self, parameters: nnx.State, slots: Slots, questions: Suffixes, *, greedy: bool
     ) -> Slots:
         new = slots.tokens.shape[1]
-        return self._first_tokens(parameters, questions, slots.cache, limits, new, greedy)
+        return self._first_tokens(parameters, questions, slots.cache, new, greedy=greedy)
 
     def _first_tokens(
         self,
         parameters: nnx.State,
         questions: Suffixes,
         cache: KVCache,
-        limits: dict[str, Array],
         new: int,
+        *,
         greedy: bool,
     ) -> Slots:
         """Computes suffixes against their rows of the cache, and the answers' first tokens."""
         logits, cache = self._model(parameters).extend(
             questions.ids, start=questions.starts, lengths=questions.lengths, cache=cache
         )
-        none = jnp.zeros_like(questions.lengths)
-        first = self._choose(logits, none, limits, greedy=greedy)
+        none, draws = jnp.zeros_like(questions.lengths), questions.draws
+        first = self._choose(logits, none, draws, greedy=greedy)
         positions = questions.starts + questions.lengths
         return Slots(
             tokens=jnp.where(jnp.arange(new) == 0, first[:, None], self.config.text.pad_id),
             counts=none + 1,
             last=first,
             positions=positions,
-            finished=self._ends(first, positions, none + 1, limits),
+            finished=self._ends(first, positions, none + 1, draws),
+            draws=draws,
             cache=cache,
         )
 
@@ -303,7 +285,6 @@ class Program:
         stopped: Bool[Array, "B"],
         every: Int[Array, ""],
         enough: Int[Array, ""],
-        limits: dict[str, Array],
         *,
         greedy: bool,
     ) -> Slots:
@@ -323,7 +304,7 @@ class Program:
                 cache=slots.cache,
             )
             # Slots that are finished compute as the others do, and keep what they have.
-            chosen = self._choose(logits, slots.counts, limits, greedy=greedy)
+            chosen = self._choose(logits, slots.counts, slots.draws, greedy=greedy)
             going = ~slots.finished
             is_next = (jnp.arange(slots.tokens.shape[1]) == slots.counts[:, None]) & going[:, None]
             counts, positions = slots.counts + going, slots.positions + going
@@ -332,7 +313,8 @@ class Program:
                 counts=counts,
                 last=jnp.where(going, chosen, slots.last),
                 positions=positions,
-                finished=slots.finished | self._ends(chosen, positions, counts, limits),
+                finished=slots.finished | self._ends(chosen, positions, counts, slots.draws),
+                draws=slots.draws,
                 cache=cache,
             )
 
@@ -354,27 +336,33 @@ class Program:
         self,
         logits: Float[Array, "B V"],
         step: Int[Array, "B"],
-        limits: dict[str, Array],
+        draws: Draws,
         *,
         greedy: bool,
     ) -> Int[Array, "B"]:
         logits = reshard(logits, self._rules.tokens)
         if greedy:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        knobs = {name: limits[name] for name in ("temperature", "top_k", "top_p", "seed")}
-        return sample(logits, step=step, **knobs)
+        return sample(
+            logits,
+            step=step,
+            temperature=draws.temperature,
+            top_k=draws.top_k,
+            top_p=draws.top_p,
+            seed=draws.seed,
+        )
 
     def _ends(
         self,
         token: Int[Array, "B"],
         position: Int[Array, "B"],
         count: Int[Array, "B"],
-        limits: dict[str, Array],
+        draws: Draws,
     ) -> Bool[Array, "B"]:
         """Whether an answer ends here: end of sequence, enough tokens, or no position left."""
         end = jnp.isin(token, jnp.asarray(self.config.text.eos_ids))
         full = position >= self.config.text.max_positions
-        return end | full | (count >= limits["max_new_tokens"])
+        return end | full | (count >= draws.most)
 
 
 @jax.jit
@@ -386,33 +374,6 @@ def _bit_sum(weights: Array) -> UInt[Array, ""]:
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
     return (mixed ^ (mixed >> 16)).sum(dtype=jnp.uint32)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How tokens are chosen and how many, as the compiled functions take it.
-
-    None of the numbers is compiled in; whether it is greedy is.
-    """
-
-    sampling: Sampling
-    max_new_tokens: int
-
-    @property
-    def greedy(self) -> bool:
-        """Whether no noise is drawn."""
-        return self.sampling.temperature == 0
-
-    @property
-    def arrays(self) -> dict[str, Any]:
-        """Scalars for the devices."""
-        return {
-            "temperature": np.float32(self.sampling.temperature or 1.0),
-            "top_k": np.int32(min(self.sampling.top_k, np.iinfo(np.int32).max)),
-            "top_p": np.float32(self.sampling.top_p),
-            "seed": np.uint32(self.sampling.seed),
-            "max_new_tokens": np.int32(self.max_new_tokens),
-        }
 
 
 def limit_new_tokens(max_new_tokens: int, *, room: int) -> int:

@@ -44,12 +44,13 @@ GREEDY = Sampling()
 
 
 def likely(
-    logits: Float[Array, "B V"], *, top_k: Int[Array, ""], top_p: Float[Array, ""]
+    logits: Float[Array, "B V"], *, top_k: Int[Array, "B"], top_p: Float[Array, "B"]
 ) -> Float[Array, "B V"]:
     """The logits with all but the likely tokens at minus infinity: top-k, then top-p of those.
 
     The token that crosses `top_p` is kept, so at least one always is.
     """
+    top_k, top_p = top_k[:, None], top_p[:, None]
     order = jnp.argsort(-logits, axis=-1)
     ranked = jnp.take_along_axis(logits, order, axis=-1)
     rank = jnp.arange(logits.shape[-1])
@@ -66,19 +67,20 @@ def sample(
     logits: Float[Array, "B V"],
     *,
     step: Int[Array, "B"],
-    temperature: Float[Array, ""],
-    top_k: Int[Array, ""],
-    top_p: Float[Array, ""],
-    seed: UInt[Array, ""],
+    temperature: Float[Array, "B"],
+    top_k: Int[Array, "B"],
+    top_p: Float[Array, "B"],
+    seed: UInt[Array, "B"],
 ) -> Int[Array, "B"]:
     """One token a row, the `step`-th of its answer; seed and step alone decide the noise."""
     # At a temperature next to nothing all but the best become minus infinity, and none infinity.
     below = logits - logits.max(axis=-1, keepdims=True)
-    candidates = likely(below / jnp.maximum(temperature, _COLDEST), top_k=top_k, top_p=top_p)
-    seeded = jax.random.key(seed)
+    cooled = below / jnp.maximum(temperature, _COLDEST)[:, None]
+    candidates = likely(cooled, top_k=top_k, top_p=top_p)
 
-    def gumbel(step: Int[Array, ""]) -> Float[Array, "V"]:
-        return jax.random.gumbel(jax.random.fold_in(seeded, step), logits.shape[-1:])
+    def gumbel(seed: UInt[Array, ""], step: Int[Array, ""]) -> Float[Array, "V"]:
+        return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), step), logits.shape[-1:])
 
-    # An answer depends neither on its row nor on its neighbors.
-    return jnp.argmax(candidates + jax.vmap(gumbel)(step), axis=-1).astype(jnp.int32)
+    # An answer depends neither on its row nor on its neighbors. A greedy one has no noise.
+    noise = jnp.where(temperature[:, None] > 0, jax.vmap(gumbel)(seed, step), 0)
+    return jnp.argmax(candidates + noise, axis=-1).astype(jnp.int32)

@@ -1,5 +1,6 @@
 """One conversation whose cache is kept between turns: a turn costs what is new in it."""
 
+import dataclasses
 from collections.abc import Generator
 
 import jax
@@ -8,8 +9,10 @@ from jaxtyping import Int
 
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.infer.engine import room_for
-from stf_jax.infer.program import Limits, Program, Slots, Suffixes
+from stf_jax.infer.program import Program
 from stf_jax.infer.prompts import LEAST_QUESTION, Prompt, bucket, pad_prompts
+from stf_jax.infer.sampling import Sampling
+from stf_jax.infer.slots import Draws, Slots, Suffixes
 
 
 class Session:
@@ -32,7 +35,7 @@ class Session:
         self.computed = 0
 
     def stream(
-        self, prompt: Prompt, *, limits: Limits, every: int
+        self, prompt: Prompt, *, sampling: Sampling, max_new_tokens: int, every: int
     ) -> Generator[Int[np.ndarray, "new"], None, None]:
         """New ids, `every` at a time; whoever stops listening ends the answer.
 
@@ -45,25 +48,27 @@ class Session:
                 f"the conversation is {length} tokens long, images included, and the model's "
                 f"context is {room}; start again"
             )
-        needed, new = length + limits.max_new_tokens, bucket(limits.max_new_tokens)
-        contexts = room_for(self._program.config, [prompt], limits.max_new_tokens)
+        needed, new = length + max_new_tokens, bucket(max_new_tokens)
+        contexts = room_for(self._program.config, [prompt.ids], max_new_tokens)
         start = self._common(prompt, contexts=contexts, new=new)
         slots = self._slots
         # Until the devices have answered, nothing is known of what they hold.
         self._slots = None
-        rows = self._program.row_multiple
+        rows, greedy = self._program.row_multiple, sampling.temperature == 0
+        draws = Draws.of([(sampling, max_new_tokens)] * rows)
         if start and slots is not None:
-            slots = self._program.resume(slots, _question(prompt, start, rows), limits)
+            question = _question(prompt, start, rows, draws)
+            slots = self._program.resume(slots, question, greedy=greedy)
         else:
             # With room for as much again, so that few turns outgrow it.
-            contexts = room_for(self._program.config, [prompt], 2 * needed - length)
-            slots = self._begin(prompt, limits, contexts=contexts, new=new)
+            contexts = room_for(self._program.config, [prompt.ids], 2 * needed - length)
+            slots = self._begin(prompt, draws, contexts=contexts, new=new, greedy=greedy)
         self.computed = length - start
         seen, finished = 0, False
         while not finished:
             self._slots = None
             slots = self._program.decode(
-                slots, limits, stopped=np.arange(rows) > 0, every=every, enough=rows
+                slots, stopped=np.arange(rows) > 0, every=every, enough=rows, greedy=greedy
             )
             tokens, count, ended = jax.device_get(
                 (slots.tokens[0], slots.counts[0], slots.finished[0])
@@ -94,7 +99,13 @@ class Session:
         return 0 if common < self._decided or IMAGE_TOKEN_ID in prompt.ids[common:] else common
 
     def _begin(
-        self, prompt: Prompt, limits: Limits, *, contexts: tuple[int, ...], new: int
+        self,
+        prompt: Prompt,
+        draws: Draws,
+        *,
+        contexts: tuple[int, ...],
+        new: int,
+        greedy: bool,
     ) -> Slots:
         rows, config = self._program.row_multiple, self._program.config
         split = config.system.split(prompt.ids)
@@ -108,13 +119,14 @@ class Session:
         # Positions that only the prefill computes, since they decide what layers hold.
         self._decided = split.prefilled if split.start < split.prefilled else 0
         empty = self._program.start(slots=rows, contexts=contexts, new=new)
-        question = _question(prompt, split.start, rows)
-        return self._program.insert(empty, prefixes, question, limits)
+        question = _question(prompt, split.start, rows, draws)
+        return self._program.insert(empty, prefixes, question, greedy=greedy)
 
 
-def _question(prompt: Prompt, start: int, rows: int) -> Suffixes:
+def _question(prompt: Prompt, start: int, rows: int, draws: Draws) -> Suffixes:
     rest = prompt.ids[start:]
-    question = Suffixes.empty(rows, bucket(len(rest), least=LEAST_QUESTION), slots=rows)
+    empty = Suffixes.empty(rows, bucket(len(rest), least=LEAST_QUESTION), slots=rows)
+    question = dataclasses.replace(empty, draws=draws)
     question.ids[0, : len(rest)] = rest
     question.lengths[0], question.starts[0], question.slots[0] = len(rest), start, 0
     return question

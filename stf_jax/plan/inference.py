@@ -19,9 +19,8 @@ from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.infer.config import InferenceConfig
 from stf_jax.infer.engine import batch_sizes, room_for
 from stf_jax.infer.lowering import LoweredEngine, abstract_program, lower
-from stf_jax.infer.program import Limits, Suffixes
 from stf_jax.infer.prompts import LEAST_QUESTION, Prompt, bucket, pad_prompts
-from stf_jax.infer.sampling import GREEDY
+from stf_jax.infer.slots import Suffixes
 from stf_jax.plan.chips import Topology
 from stf_jax.plan.compiler import compile_and_read, mesh_of
 from stf_jax.plan.estimate import estimate_cost
@@ -59,7 +58,7 @@ def make_inference_plan(request: Request) -> InferencePlan:
             f"{model.text.max_positions}; make it smaller"
         )
     prompt = _prompt(model, prefix, work.images, tokens, behind)
-    contexts = room_for(model, [prompt], longest - prefix)
+    contexts = room_for(model, [prompt.ids], longest - prefix)
     lengths = sorted({bucket(tokens, least=LEAST_QUESTION) for tokens in work.question_tokens})
     lowered = lower(
         program,
@@ -67,7 +66,6 @@ def make_inference_plan(request: Request) -> InferencePlan:
             [prompt], rows=rows, image_size=model.image_size, uniform=model.system.compacts
         ),
         questions=[Suffixes.empty(rows, length, slots=slots) for length in lengths],
-        limits=Limits(sampling=GREEDY, max_new_tokens=work.max_new_tokens),
         slots=slots,
         contexts=contexts,
         new=bucket(work.max_new_tokens),

@@ -21,10 +21,10 @@ def draw(logits: np.ndarray, *, seeds: np.ndarray, steps: np.ndarray, **knobs: f
         return sample(
             jnp.asarray(logits)[None],
             step=step[None],
-            seed=seed,
-            temperature=jnp.float32(settings["temperature"]),
-            top_k=jnp.int32(settings["top_k"]),
-            top_p=jnp.float32(settings["top_p"]),
+            seed=seed[None],
+            temperature=jnp.full(1, settings["temperature"], jnp.float32),
+            top_k=jnp.full(1, settings["top_k"], jnp.int32),
+            top_p=jnp.full(1, settings["top_p"], jnp.float32),
         )[0]
 
     return np.asarray(jax.jit(jax.vmap(one))(seeds.astype(np.uint32), steps.astype(np.int32)))
@@ -71,7 +71,12 @@ def test_steps_are_independent() -> None:
 
 
 def kept(logits: np.ndarray, *, top_k: int = 0, top_p: float = 1.0) -> np.ndarray:
-    cut = likely(jnp.asarray(logits), top_k=jnp.int32(top_k), top_p=jnp.float32(top_p))
+    rows = jnp.atleast_2d(logits)
+    knobs = {
+        "top_k": jnp.full(len(rows), top_k, jnp.int32),
+        "top_p": jnp.full(len(rows), top_p, jnp.float32),
+    }
+    cut = likely(rows, **knobs).reshape(logits.shape)
     survivors = np.isfinite(cut)
     np.testing.assert_array_equal(np.asarray(cut)[survivors], logits[survivors])
     return survivors

@@ -37,8 +37,8 @@ def test_kept_tokens(
         expected = logits_process.TopPLogitsWarper(top_p)(None, expected)
     actual = likely(
         jnp.asarray(logits) / jnp.float32(temperature),
-        top_k=jnp.int32(top_k),
-        top_p=jnp.float32(top_p),
+        top_k=jnp.full(len(logits), top_k, jnp.int32),
+        top_p=jnp.full(len(logits), top_p, jnp.float32),
     )
     np.testing.assert_array_equal(np.isfinite(actual), np.isfinite(expected.numpy()))
     np.testing.assert_allclose(actual, expected, rtol=1e-6)

@@ -1,0 +1,418 @@
+"""Who is answered next: requests come and go at any time, shared prefixes are computed once.
+
+Prompts about the same images share their first positions (system text and images). The caches of
+such prefixes lie in the rows of a pool, where the one that was used longest ago makes room. A step
+is: fill free slots, decode on the devices until enough slots are free again, hand out the tokens.
+"""
+
+import dataclasses
+import itertools
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
+from stf_jax.infer.program import Program
+from stf_jax.infer.prompts import LEAST_QUESTION, Prompt, bucket, pad_prompts
+from stf_jax.infer.sampling import Sampling
+from stf_jax.infer.slots import Draws, Suffixes
+from stf_jax.models.cache import Split
+from stf_jax.models.connector import Architecture
+
+_READERS = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Room:
+    """What a scheduler has the devices hold, which is fixed as long as it lives.
+
+    Attributes:
+        slots: answers in the making at a time.
+        rows: prefixes or questions that go into one call.
+        contexts: positions of a slot, by group of layers.
+        new: tokens of an answer.
+        kept: prefixes in the pool, `rows` or more.
+        prefixes: positions of a prefix, by group of layers.
+    """
+
+    slots: int
+    rows: int
+    contexts: tuple[int, ...]
+    new: int
+    kept: int
+    prefixes: tuple[int, ...]
+
+
+class Ticket:
+    """A request on its way to its answer.
+
+    Attributes:
+        prompt: what is asked.
+        sampling: how tokens are chosen.
+        most: tokens of the answer.
+        reused: positions whose cache was there already when it came in.
+        ids: the answer so far.
+        finished: whether nothing more comes.
+        error: why there is no answer, if an image cannot be used.
+    """
+
+    def __init__(self, prompt: Prompt, split: Split, *, sampling: Sampling, most: int, key: object):
+        self.prompt, self.split, self.key = prompt, split, key
+        self.sampling, self.most = sampling, most
+        self.reused = 0
+        self.ids: list[int] = []
+        self.finished = False
+        self.error: Exception | None = None
+        self.loading: Future[Prompt] | None = None
+
+    def load(self, readers: ThreadPoolExecutor) -> Future[Prompt]:
+        """Begins to read the images of its prefix, if that has not begun."""
+        if self.loading is None:
+            self.loading = readers.submit(self.prompt.until, self.split.prefilled)
+        return self.loading
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a step brought to one answer."""
+
+    ticket: Ticket
+    ids: Int[np.ndarray, "new"]
+
+
+class Scheduler:
+    """Answers requests as they come; `submit` and `cancel` may be called by any thread.
+
+    An answer depends neither on slots nor on neighbors nor on sharing.
+
+    Args:
+        program: of the model.
+        room: what it holds.
+    """
+
+    def __init__(self, program: Program, room: Room):
+        self.room, self._program = room, program
+        self._config: Architecture = program.config
+        self._state = program.start(slots=room.slots, contexts=room.contexts, new=room.new)
+        self._pool = program.pool(rows=room.kept, contexts=room.prefixes)
+        self._rows = _Rows(room.kept)
+        # Requests whose prefix is not in the pool, and those whose is, with its row.
+        self._waiting: deque[Ticket] = deque()
+        self._ready: deque[tuple[Ticket, int]] = deque()
+        self._free, self._taken = deque(range(room.slots)), dict[int, Ticket]()
+        self._numbers = itertools.count()
+        self._readers = ThreadPoolExecutor(_READERS)
+        self._lock = threading.Lock()
+        self._canceled: set[Ticket] = set()
+
+    def close(self) -> None:
+        """Gives the reading threads back; to be called once."""
+        self._readers.shutdown(cancel_futures=True)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request has no answer yet."""
+        return bool(self._taken or self._ready or self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Answers in the making."""
+        return len(self._taken)
+
+    @property
+    def queued(self) -> int:
+        """Requests that have no slot yet."""
+        return len(self._waiting) + len(self._ready)
+
+    @property
+    def held(self) -> int:
+        """Prefixes in the pool."""
+        return self._rows.held
+
+    def submit(
+        self, prompt: Prompt, *, sampling: Sampling, most: int, share: bool = True
+    ) -> Ticket:
+        """Puts a request in the queue, which has to fit the room.
+
+        Args:
+            prompt: its pixels may be made when they are needed, in another thread.
+            sampling: how its tokens are chosen.
+            most: tokens of its answer.
+            share: whether it may use the cache of others' prefix.
+        """
+        split = self._config.system.split(prompt.ids)
+        shared = share and prompt.image_key is not None
+        # A number equals no other.
+        key = (
+            (prompt.prefix_key, prompt.budget, prompt.ids[: split.prefilled].tobytes())
+            if shared
+            else next(self._numbers)
+        )
+        ticket = Ticket(prompt, split, sampling=sampling, most=most, key=key)
+        with self._lock:
+            self._waiting.append(ticket)
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Nothing more of this answer is wanted; its slot is free from the next step on."""
+        with self._lock:
+            self._canceled.add(ticket)
+
+    def step(self, *, every: int) -> list[Progress]:
+        """Fills free slots and decodes `every` steps at most; what is new, by answer."""
+        self._drop_canceled()
+        progress, room = self._admit(), self.room
+        if not self._taken:
+            return progress
+        # Decode until enough slots are finished for a full insert; if no question waits, until all
+        # are finished.
+        enough = min(room.rows, len(self._ready) or room.rows) if self.queued else room.slots
+        self._state = self._program.decode(
+            self._state,
+            stopped=np.isin(np.arange(room.slots), self._free),
+            every=every,
+            enough=enough,
+            greedy=self._greedy(self._taken.values()),
+        )
+        # The host reads the next images while the devices decode.
+        progress += self._prefill()
+        tokens, counts, finished = jax.device_get(
+            (self._state.tokens, self._state.counts, self._state.finished)
+        )
+        for slot, ticket in list(self._taken.items()):
+            new = tokens[slot, len(ticket.ids) : counts[slot]]
+            ticket.ids += new.tolist()
+            ticket.finished = bool(finished[slot])
+            progress.append(Progress(ticket, new))
+            if ticket.finished:
+                self._release(slot)
+        return progress
+
+    def _release(self, slot: int) -> None:
+        del self._taken[slot]
+        self._free.append(slot)
+
+    def _drop_canceled(self) -> None:
+        with self._lock:
+            gone, self._canceled = self._canceled, set()
+            if not gone:
+                return
+            self._waiting = deque(ticket for ticket in self._waiting if ticket not in gone)
+        for ticket, row in self._ready:
+            if ticket in gone:
+                self._rows.unpin(row)
+        self._ready = deque(pair for pair in self._ready if pair[0] not in gone)
+        for slot, ticket in list(self._taken.items()):
+            if ticket in gone:
+                self._release(slot)
+
+    def _admit(self) -> list[Progress]:
+        """Puts questions into free slots; gives those that cannot be answered.
+
+        An insert costs the same for one question as for `rows`. So it waits until there are slots
+        for all that are ready, up to `rows`.
+        """
+        rows, failed = self.room.rows, list[Progress]()
+        while self._free and self.queued:
+            failed += self._prefill()
+            count = min(rows, len(self._ready))
+            if not count or len(self._free) < count:
+                break
+            chosen = [(*self._ready.popleft(), self._free.popleft()) for _ in range(count)]
+            tickets = [ticket for ticket, _, _ in chosen]
+            self._state = self._program.insert(
+                self._state,
+                self._pool,
+                _questions(chosen, rows=rows, slots=self.room.slots),
+                lengths=self._lengths(tickets),
+                greedy=self._greedy([*self._taken.values(), *tickets]),
+            )
+            for ticket, row, slot in chosen:
+                self._taken[slot] = ticket
+                self._rows.unpin(row)
+        return failed
+
+    def _prefill(self) -> list[Progress]:
+        """Continues with the next prefixes if no question is ready.
+
+        The request that has waited longest decides which: those of its shape go with it. Gives
+        those that cannot be answered, since an image cannot be used.
+        """
+        if self._ready:
+            return []
+        with self._lock:
+            waiting = list(self._waiting)
+        chunk, failed = self._next(waiting), list[Progress]()
+        firsts = {row: ticket for ticket, row in reversed(chunk) if not self._rows.filled(row)}
+        loaded = dict[int, Prompt]()
+        for row, ticket in firsts.items():
+            try:
+                loaded[row] = ticket.load(self._readers).result()
+            except (OSError, ValueError) as error:
+                # Others about this image find out by themselves.
+                ticket.error, ticket.finished = error, True
+                self._rows.forget(row)
+                chunk = [pair for pair in chunk if pair[1] != row]
+                failed.append(Progress(ticket, np.zeros(0, np.int32)))
+        if loaded:
+            self._compute(loaded)
+        for ticket, row in chunk:
+            ticket.reused = 0 if firsts.get(row) is ticket else ticket.split.prefilled
+            ticket.loading = None
+            self._rows.pin(row)
+            self._ready.append((ticket, row))
+        gone = {ticket for ticket, _ in chunk} | {progress.ticket for progress in failed}
+        with self._lock:
+            self._waiting = deque(ticket for ticket in self._waiting if ticket not in gone)
+        self._read_ahead()
+        return failed
+
+    def _next(self, waiting: list[Ticket]) -> list[tuple[Ticket, int]]:
+        """Requests that can be made ready at once, and the row of each one's prefix."""
+        if not waiting:
+            return []
+        shape = self._shape(waiting[0])
+        rows, chunk, new = dict[object, int](), list[tuple[Ticket, int]](), 0
+        for ticket in waiting:
+            row = rows.get(ticket.key)
+            if row is None:
+                row = self._rows.find(ticket.key)
+            if row is None:
+                if new == self.room.rows or self._shape(ticket) != shape:
+                    continue
+                row = self._rows.take(ticket.key, besides=rows.values())
+                if row is None:
+                    continue
+                new += 1
+            rows[ticket.key] = row
+            chunk.append((ticket, row))
+        return chunk
+
+    def _compute(self, prompts: Mapping[int, Prompt]) -> None:
+        """Computes prefixes, by row, and puts them into the pool."""
+        rows = self.room.rows
+        batch = pad_prompts(
+            list(prompts.values()),
+            rows=rows,
+            image_size=self._config.image_size,
+            uniform=self._config.system.compacts,
+        )
+        at = np.full(rows, self.room.kept, np.int32)
+        at[: len(prompts)] = list(prompts)
+        self._pool = self._program.keep(self._pool, self._program.prefill(batch), at)
+        for row in prompts:
+            self._rows.fill(row)
+
+    def _read_ahead(self) -> None:
+        """Begins to read the images that come next."""
+        with self._lock:
+            ahead = list(itertools.islice(self._waiting, 4 * self.room.rows))
+        known = set[object]()
+        for ticket in ahead:
+            if len(known) == self.room.rows:
+                return
+            if ticket.key not in known and self._rows.find(ticket.key) is None:
+                known.add(ticket.key)
+                ticket.load(self._readers)
+
+    def _shape(self, ticket: Ticket) -> object:
+        return shape_of(ticket.prompt, ticket.split, uniform=self._config.system.compacts)
+
+    def _lengths(self, tickets: Iterable[Ticket]) -> tuple[int, ...]:
+        """Slots of the longest prefix, by group of layers, in buckets."""
+        system, vision = self._config.system, self._config.vision
+        held = [
+            system.held(ticket.prompt.ids[: ticket.split.prefilled], vision) for ticket in tickets
+        ]
+        return tuple(
+            min(bucket(max(sizes)), most)
+            for sizes, most in zip(zip(*held, strict=True), self._pool.sizes, strict=True)
+        )
+
+    def _greedy(self, tickets: Iterable[Ticket]) -> bool:
+        return all(ticket.sampling.temperature == 0 for ticket in tickets)
+
+
+class _Rows:
+    """Which prefix lies in which row of the pool, and which row may be used again."""
+
+    def __init__(self, count: int):
+        # The key of each row, the one used longest ago first.
+        self._keys: OrderedDict[int, object] = OrderedDict((row, None) for row in range(count))
+        self._at: dict[object, int] = {}
+        self._pins = dict.fromkeys(range(count), 0)
+        self._filled: set[int] = set()
+
+    @property
+    def held(self) -> int:
+        return len(self._filled)
+
+    def find(self, key: object) -> int | None:
+        return self._at.get(key)
+
+    def filled(self, row: int) -> bool:
+        return row in self._filled
+
+    def fill(self, row: int) -> None:
+        self._filled.add(row)
+
+    def take(self, key: object, *, besides: Iterable[int]) -> int | None:
+        """The row that was used longest ago, for this key; None if all are in use."""
+        busy = {*besides}
+        for row in self._keys:
+            if not self._pins[row] and row not in busy:
+                self.forget(row)
+                self._keys[row], self._at[key] = key, row
+                self._keys.move_to_end(row)
+                return row
+        return None
+
+    def forget(self, row: int) -> None:
+        """Empties a row."""
+        self._at.pop(self._keys[row], None)
+        self._keys[row] = None
+        self._pins[row] = 0
+        self._filled.discard(row)
+
+    def pin(self, row: int) -> None:
+        """A request waits for this row."""
+        self._pins[row] += 1
+        self._keys.move_to_end(row)
+
+    def unpin(self, row: int) -> None:
+        """One request less waits for it. What no other can use makes room first."""
+        self._pins[row] -= 1
+        if not self._pins[row] and isinstance(self._keys[row], int):
+            self.forget(row)
+            self._keys.move_to_end(row, last=False)
+
+
+def shape_of(prompt: Prompt, split: Split, *, uniform: bool) -> tuple[object, ...]:
+    """What is the same for all prompts of a batch; where layers drop tokens, as many images."""
+    images = vision_tokens(prompt) if uniform else 0
+    return prompt.budget or 0, prompt.clip_shape, images, bucket(split.prefilled)
+
+
+def vision_tokens(prompt: Prompt) -> int:
+    """How many positions of a prompt images take, which orders prompts as their images do."""
+    return int((prompt.ids == IMAGE_TOKEN_ID).sum())
+
+
+def _questions(chosen: list[tuple[Ticket, int, int]], *, rows: int, slots: int) -> Suffixes:
+    """(request, row of its prefix, slot) as arrays, padded to a bucket and to `rows`."""
+    rest = [ticket.prompt.ids[ticket.split.start :] for ticket, _, _ in chosen]
+    length = bucket(max(map(len, rest)), least=LEAST_QUESTION)
+    questions = Suffixes.empty(rows, length, slots=slots)
+    draws = Draws.of([(ticket.sampling, ticket.most) for ticket, _, _ in chosen])
+    for row, (ids, (ticket, prefix, slot)) in enumerate(zip(rest, chosen, strict=True)):
+        questions.ids[row, : len(ids)] = ids
+        questions.lengths[row], questions.starts[row] = len(ids), ticket.split.start
+        questions.prefixes[row], questions.slots[row] = prefix, slot
+    for into, values in zip(jax.tree.leaves(questions.draws), jax.tree.leaves(draws), strict=True):
+        into[: len(chosen)] = values
+    return questions
