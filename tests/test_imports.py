@@ -22,7 +22,7 @@ TIERS = (
     ("store",),
     ("convert",),
     ("train", "infer"),
-    ("eval", "plan"),
+    ("eval", "plan", "serve"),
     ("demo",),
     ("cli",),
 )

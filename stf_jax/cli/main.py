@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     from stf_jax.cli.eval import add_eval
     from stf_jax.cli.generate import add_generate
     from stf_jax.cli.plan import add_plan
+    from stf_jax.cli.serve import add_serve
     from stf_jax.cli.train import add_train
 
     parser = argparse.ArgumentParser(
@@ -88,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     add_convert(verbs)
     add_generate(verbs)
     add_chat(verbs)
+    add_serve(verbs)
     add_data(verbs)
     add_train(verbs)
     add_demo(verbs)

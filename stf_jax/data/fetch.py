@@ -9,7 +9,7 @@ import string
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from stf_jax.data.forms import shorten
 from stf_jax.data.images import ImageError
@@ -28,11 +28,15 @@ class _FetchError(Exception):
     """Why nothing was fetched, in a few words."""
 
 
-def fetch(url: str) -> bytes:
+def fetch(url: str, *, hosts: Collection[str] | None = None) -> bytes:
     """What lies at a URL: at most `MAX_BYTES`, in at most `SECONDS`, over at most `REDIRECTS`.
 
     A host that is an address of this machine or of a private network is not asked, by whatever
     name. Proxies are not used.
+
+    Args:
+        url: of http or https.
+        hosts: those that may be asked, redirects included; None is any.
 
     Raises:
         ImageError: nothing was fetched, and why.
@@ -41,6 +45,8 @@ def fetch(url: str) -> bytes:
     where = url
     try:
         for _ in range(REDIRECTS + 1):
+            if hosts is not None and urllib.parse.urlsplit(where).hostname not in hosts:
+                raise _FetchError("it leads to a host that is not allowed")
             data, onward = _get(where, deadline)
             if onward is None:
                 return data

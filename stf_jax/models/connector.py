@@ -181,6 +181,9 @@ class ConnectedSystem(Protocol):
     def clip_layout(self, frames: int) -> ClipLayout | None:
         """The slots of a clip of at most so many frames; None where frames are images like any."""
 
+    def budgets(self, vision: VisionConfig) -> tuple[int, ...]:
+        """Every number of tokens that an image can have; the most first."""
+
     def training_budgets(self, vision: VisionConfig) -> tuple[int, ...]:
         """Tokens an image of each view that a training step takes the mean loss over."""
 

@@ -1,0 +1,1 @@
+"""A server with OpenAI's interface, for a model that sees an image in few tokens."""

@@ -1,0 +1,389 @@
+"""The server's paths: chat and text completions, models, health, metrics, and the page."""
+
+import asyncio
+import dataclasses
+import hmac
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from stf_jax.infer.answers import AnswerBuilder
+from stf_jax.infer.model import Model
+from stf_jax.infer.prompts import Prompt
+from stf_jax.infer.sampling import Sampling
+from stf_jax.serve.limits import BodyLimit
+from stf_jax.serve.metrics import Metrics
+from stf_jax.serve.prompts import Prompts
+from stf_jax.serve.schema import ApiError, ChatRequest, CompletionRequest
+from stf_jax.serve.worker import Piece, Usage, Worker
+
+_PAGE = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+# Nothing but the page's own files runs or is loaded; images are those that a user drops.
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Ready:
+    """A model that answers."""
+
+    model: Model
+    prompts: Prompts
+    worker: Worker
+
+
+@dataclasses.dataclass(kw_only=True)
+class Service:
+    """What the paths know: the model when it is there, and until then what it waits for.
+
+    Attributes:
+        name: of the model, for clients.
+        metrics: of the server.
+        api_key: that clients must send; None asks for none.
+        most_body: bytes of a request.
+        status: what is done until the model is ready.
+        ready: the model.
+    """
+
+    name: str
+    metrics: Metrics = dataclasses.field(default_factory=Metrics)
+    api_key: str | None = None
+    most_body: int = 64 * 2**20
+    status: str = "loading"
+    ready: Ready | None = None
+
+    def get(self) -> Ready:
+        """The model.
+
+        Raises:
+            ApiError: it is not there yet.
+        """
+        if self.ready is None:
+            raise ApiError(
+                503, f"the model is {self.status}; try again soon", headers={"Retry-After": "5"}
+            )
+        return self.ready
+
+
+def make_app(service: Service) -> FastAPI:
+    """The application; it does not own the worker."""
+    app = FastAPI(title="stf-jax", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(BodyLimit, most=service.most_body)
+    _add_errors(app, service)
+    _add_answers(app, service)
+
+    @app.get("/v1/models")
+    def models(request: Request) -> dict[str, Any]:
+        _check_key(service, request)
+        return {"object": "list", "data": [_describe(service)]}
+
+    @app.get("/v1/models/{name:path}")
+    def model(name: str, request: Request) -> dict[str, Any]:
+        _check_key(service, request)
+        _check_name(service, name)
+        return _describe(service)
+
+    @app.get("/health")
+    def health() -> JSONResponse:
+        broken = service.ready and service.ready.worker.broken
+        status = broken or ("ok" if service.ready else service.status)
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/")
+    @app.get("/{name}")
+    def page(name: str = "page.html") -> Response:
+        if name not in _PAGE:
+            raise HTTPException(404)
+        body = files("stf_jax.serve").joinpath("static", name).read_bytes()
+        headers = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff"}
+        return Response(body, media_type=_PAGE[name], headers=headers)
+
+    return app
+
+
+def _add_errors(app: FastAPI, service: Service) -> None:
+    def answer(error: ApiError) -> JSONResponse:
+        service.metrics.requests.labels(status=str(error.status)).inc()
+        return JSONResponse(error.body(), error.status, headers=error.headers)
+
+    @app.exception_handler(ApiError)
+    def refused(_: Request, error: ApiError) -> JSONResponse:
+        return answer(error)
+
+    @app.exception_handler(HTTPException)
+    def http(_: Request, error: HTTPException) -> JSONResponse:
+        return answer(ApiError(error.status_code, error.detail or "not found"))
+
+
+def _add_answers(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        _check_key(service, request)
+        asked: ChatRequest = await _read(request, ChatRequest)
+        _check_name(service, asked.model)
+        ready, builder_of = service.get(), service.get().model.make_builder
+        prompt, template = await run_in_threadpool(
+            ready.prompts.chat, asked.messages, tokens=asked.image_tokens
+        )
+        builder = _checked(lambda: builder_of(template, asked.stops))
+        form = _Form(service.name, chat=True)
+        return await _respond(service, request, asked, prompt, builder, form)
+
+    @app.post("/v1/completions")
+    async def complete(request: Request) -> Response:
+        _check_key(service, request)
+        asked: CompletionRequest = await _read(request, CompletionRequest)
+        _check_name(service, asked.model)
+        ready = service.get()
+        prompt = await run_in_threadpool(ready.prompts.plain, asked.prompt)
+        model = ready.model
+        builder = _checked(
+            lambda: AnswerBuilder(
+                model.tokenizer, stop_ids=model.config.text.eos_ids, stops=asked.stops
+            )
+        )
+        form = _Form(service.name, chat=False)
+        return await _respond(service, request, asked, prompt, builder, form)
+
+
+async def _read(request: Request, kind: type[Any]) -> Any:
+    """The request's JSON, checked.
+
+    Raises:
+        ApiError: no JSON, or not of this form.
+    """
+    try:
+        return kind.model_validate_json(await request.body())
+    except ValidationError as error:
+        raise _explain(error.errors()[0]) from error
+
+
+def _explain(error: Any) -> ApiError:
+    """The first thing that is wrong, in one line."""
+    place = ".".join(str(part) for part in error["loc"] if part != "body")
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return ApiError(400, f"{place}: {message}" if place else message, param=place or None)
+
+
+def _checked(make: Callable[[], Any]) -> Any:
+    """What `make` gives.
+
+    Raises:
+        ApiError: where that raises ValueError.
+    """
+    try:
+        return make()
+    except ValueError as error:
+        raise ApiError(400, str(error)) from error
+
+
+def _check_key(service: Service, request: Request) -> None:
+    if service.api_key is None:
+        return
+    given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+    if not hmac.compare_digest(given, service.api_key.encode()):
+        raise ApiError(401, "wrong API key; send Authorization: Bearer KEY", code="invalid_api_key")
+
+
+def _check_name(service: Service, name: str | None) -> None:
+    if name not in (None, "", service.name):
+        raise ApiError(
+            404,
+            f"there is no model {name!r}; this server has {service.name!r}",
+            param="model",
+            code="model_not_found",
+        )
+
+
+def _describe(service: Service) -> dict[str, Any]:
+    described = {"id": service.name, "object": "model", "created": 0, "owned_by": "stf-jax"}
+    if service.ready is None:
+        return described
+    config = service.ready.model.config
+    return described | {
+        "max_model_len": config.text.max_positions,
+        # Ours: the tokens of an image, for the page.
+        "image_tokens": list(config.system.budgets(config.vision)),
+        "image_size": config.image_size,
+    }
+
+
+class _Form:
+    """How answers are written, as chat or as text."""
+
+    def __init__(self, model: str, *, chat: bool):
+        self._chat = chat
+        kind = "chat.completion" if chat else "text_completion"
+        name = "chatcmpl" if chat else "cmpl"
+        self._head = {
+            "id": f"{name}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._kind = kind
+
+    def whole(self, text: str, reason: str, usage: Usage) -> dict[str, Any]:
+        """An answer in one piece."""
+        said = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
+        choice = {"index": 0, **said, "finish_reason": reason, "logprobs": None}
+        return {
+            **self._head,
+            "object": self._kind,
+            "choices": [choice],
+            "usage": self.usage(usage),
+        }
+
+    def piece(self, text: str | None, reason: str | None, *, first: bool = False) -> dict[str, Any]:
+        """A part of a stream."""
+        if self._chat:
+            said: dict[str, Any] = {"role": "assistant", "content": ""} if first else {}
+            if text:
+                said["content"] = text
+            choice: dict[str, Any] = {"index": 0, "delta": said, "finish_reason": reason}
+        else:
+            choice = {"index": 0, "text": text or "", "finish_reason": reason}
+        kind = f"{self._kind}.chunk" if self._chat else self._kind
+        return {**self._head, "object": kind, "choices": [choice]}
+
+    def last(self, usage: Usage) -> dict[str, Any]:
+        """What a stream ends with, where usage is asked for."""
+        kind = f"{self._kind}.chunk" if self._chat else self._kind
+        return {**self._head, "object": kind, "choices": [], "usage": self.usage(usage)}
+
+    def usage(self, usage: Usage) -> dict[str, Any]:
+        """Tokens, those of images counted."""
+        return {
+            "prompt_tokens": usage.prompt,
+            "completion_tokens": usage.new,
+            "total_tokens": usage.prompt + usage.new,
+            "prompt_tokens_details": {
+                "cached_tokens": usage.cached,
+                "image_tokens": usage.image,
+            },
+        }
+
+
+async def _respond(
+    service: Service,
+    request: Request,
+    asked: ChatRequest | CompletionRequest,
+    prompt: Prompt,
+    builder: AnswerBuilder,
+    form: _Form,
+) -> Response:
+    ready = service.get()
+    sampling: Sampling = _checked(lambda: asked.sampling)
+    most = _limit(ready.worker, prompt, asked.most)
+    pieces = ready.worker.answer(prompt, builder, sampling=sampling, most=most)
+    if asked.stream:
+        # What is refused is refused before the stream begins, with its own status.
+        first = await anext(pieces)
+        wants_usage = asked.stream_options is not None and asked.stream_options.include_usage
+        events = _stream(service, first, pieces, form, wants_usage=wants_usage)
+        return StreamingResponse(events, media_type="text/event-stream")
+    text, last = "", None
+    async for last in _while_connected(request, pieces):
+        text += last.text
+    if last is None or last.finish_reason is None:
+        # The client has gone; nobody reads this.
+        service.metrics.requests.labels(status="499").inc()
+        return Response(status_code=499)
+    service.metrics.requests.labels(status="200").inc()
+    return JSONResponse(form.whole(text.strip(), last.finish_reason, last.usage))
+
+
+def _limit(worker: Worker, prompt: Prompt, wanted: int | None) -> int:
+    """The tokens of an answer.
+
+    Raises:
+        ApiError: none wanted, or the prompt leaves no room.
+    """
+    if wanted is not None and wanted < 1:
+        raise ApiError(400, f"max_tokens is {wanted}; give 1 or more", param="max_tokens")
+    room = worker.fits(prompt)
+    if room < 1:
+        raise ApiError(
+            400,
+            f"the prompt has {len(prompt.ids)} tokens, images included, which leaves no room for "
+            "an answer; shorten it or give fewer images",
+            param="messages",
+            code="context_length_exceeded",
+        )
+    return room if wanted is None else min(wanted, room)
+
+
+async def _stream(
+    service: Service,
+    first: Piece,
+    pieces: AsyncIterator[Piece],
+    form: _Form,
+    *,
+    wants_usage: bool,
+) -> AsyncIterator[str]:
+    """Server-sent events; whoever hangs up closes `pieces`."""
+
+    def event(body: object) -> str:
+        return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+    status, begun = "499", False
+    try:
+        yield event(form.piece(None, None, first=True))
+        piece = first
+        while True:
+            text = piece.text if begun else piece.text.lstrip()
+            begun |= bool(text)
+            if text or piece.finish_reason:
+                yield event(form.piece(text, piece.finish_reason))
+            if piece.finish_reason is not None:
+                break
+            piece = await anext(pieces)
+        if wants_usage:
+            yield event(form.last(piece.usage))
+        yield "data: [DONE]\n\n"
+        status = "200"
+    except ApiError as error:
+        # The status line has gone out; the client reads this instead.
+        yield event(error.body())
+        status = str(error.status)
+    finally:
+        await pieces.aclose()  # type: ignore[attr-defined]
+        service.metrics.requests.labels(status=status).inc()
+
+
+async def _while_connected(request: Request, pieces: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
+    """The pieces, until the client hangs up."""
+    gone = asyncio.ensure_future(_disconnection(request))
+    try:
+        while True:
+            coming = asyncio.ensure_future(anext(pieces))
+            await asyncio.wait({coming, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not coming.done():
+                coming.cancel()
+                return
+            try:
+                yield coming.result()
+            except StopAsyncIteration:
+                return
+    finally:
+        gone.cancel()
+        await pieces.aclose()  # type: ignore[attr-defined]
+
+
+async def _disconnection(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
