@@ -268,6 +268,14 @@ def split_layers(
     return [nnx.merge(graph, jax.tree.unflatten(tree, part)) for part in zip(*rows, strict=True)]
 
 
+def layer_at(layers: Layer | nnx.List[Layer], number: int) -> Layer:
+    """One layer of a stack or a list."""
+    if isinstance(layers, nnx.List):
+        return layers[number]
+    graph, state = nnx.split(layers)
+    return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[number], state))
+
+
 def apply_layers(
     step: Callable[[Carry, Layer], tuple[Carry, Kept]],
     carry: Carry,

@@ -12,11 +12,14 @@ from stf_jax.config.vision import VisionConfig
 from stf_jax.systems.average import Average
 from stf_jax.systems.base import LlavaConfig, System, parse, published_models
 from stf_jax.systems.downsample import Downsample
+from stf_jax.systems.fastv import FastV
+from stf_jax.systems.gsearch import GSearch
 from stf_jax.systems.llava import Llava
 from stf_jax.systems.m3 import M3
 from stf_jax.systems.pmod import PMoD
 from stf_jax.systems.proxyv import ProxyV
 from stf_jax.systems.prumerge import PruMerge
+from stf_jax.systems.pyramiddrop import PyramidDrop
 from stf_jax.systems.quecc import QueCC
 from stf_jax.systems.random import Random
 from stf_jax.systems.stf import STF, MBTFConfig
@@ -43,6 +46,9 @@ SYSTEMS: Mapping[str, type[System]] = {
         VideoLLMMoD,
         PMoD,
         ProxyV,
+        FastV,
+        PyramidDrop,
+        GSearch,
     )
 }
 
