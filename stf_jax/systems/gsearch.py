@@ -15,10 +15,10 @@ sigmoid whose mean is half of the tokens.
 """
 
 import dataclasses
-import math
 from typing import ClassVar, Literal
 
-from jaxtyping import Array, Bool
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
@@ -97,27 +97,25 @@ class GSearch(PruningSystem):
 
 
 def default_schedule(tokens: int, layers: int) -> tuple[int, ...]:
-    """Half of the tokens on average."""
-    if layers <= WHOLE:
+    """Half of the tokens on average; with few layers, from the second on."""
+    if WHOLE >= _BUDGET * layers:
         return (tokens, *(tokens // 2 for _ in range(layers - 1)))
     midpoint = solve_midpoint(_SLOPE, _BUDGET, layers=layers)
     return sigmoid_counts(_SLOPE, midpoint, tokens=tokens, layers=layers)
 
 
-def sigmoid_rates(slope: float, midpoint: float, *, layers: int) -> list[float]:
+def sigmoid_rates(slope: float, midpoint: float, *, layers: int) -> Float[np.ndarray, "L"]:
     """The share of tokens that each layer keeps: 1 / (1 + exp(slope (layer - midpoint)))."""
-
-    def rate(layer: int) -> float:
-        # The exponent of which float64 has no number is as good as infinite.
-        return 1 / (1 + math.exp(min(slope * (layer - midpoint), 700)))
-
-    return [1.0] * min(WHOLE, layers) + [rate(layer) for layer in range(WHOLE, layers)]
+    layer = np.arange(layers)
+    # Beyond 700 the exponential is as good as infinite, and has no float64.
+    rates = 1 / (1 + np.exp(np.minimum(slope * (layer - midpoint), 700.0)))
+    return np.where(layer < WHOLE, 1.0, rates)
 
 
 def sigmoid_counts(slope: float, midpoint: float, *, tokens: int, layers: int) -> tuple[int, ...]:
     """Tokens of an image in each layer, rounded down, so that a budget is never exceeded."""
     rates = sigmoid_rates(slope, midpoint, layers=layers)
-    return tuple(math.floor(tokens * rate + 1e-6) for rate in rates)
+    return tuple(np.floor(tokens * rates + 1e-6).astype(int).tolist())
 
 
 def solve_midpoint(slope: float, budget: float, *, layers: int) -> float:
@@ -133,8 +131,8 @@ def solve_midpoint(slope: float, budget: float, *, layers: int) -> float:
             f"more than {least:.3f} and less than 1"
         )
     low, high = -20.0 * layers, 21.0 * layers
-    for _ in range(200):
+    for _ in range(100):
         middle = (low + high) / 2
-        mean = sum(sigmoid_rates(slope, middle, layers=layers)) / layers
+        mean = sigmoid_rates(slope, middle, layers=layers).mean()
         low, high = (middle, high) if mean < budget else (low, middle)
     return (low + high) / 2
