@@ -71,6 +71,6 @@ class FastV(PruningSystem):
             return None
         return {"layer": hf[_HF_LAYER], "keep": round(hf[_HF_TOKENS] * (1 - hf[_HF_DROPPED]))}
 
-    def hf_keys(self) -> dict[str, Any]:
+    def hf_keys(self, vision: VisionConfig, text: TextConfig) -> dict[str, Any]:
         """The keys of the first released code."""
         return {_LAYER: self.layer, _KEEP: self.keep}

@@ -98,7 +98,7 @@ class GSearch(PruningSystem):
 
 def default_schedule(tokens: int, layers: int) -> tuple[int, ...]:
     """Half of the tokens on average; with few layers, from the second on."""
-    if WHOLE >= _BUDGET * layers:
+    if _BUDGET * layers <= WHOLE:
         return (tokens, *(tokens // 2 for _ in range(layers - 1)))
     midpoint = solve_midpoint(_SLOPE, _BUDGET, layers=layers)
     return sigmoid_counts(_SLOPE, midpoint, tokens=tokens, layers=layers)

@@ -98,6 +98,6 @@ class PyramidDrop(PruningSystem):
         layers, ratios = (yaml.safe_load(v) if isinstance(v, str) else v for v in values)
         return {"layers": layers, "ratios": ratios}
 
-    def hf_keys(self) -> dict[str, Any]:
+    def hf_keys(self, vision: VisionConfig, text: TextConfig) -> dict[str, Any]:
         """The same keys."""
         return {_LAYERS: list(self.layers), _RATIOS: list(self.ratios)}

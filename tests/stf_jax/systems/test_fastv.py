@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stf_jax.models.marks import Marks
 from stf_jax.models.layers import layer_at
+from stf_jax.models.marks import Marks
 from stf_jax.models.pruning import PrunedLlama, attention_received
 from stf_jax.systems.fastv import FastV
 from tests.stf_jax.systems.pruned import answer, decoder_of, drops, prompt_marks, run_stages

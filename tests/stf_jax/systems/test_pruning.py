@@ -23,6 +23,7 @@ from stf_jax.systems.gsearch import GSearch, GSearchLlama
 from stf_jax.systems.pruning import PruningSystem
 from stf_jax.systems.pyramiddrop import PyramidDrop, PyramidDropLlama
 from tests.stf_jax.systems.pruned import extend, marks_of, prefill, run_stages
+from tests.stf_jax.systems.reference import assert_near
 
 TOKENS, LENGTH = 5, 24
 TEXT_CONFIG = TextConfig(
@@ -76,10 +77,10 @@ def test_hidden_and_gathered_are_the_same(
     count = images if uniform else None
     prompt = marks_of(image[:, :-later])
     logits, cache = prefill(model, x[:, :-later], prompt, images=count, room=later)
-    np.testing.assert_allclose(logits, expected[:, -later - 1], rtol=0, atol=2e-4)
+    assert_near(logits, np.asarray(expected)[:, -later - 1], tolerance=1e-4)
     for at in range(LENGTH - later, LENGTH):
         logits, cache = extend(model, x[:, at : at + 1], jnp.array([at], jnp.int32), cache)
-        np.testing.assert_allclose(logits[:, 0], expected[:, at], rtol=0, atol=2e-4)
+        assert_near(logits[:, 0], np.asarray(expected)[:, at], tolerance=1e-4)
     left = [images * (TOKENS - kept) for kept in (TOKENS, *dict(schedule).values())]
     assert cache.sizes == tuple(LENGTH - (gone if uniform else 0) for gone in left)
 
@@ -99,9 +100,8 @@ def test_sequences_of_a_row_do_not_touch(kind: type[PrunedLlama]) -> None:
         alone = run_stages(model, x[:, part], marks_of(image[:, part], kind_of[:, part]))[-1]
         alive = np.asarray(alone["marks"].segment)[0] > 0
         np.testing.assert_array_equal(np.asarray(both["marks"].segment)[0, part] > 0, alive)
-        np.testing.assert_allclose(
-            both["logits"][0, part][alive], alone["logits"][0, alive], rtol=0, atol=1e-4
-        )
+        logits = np.asarray(both["logits"])[0, part][alive]
+        assert_near(logits, np.asarray(alone["logits"])[0, alive], tolerance=1e-4)
     # All tokens of all images are gone in the last layer.
     assert (np.asarray(both["marks"].segment)[image >= 0] < 0).all()
 
