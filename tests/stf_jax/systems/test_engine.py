@@ -23,9 +23,12 @@ def ask(engine: Engine, prompts: list[Prompt], *, slots: int) -> dict[int, list[
     return said
 
 
-@pytest.mark.parametrize(
-    "name", ["m3", "prumerge", "quecc", "vqtoken", "voco", "proxyv", "videollm_mod", "pmod"]
-)
+# Several budgets, empty slots, questions, codebooks; and what acts inside the language model.
+BEFORE = ("m3", "prumerge", "quecc", "vqtoken")
+INSIDE = ("voco", "proxyv", "videollm_mod", "pmod", "fastv", "pyramiddrop", "gsearch")
+
+
+@pytest.mark.parametrize("name", [*BEFORE, *INSIDE])
 def test_a_mixed_batch_answers_as_one_at_a_time(name: str, compilations: list[str]) -> None:
     """Of every budget, images shared, two and none; a second call compiles nothing."""
     assert name in SYSTEMS

@@ -18,7 +18,7 @@ from stf_jax.models.cache import Stored
 from stf_jax.models.llava import Llava
 from stf_jax.store.arrays import flatten
 from stf_jax.systems import SYSTEMS, config_from_dict, named_config
-from tests.stf_jax.systems.conftest import VISION, batch_of, build, config_of
+from tests.stf_jax.systems.conftest import TEXT, VISION, batch_of, build, config_of
 
 PACKAGE = Path(stf_jax.__file__).parent
 
@@ -177,6 +177,9 @@ EVERYTHING: dict[str, dict[str, object]] = {
     "random": {"keep": VISION.patches},
     "downsample": {"side": VISION.image_size},
     "m3": {},
+    "fastv": {"keep": VISION.patches},
+    "pyramiddrop": {"ratios": (1.0,)},
+    "gsearch": {"schedule": (VISION.patches,) * TEXT.layers},
 }
 
 
