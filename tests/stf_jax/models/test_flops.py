@@ -86,7 +86,8 @@ def test_forward(config: LlavaConfig) -> None:
 
     batch = dataclasses.replace(abstract_batch(config), uniform=shorter)
     counted_flops = counted(run, state, batch)
-    assert 1 <= counted_flops / by_hand < 1.06
+    # Scores of tokens weigh more in three layers than in thirty.
+    assert 1 <= counted_flops / by_hand < (1.08 if shorter else 1.06)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
