@@ -5,8 +5,10 @@ import pytest
 
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.infer.engine import Engine
+from stf_jax.infer.program import Limits
 from stf_jax.infer.prompts import Prompt
 from stf_jax.infer.sampling import GREEDY
+from stf_jax.infer.session import Session
 from stf_jax.systems import SYSTEMS
 from tests.stf_jax.systems.conftest import build, config_of, own_tokens
 
@@ -65,3 +67,39 @@ def test_a_mixed_batch_answers_as_one_at_a_time(name: str, compilations: list[st
         assert ask(engine, [prompt], slots=4)[0] == together[number]
     # The images matter, and so does the budget.
     assert len({tuple(answer) for answer in together.values()}) > 3
+
+
+@pytest.mark.parametrize("name", ["videollm_mod", "pmod"])
+def test_a_later_turn_sees_what_the_cache_holds(name: str) -> None:
+    """A turn of text costs its own tokens and answers as the whole conversation would, anew.
+
+    A new image makes the session compute everything, since it may compete with the earlier ones.
+    """
+    config = config_of(name)
+    engine = Engine(build(config, seed=2))
+    session = Session(engine.program)
+    rng = np.random.default_rng(0)
+    side, limits = config.image_size, Limits(sampling=GREEDY, max_new_tokens=4)
+    pixels = rng.standard_normal((2, side, side, 3)).astype(np.float32)
+    image = np.full(config.tokens_per_image, IMAGE_TOKEN_ID)
+    turns = [
+        (1, [7, 8], image, rng.integers(3, 600, 5)),
+        (1, rng.integers(3, 600, 3)),
+        (1, rng.integers(3, 600, 9)),
+        (2, [9], image, rng.integers(3, 600, 4)),
+    ]
+    ids, costs = np.zeros(0, np.int32), []
+    for images, *parts in turns:
+        ids = np.concatenate([ids, *parts]).astype(np.int32)
+        prompt = Prompt(
+            ids=ids,
+            pixels=pixels[:images],
+            image_key=images,
+            budget=config.tokens_per_image,
+        )
+        answer = np.concatenate(list(session.stream(prompt, limits=limits, every=2)))
+        assert answer.tolist() == ask(engine, [prompt], slots=1)[0]
+        costs.append(session.computed)
+        ids = np.concatenate([ids, answer])
+    # The last token of an answer is in no cache.
+    assert costs == [len(image) + 7, 1 + 3, 1 + 9, len(ids) - 4]
