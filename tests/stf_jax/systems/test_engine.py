@@ -5,7 +5,6 @@ import pytest
 
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.infer.engine import Engine
-from stf_jax.infer.program import Limits
 from stf_jax.infer.prompts import Prompt
 from stf_jax.infer.sampling import GREEDY
 from stf_jax.infer.session import Session
@@ -79,7 +78,7 @@ def test_a_later_turn_sees_what_the_cache_holds(name: str) -> None:
     engine = Engine(build(config, seed=2))
     session = Session(engine.program)
     rng = np.random.default_rng(0)
-    side, limits = config.image_size, Limits(sampling=GREEDY, max_new_tokens=4)
+    side = config.image_size
     pixels = rng.standard_normal((2, side, side, 3)).astype(np.float32)
     image = np.full(config.tokens_per_image, IMAGE_TOKEN_ID)
     turns = [
@@ -97,7 +96,9 @@ def test_a_later_turn_sees_what_the_cache_holds(name: str) -> None:
             image_key=images,
             budget=config.tokens_per_image,
         )
-        answer = np.concatenate(list(session.stream(prompt, limits=limits, every=2)))
+        answer = np.concatenate(
+            list(session.stream(prompt, sampling=GREEDY, max_new_tokens=4, every=2))
+        )
         assert answer.tolist() == ask(engine, [prompt], slots=1)[0]
         costs.append(session.computed)
         ids = np.concatenate([ids, answer])
