@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from stf_jax.eval.evaluate import evaluate
     from stf_jax.infer.answers import Answer
     from stf_jax.infer.chat import Chat
+    from stf_jax.infer.image_cache import ImageCache
     from stf_jax.infer.load import load
     from stf_jax.infer.model import Model, Request
     from stf_jax.infer.sampling import Sampling
@@ -30,6 +31,7 @@ __all__ = [
     "CheckpointError",
     "DeviceMemoryError",
     "FrameSampling",
+    "ImageCache",
     "ImageError",
     "Model",
     "Request",
@@ -49,6 +51,7 @@ _HOMES = {
     "CheckpointError": "stf_jax.util.errors",
     "DeviceMemoryError": "stf_jax.util.errors",
     "FrameSampling": "stf_jax.data.clips",
+    "ImageCache": "stf_jax.infer.image_cache",
     "ImageError": "stf_jax.data.images",
     "Model": "stf_jax.infer.model",
     "Request": "stf_jax.infer.model",

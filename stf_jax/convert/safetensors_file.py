@@ -53,6 +53,15 @@ class SafetensorsFile:
         """
         return {name: info for name, (info, _) in self._index.items()}
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the header says beside the tensors.
+
+        Raises:
+            CheckpointError: no whole safetensors file.
+        """
+        return self._header[0]
+
     def read(self, name: str) -> Array:
         """One tensor; read-only."""
         info, offset = self._index[name]
@@ -61,8 +70,13 @@ class SafetensorsFile:
             data = file.read(info.nbytes)
         return np.frombuffer(data, info.dtype).reshape(info.shape)
 
-    @functools.cached_property
+    @property
     def _index(self) -> dict[str, tuple[TensorInfo, int]]:
+        return self._header[1]
+
+    @functools.cached_property
+    def _header(self) -> tuple[dict[str, str], dict[str, tuple[TensorInfo, int]]]:
+        """The metadata; and each tensor's shape, dtype and first byte."""
         size = check_weights_file(self.path)
         with self.path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -70,7 +84,7 @@ class SafetensorsFile:
                 raise CheckpointError(f"{self.path} is not a safetensors file, or is truncated")
             try:
                 header = decode_json(file.read(length))
-                header.pop("__metadata__", None)
+                metadata = dict(header.pop("__metadata__", None) or {})
                 entries = {name: _entry(name, value, self.path) for name, value in header.items()}
             except (ValueError, AttributeError, KeyError, TypeError) as error:
                 if isinstance(error, CheckpointError):
@@ -92,15 +106,21 @@ class SafetensorsFile:
             raise CheckpointError(
                 f"{self.path} is truncated: {size} bytes of {end}; download or copy it again"
             )
-        return {name: (info, start + offset) for name, (info, offset) in entries.items()}
+        return metadata, {name: (info, start + offset) for name, (info, offset) in entries.items()}
 
 
 class SafetensorsWriter:
     """A local `.safetensors` file whose tensors may be written in any order."""
 
-    def __init__(self, path: epath.PathLike, infos: Mapping[str, TensorInfo]):
+    def __init__(
+        self,
+        path: epath.PathLike,
+        infos: Mapping[str, TensorInfo],
+        *,
+        metadata: Mapping[str, str] | None = None,
+    ):
         """Args: path: a new file; infos: what it will hold, in the order of the file."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
         offset = 0
         for name, info in infos.items():
             header[name] = {

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from stf_jax.data.clips import (
@@ -26,6 +27,7 @@ from stf_jax.data.templates import IMAGE_MARKER, VIDEO_MARKER, Template
 from stf_jax.data.tokenizer import Tokenizer
 from stf_jax.infer.answers import Answer, AnswerBuilder
 from stf_jax.infer.engine import Engine
+from stf_jax.infer.image_cache import ImageCache, encode, identity, read
 from stf_jax.infer.prompts import Prompt, make_prompt, read_pixels, show
 from stf_jax.infer.sampling import GREEDY, Sampling
 from stf_jax.models.cache import CacheDType
@@ -44,7 +46,7 @@ class Request:
         prompt: the question. `<image>` marks where each image stands, `<video>` each clip; without
             any mark they come first, as in training.
         images: paths, bytes, Pillow images or uint8 [h, w, 3] of numpy; a single one, too; None
-            is no image.
+            is no image. Or all of them as `Model.encode_images` gave them.
         clips: video files, folders of frames, or uint8 [frames, h, w, 3] of numpy; a single one,
             too; None is no clip.
         sampling: which frames of a clip are shown.
@@ -53,7 +55,7 @@ class Request:
     """
 
     prompt: str
-    images: ImageSource | Sequence[ImageSource] | None = ()
+    images: ImageSource | Sequence[ImageSource] | ImageCache | None = ()
     clips: ClipSource | Sequence[ClipSource] | None = ()
     sampling: FrameSampling = UNIFORM
     clip_fps: float | None = None
@@ -147,6 +149,48 @@ class Model:
         )
         return [answers[number] for number in range(len(prompts))]
 
+    def encode_images(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        *,
+        template: str = "v1",
+        allow_urls: bool = False,
+        tokens: int | None = None,
+    ) -> ImageCache:
+        """What the model keeps of images, for any number of questions, with `ImageCache.save`.
+
+        Args:
+            images: as for a request; one or more, which come first in its prompt.
+            template: as for `generate`, and likewise the others; requests need the same.
+            allow_urls: likewise.
+            tokens: likewise.
+
+        Raises:
+            ImageError: an image that cannot be used.
+            ValueError: no image, or a system that looks at the question before it keeps anything.
+        """
+        form, tokens = fit_template(template, self.tokenizer), self.config.choose_budget(tokens)
+        prompt = self._prompt(
+            Request(prompt="?", images=images), form, tokens, allow_urls=allow_urls
+        )
+        split = self.config.system.split(prompt.ids)
+        if prompt.question is not None or split.start < split.prefilled:
+            raise ValueError(
+                "this model keeps of an image what the question wants; give the images with each "
+                "request"
+            )
+        if not len(prompt.load()):
+            raise ValueError("there is no image to encode; give one or more")
+        return encode(self.engine.program, prompt.until(split.prefilled))
+
+    def load_images(self, path: epath.PathLike) -> ImageCache:
+        """What `ImageCache.save` wrote of this model.
+
+        Raises:
+            CheckpointError: a file that is missing or damaged, or of another model.
+        """
+        return read(path, self.engine.program)
+
     def answer(
         self,
         prompts: Sequence[Prompt],
@@ -217,6 +261,8 @@ class Model:
     ) -> Prompt:
         """Text to ids with a placeholder for each vision token, images to pixels."""
         images, sources, question = request.images, request.clips, request.prompt
+        if isinstance(images, ImageCache):
+            return self._cached_prompt(request, images, template, tokens)
         if images is None:
             images = ()
         elif isinstance(images, ImageSource):
@@ -253,3 +299,32 @@ class Model:
             visuals=shown.visuals,
             layout=shown.layout,
         )
+
+    def _cached_prompt(
+        self, request: Request, images: ImageCache, template: Template, tokens: int
+    ) -> Prompt:
+        """The prompt of a question about images that were encoded before."""
+        question = request.prompt
+        if request.clips is not None and (isinstance(request.clips, ClipSource) or request.clips):
+            raise ValueError("a request has encoded images or clips, not both; leave out one")
+        if not question.replace(IMAGE_MARKER, "").strip():
+            raise ValueError("the prompt is empty; ask something")
+        if images.model != identity(self.engine.program):
+            raise ValueError("the images were encoded by another model; encode them with this one")
+        if IMAGE_MARKER not in question:
+            question = f"{IMAGE_MARKER}\n" * images.images + question
+        prompt = make_prompt(
+            render_prompt(question, template=template),
+            np.zeros((0, 1, 1, 3), np.float32),
+            tokenizer=self.tokenizer,
+            tokens_per_image=tokens,
+            question_length=0,
+            image_key=images,
+        )
+        end = self.config.system.split(prompt.ids).prefilled
+        if not np.array_equal(prompt.ids[:end], images.ids):
+            raise ValueError(
+                "the images were encoded for another prompt; encode them with this template and "
+                "number of tokens, and put no text in front of them"
+            )
+        return dataclasses.replace(prompt, cached=images.cache)

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
 
 from stf_jax.data.batch import Batch
+from stf_jax.infer.prompts import LEAST_QUESTION, bucket
 from stf_jax.infer.sampling import sample
 from stf_jax.infer.slots import Draws, Slots, Suffixes
 from stf_jax.models.cache import CacheDType, KVCache, SlotGroup
@@ -80,6 +82,41 @@ class Program:
         """Encodes a batch's images and computes the cache of its rows."""
         with self._on_mesh():
             return self._prefixes(self._parameters, self._place(batch))
+
+    def join(self, caches: Sequence[KVCache], *, rows: int, most: Sequence[int]) -> KVCache:
+        """Caches of one row each, in host memory, as `prefill` gives `rows` of them.
+
+        Args:
+            caches: no more than `rows`; rows beyond them are empty.
+            rows: of the result.
+            most: slots that there is room for, by group of layers.
+        """
+        held = zip(*(cache.sizes for cache in caches), strict=True)
+        sizes = [
+            min(bucket(max(group), least=LEAST_QUESTION), room)
+            for group, room in zip(held, most, strict=True)
+        ]
+
+        def stack(*arrays: Array) -> Array:
+            joined = np.concatenate(arrays)
+            padded = np.pad(joined, [(0, rows - len(joined))] + [(0, 0)] * (joined.ndim - 1))
+            if self.mesh is None:
+                return jnp.asarray(padded)
+            spec = self._rules.cache if joined.ndim > 2 else self._rules.tokens
+            return jax.device_put(padded, NamedSharding(self.mesh, spec or PartitionSpec()))
+
+        joined: KVCache = jax.tree.map(stack, *(cache.resize(sizes) for cache in caches))
+        return joined
+
+    def abstract_cache(self) -> KVCache:
+        """Shapes of a cache of one slot: the structure of all of them."""
+        with self._on_mesh():
+            groups = max(self._model(self._parameters).text.layer_groups) + 1
+            make = functools.partial(
+                self._empty_slots, slots=self.row_multiple, contexts=(1,) * groups, new=1
+            )
+            cache: KVCache = jax.eval_shape(make, self._parameters).cache
+            return cache
 
     def start(self, *, slots: int, contexts: tuple[int, ...], new: int) -> Slots:
         """Empty slots.

@@ -21,6 +21,7 @@ from stf_jax.data.tokenizer import (
     expand_images,
 )
 from stf_jax.data.visuals import Placed, clip_array, place_visuals, tokens_of
+from stf_jax.models.cache import KVCache
 
 # Suffixes and questions are short; to pad them to the buckets of whole prompts would double their
 # cost.
@@ -40,6 +41,7 @@ class Prompt:
         visuals: where the system joins the frames of clips and there are clips: frames of each
             clip, 0 for an image beside them, in the order of the prompt.
         layout: of the clips, likewise.
+        cached: what the model keeps of the images, in place of pixels.
     """
 
     ids: np.ndarray
@@ -49,6 +51,7 @@ class Prompt:
     question: np.ndarray | None = None
     visuals: tuple[int, ...] = ()
     layout: ClipLayout | None = None
+    cached: KVCache | None = None
 
     @property
     def clip_shape(self) -> tuple[int, ...]:

@@ -294,17 +294,22 @@ class Scheduler:
         return chunk
 
     def _compute(self, prompts: Mapping[int, Prompt]) -> None:
-        """Computes prefixes, by row, and puts them into the pool."""
+        """Computes prefixes, by row, or takes those that were, and puts them into the pool."""
         rows = self.room.rows
-        batch = pad_prompts(
-            list(prompts.values()),
-            rows=rows,
-            image_size=self._config.image_size,
-            uniform=self._config.system.compacts,
-        )
+        cached = [prompt.cached for prompt in prompts.values() if prompt.cached is not None]
+        if cached:
+            prefixes = self._program.join(cached, rows=rows, most=self._pool.sizes)
+        else:
+            batch = pad_prompts(
+                list(prompts.values()),
+                rows=rows,
+                image_size=self._config.image_size,
+                uniform=self._config.system.compacts,
+            )
+            prefixes = self._program.prefill(batch)
         at = np.full(rows, self.room.kept, np.int32)
         at[: len(prompts)] = list(prompts)
-        self._pool = self._program.keep(self._pool, self._program.prefill(batch), at)
+        self._pool = self._program.keep(self._pool, prefixes, at)
         for row in prompts:
             self._rows.fill(row)
 
@@ -395,7 +400,8 @@ class _Rows:
 def shape_of(prompt: Prompt, split: Split, *, uniform: bool) -> tuple[object, ...]:
     """What is the same for all prompts of a batch; where layers drop tokens, as many images."""
     images = vision_tokens(prompt) if uniform else 0
-    return prompt.budget or 0, prompt.clip_shape, images, bucket(split.prefilled)
+    cached = prompt.cached is not None
+    return prompt.budget or 0, prompt.clip_shape, images, bucket(split.prefilled), cached
 
 
 def vision_tokens(prompt: Prompt) -> int:
