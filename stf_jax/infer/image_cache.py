@@ -116,9 +116,10 @@ def read(path: epath.PathLike, program: Program) -> ImageCache:
     """
     path = epath.Path(expand(path))
     file = SafetensorsFile(path)
-    names = {"ids", *_by_name(program.abstract_cache())}
+    like = program.abstract_cache()
+    names, metadata = {"ids", *_by_name(like)}, file.metadata
     try:
-        header = decode_json(file.metadata.get(_KEY, "null").encode(), dict)
+        header = decode_json(metadata.get(_KEY, "null").encode())
         known = header["form"] == _FORM
         images, model, digest = int(header["images"]), dict(header["model"]), header["sha256"]
     except (KeyError, TypeError, ValueError) as error:
@@ -138,7 +139,6 @@ def read(path: epath.PathLike, program: Program) -> ImageCache:
     tensors = {name: file.read(name) for name in sorted(names & file.infos.keys())}
     if file.infos.keys() != names or _digest(tensors) != digest:
         raise CheckpointError(f"{path} is damaged; copy it again, or encode the images again")
-    like = program.abstract_cache()
     leaves = [tensors[name] for name in _by_name(like)]
     return ImageCache(
         ids=tensors["ids"],

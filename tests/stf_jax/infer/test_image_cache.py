@@ -130,7 +130,9 @@ def test_what_does_not_fit_is_refused(
     path = tmp_path / "image.safetensors"
     encoded.save(path)
     other = model_of(network_of(tokenizer, count=1), tokenizer)
-    with pytest.raises(CheckpointError, match=r"another model \(system 'voco; .*count 2; .*', here"):
+    with pytest.raises(
+        CheckpointError, match=r"another model sees them \(system 'voco; .*count 2; .*', here"
+    ):
         other.load_images(path)
     with pytest.raises(ValueError, match="the images were encoded by another model"):
         ask(other, [encoded])
