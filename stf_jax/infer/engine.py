@@ -123,7 +123,7 @@ class Engine:
         def size(number: int) -> tuple[object, ...]:
             prompt = prompts[number]
             shape = shape_of(prompt, system.split(prompt.ids), uniform=system.compacts)
-            return *shape[:2], vision_tokens(prompt), shape[-1]
+            return *shape[:2], vision_tokens(prompt), *shape[3:]
 
         return sorted(range(len(prompts)), key=size)
 

@@ -83,19 +83,13 @@ class Program:
         with self._on_mesh():
             return self._prefixes(self._parameters, self._place(batch))
 
-    def join(self, caches: Sequence[KVCache], *, rows: int, most: Sequence[int]) -> KVCache:
+    def join(self, caches: Sequence[KVCache], *, rows: int) -> KVCache:
         """Caches of one row each, in host memory, as `prefill` gives `rows` of them.
 
-        Args:
-            caches: no more than `rows`; rows beyond them are empty.
-            rows: of the result.
-            most: slots that there is room for, by group of layers.
+        Rows beyond `caches` are empty.
         """
         held = zip(*(cache.sizes for cache in caches), strict=True)
-        sizes = [
-            min(bucket(max(group), least=LEAST_QUESTION), room)
-            for group, room in zip(held, most, strict=True)
-        ]
+        sizes = [bucket(max(group), least=LEAST_QUESTION) for group in held]
 
         def stack(*arrays: Array) -> Array:
             joined = np.concatenate(arrays)

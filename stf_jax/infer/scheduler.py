@@ -298,7 +298,7 @@ class Scheduler:
         rows = self.room.rows
         cached = [prompt.cached for prompt in prompts.values() if prompt.cached is not None]
         if cached:
-            prefixes = self._program.join(cached, rows=rows, most=self._pool.sizes)
+            prefixes = self._program.join(cached, rows=rows)
         else:
             batch = pad_prompts(
                 list(prompts.values()),
