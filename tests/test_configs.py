@@ -114,8 +114,8 @@ def test_the_recipe(path: Path) -> None:
     assert config.data.template == ("plain" if plain else "v1")
     assert config.data.image_mode == ("crop" if first else "pad")
     rates = {"pretrain": 1e-3, "finetune": 2e-5, "lora": 1e-4}
-    twice = path.stem == "prumerge-7b-lora"
-    assert config.optimizer.learning_rate == rates[config.stage] * (2 if twice else 1)
+    own = {"prumerge-7b-lora": 2e-4, "proxyv-7b-pretrain": 3e-4, "proxyv-7b-finetune": 4e-5}
+    assert config.optimizer.learning_rate == own.get(path.stem, rates[config.stage])
     assert config.data.sequence_length == 2048
     assert dataclasses.asdict(config.lora) == {"rank": 128, "alpha": 256.0, "dropout": 0.05}
 

@@ -28,6 +28,7 @@ from stf_jax.plan.phases import InferencePlan, Phase
 from stf_jax.plan.request import Request
 from stf_jax.systems import named_config
 from stf_jax.systems.base import LlavaConfig
+from stf_jax.train.optimizer import LLAMA
 
 
 def make_inference_plan(request: Request) -> InferencePlan:
@@ -144,7 +145,7 @@ def _reads(name: str, lowered: LoweredEngine, mesh: Mesh) -> float:
     weights = sum(
         leaf.size * leaf.dtype.itemsize / (tensor if "tensor" in leaf.sharding.spec else 1)
         for path, leaf in parameters.items()
-        if "text/embedding" not in path and (name == "prefill" or path.startswith("text/"))
+        if "text/embedding" not in path and (name == "prefill" or path.startswith(LLAMA))
     )
     caches = {
         "prefill": _bytes(lowered.prefixes),
