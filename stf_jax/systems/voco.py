@@ -11,7 +11,8 @@ n tokens alone, so an image takes n slots in every layer and serves any number o
 As in the released code, the system text and the question come behind the vocos, BOS is hidden with
 the image, and rotary positions count what is hidden. Own decisions, where nothing public says: all
 images of a conversation come first and then n vocos for each, so that no text sees any image; the
-keys `voco_num` and `voco_token_id` of config.json.
+keys `voco_num` and `voco_token_id` of config.json. Later turns of a chat see the vocos and all text
+behind them; a new image comes in front, so everything is computed again.
 """
 
 import dataclasses

@@ -14,6 +14,7 @@ from stf_jax.data.tokenizer import load_tokenizer
 from stf_jax.store.checkpoint import open_native
 from stf_jax.systems.voco import VoCo
 from stf_jax.util.errors import CheckpointError
+from tests.stf_jax.convert.conftest import read_all
 
 ROWS = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -147,3 +148,26 @@ def test_seeds_decide_the_row(reference: Path) -> None:
 
     np.testing.assert_array_equal(new_row(0), new_row(0))
     assert not np.array_equal(new_row(0), new_row(1))
+
+
+def test_a_projector_beside_a_language_model(
+    reference: Path, exported: Path, tmp_path: Path, write: Callable[..., None]
+) -> None:
+    """As the paper begins: LLaVA's pretrained projector, Vicuna, and a new row."""
+    projector = {
+        name: tensor for name, tensor in read_all(exported).items() if "mm_projector" in name
+    }
+    (tmp_path / "projector").mkdir()
+    write(tmp_path / "projector" / "mm_projector.safetensors", projector)
+    source = open_source(
+        tmp_path / "projector" / "mm_projector.safetensors",
+        base=reference / "vicuna",
+        vision_tower=reference / "clip",
+        system="voco",
+        fields={"count": 2},
+    )
+    rows = vocabulary(reference)
+    assert source.config.system == open_source(exported).config.system
+    assert source.config.text.vocab_size == rows + 1
+    shapes = {leaf.path: leaf.shape for leaf in source.leaves()}
+    assert shapes["text/embedding"][0] == shapes["text/head/kernel"][1] == rows + 1
