@@ -69,16 +69,31 @@ def rows_of(vision: VisionConfig, text: TextConfig, names: list[str]) -> Iterato
                 yield variant.title, config, budget
 
 
-def cache_bytes(config: LlavaConfig, positions: int, bytes_each: int) -> int:
-    """Keys and values of so many positions."""
-    text = config.text
-    return 2 * text.layers * text.kv_heads * text.head_dim * positions * bytes_each
+def show_image(config: LlavaConfig, text: np.ndarray, budget: int) -> np.ndarray:
+    """Text with an image in its middle, or before it where the system puts images first."""
+    image = np.full(budget, IMAGE_TOKEN_ID, np.int32)
+    if config.images_first is None:
+        return np.insert(text, len(text) // 2, image)
+    return np.concatenate([image, config.images_first.tokens(1), text]).astype(np.int32)
+
+
+def cache_bytes(config: LlavaConfig, budget: int, text: int, bytes_each: int) -> int:
+    """Keys and values of an image, of every layer, beside so much text."""
+    without = np.zeros(text, np.int32)
+    held = (
+        config.system.held(ids, config.vision)
+        for ids in (show_image(config, without, budget), without)
+    )
+    slots = [both - alone for both, alone in zip(*held, strict=True)]
+    positions = sum(slots[group] for group in Llava.abstract(config).text.layer_groups)
+    return 2 * config.text.kv_heads * config.text.head_dim * positions * bytes_each
 
 
 def cost(config: LlavaConfig, budget: int, text: int) -> tuple[flops.Flops, int]:
     """FLOPs of one prefill, and the cache of its image in bfloat16."""
-    prefill = flops.forward(config, rows=1, length=text + budget, images=1)
-    return prefill, cache_bytes(config, budget, 2)
+    length = len(show_image(config, np.zeros(text, np.int32), budget))
+    prefill = flops.forward(config, rows=1, length=length, images=1)
+    return prefill, cache_bytes(config, budget, text, 2)
 
 
 def print_published(names: list[str], text: int) -> None:
@@ -114,9 +129,9 @@ class Contender:
 
     def __init__(self, model: Llava, budget: int, *, text: int, new: int, batch: int):
         config = model.config
+        assert isinstance(config, LlavaConfig)
         rng = np.random.default_rng(0)
-        ids = rng.integers(3, 31000, text).astype(np.int32)
-        ids = np.insert(ids, text // 2, np.full(budget, IMAGE_TOKEN_ID, np.int32))
+        ids = show_image(config, rng.integers(3, 31000, text).astype(np.int32), budget)
         size = config.image_size
         question = ids[-8:] if config.question_length else None
         prompt = Prompt(
@@ -125,7 +140,8 @@ class Contender:
             budget=budget,
             question=question,
         )
-        whole = pad_prompts([prompt] * batch, rows=batch, image_size=size)
+        uniform = config.system.compacts
+        whole = pad_prompts([prompt] * batch, rows=batch, image_size=size, uniform=uniform)
         # Without the bucket's padding: what is compared is the systems.
         self._batch: Batch = dataclasses.replace(
             whole,

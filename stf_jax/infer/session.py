@@ -19,7 +19,8 @@ class Session:
     """Answers prompts one after another, each of which mostly repeats the one before.
 
     The first tokens that a prompt shares with the cache are not computed again. A new image
-    makes the session compute all of them.
+    makes the session compute all of them. Where layers hold a part of an image, a later turn sees
+    that part.
 
     Args:
         program: of the model.
