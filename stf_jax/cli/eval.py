@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +82,18 @@ def add_eval(verbs: Verbs) -> None:
         type=lambda text: Path(path(text)),
         help="score this answer file; no model is needed",
     )
+    parser.add_argument(
+        "--server",
+        metavar="URL",
+        help="ask a server with OpenAI's API, such as http://127.0.0.1:8000/v1; MODEL is then its "
+        "name there (the first)",
+    )
+    parser.add_argument(
+        "--api-key",
+        default=os.environ.get("STF_JAX_API_KEY"),
+        metavar="KEY",
+        help="for --server (STF_JAX_API_KEY, or none)",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions (all)")
     parser.add_argument(
         "--config",
@@ -138,6 +151,7 @@ def _eval_loss(options: argparse.Namespace) -> int:
         "path",
         "out",
         "answers",
+        "server",
         "limit",
         "slots",
         "cache_dtype",
@@ -192,11 +206,11 @@ def _ask(options: argparse.Namespace) -> "list[Result]":
     from stf_jax.util.errors import missing
     from stf_jax.util.progress import count_progress, unwound_by_sigterm
 
-    if options.model is None or options.out is None:
+    if (options.model is None and options.server is None) or options.out is None:
         raise ValueError("give MODEL and --out to ask a model, or --answers FILE to score a file")
     chosen = choose(options.benchmark, _paths(options))
     config = _config(options)
-    if not epath.Path(options.model).exists():
+    if options.server is None and not epath.Path(options.model).exists():
         raise missing(options.model)
     if options.out.is_file():
         raise ValueError(f"{options.out} is a file; give --out a folder")
@@ -219,8 +233,20 @@ def _answerer(options: argparse.Namespace, config: "InferenceConfig") -> "Answer
 
     from stf_jax.data.clips import FrameSampling
     from stf_jax.eval.generation import ModelAnswerer
+    from stf_jax.eval.server import ServerAnswerer
     from stf_jax.infer.load import load
 
+    if options.server is not None:
+        given = {
+            name: getattr(options, name)
+            for name in ("mesh", "cache_dtype", "dtype", "vision_tower", "system", "tokens")
+        }
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"--{name.replace('_', '-')} is the server's; leave it out")
+        return ServerAnswerer(
+            options.server, model=options.model, key=options.api_key, slots=config.slots
+        )
     dtype: Any = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     model = load(
         options.model,

@@ -324,7 +324,16 @@ def _limit(worker: Worker, prompt: Prompt, wanted: int | None) -> int:
             param="messages",
             code="context_length_exceeded",
         )
-    return room if wanted is None else min(wanted, room)
+    if wanted is not None and wanted > room:
+        # Cut in silence, an answer would look like the model's own.
+        raise ApiError(
+            400,
+            f"max_tokens is {wanted}; behind a prompt of {len(prompt.ids)} tokens, images "
+            f"included, this server has room for {room}",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+    return room if wanted is None else wanted
 
 
 async def _stream(
@@ -374,6 +383,7 @@ async def _while_connected(request: Request, pieces: AsyncIterator[Piece]) -> As
             await asyncio.wait({coming, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not coming.done():
                 coming.cancel()
+                await asyncio.gather(coming, return_exceptions=True)
                 return
             try:
                 yield coming.result()

@@ -20,7 +20,7 @@ from stf_jax.serve.prompts import Prompts
 from stf_jax.serve.server import ServeConfig
 from stf_jax.serve.worker import Worker
 
-CONFIG = ServeConfig(name="tiny", slots=4, context=320, max_new_tokens=32, prefixes=4)
+CONFIG = ServeConfig(name="tiny", slots=4, context=320, max_new_tokens=128, prefixes=4)
 
 
 @dataclasses.dataclass

@@ -122,6 +122,7 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"messages": [asks("Hi")], "tools": [{}]}, 400, "tools is not supported"),
     ({"messages": [asks("Hi")], "temperature": -1}, 400, "temperature is -1.0; give 0"),
     ({"messages": [asks("Hi")], "max_tokens": 0}, 400, "max_tokens is 0; give 1 or more"),
+    ({"messages": [asks("Hi")], "max_tokens": 500}, 400, "this server has room for 128"),
     ({"messages": [asks("Hi")], "model": "gpt-4o"}, 404, "there is no model 'gpt-4o'"),
     ({"messages": [asks("Hi")], "stop": list("abcde")}, 400, "stop has 5 strings"),
     ({"messages": [asks("  ", RED)]}, 400, "the last message has no text"),
@@ -197,7 +198,7 @@ def test_bodies_that_are_too_large(serving: Running) -> None:
 
 def test_who_hangs_up_frees_the_slot(serving: Running) -> None:
     wait_until_idle(serving)
-    body = {"messages": [asks("Tell me all.", RED)], "max_tokens": 32, "temperature": 0}
+    body = {"messages": [asks("Tell me all.", RED)], "max_tokens": 128, "temperature": 0}
     for stream in (True, False):
         threads = []
         for _ in range(4):
