@@ -42,6 +42,7 @@ function request() {
     { type: "text", text: at("question").value },
   ];
   const budget = at("budget").hidden ? {} : { image_tokens: number("image_tokens") };
+  const limit = at("max_tokens").value ? { max_tokens: number("max_tokens") } : {};
   return {
     model: model ? model.id : "",
     messages: [
@@ -51,10 +52,10 @@ function request() {
     ],
     temperature: number("temperature"),
     top_p: number("top_p"),
-    max_tokens: number("max_tokens"),
     seed: number("seed"),
     stream: true,
     stream_options: { include_usage: true },
+    ...limit,
     ...budget,
   };
 }
@@ -99,7 +100,7 @@ function show(kind, text, urls = []) {
   if (urls.length) item.append(make("div", { className: "images" }, ...urls.map((url) => drawn(url, tokens))));
   item.append(said);
   at("turns").append(item);
-  item.scrollIntoView({ block: "nearest" });
+  at("form").scrollIntoView({ block: "end" });
   return { item, said };
 }
 
@@ -147,7 +148,7 @@ async function ask() {
       if (text) {
         first = first ?? performance.now() - begun;
         said.textContent += text;
-        item.scrollIntoView({ block: "nearest" });
+        at("form").scrollIntoView({ block: "end" });
       }
     }
     accept(question, said.textContent);

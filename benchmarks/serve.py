@@ -1,0 +1,223 @@
+"""Times the server under open-loop arrivals: requests come when they come, whatever is at work.
+
+Requests about a few images arrive at random (Poisson) at several rates. For each rate: answers a
+second, time to the first token, time a token, at p50, p95 and p99. Contenders, in turn, over the
+same weights: this server with and without shared prefixes, and `transformers` behind the same
+arrivals, one request after another. Last, the engine is given all requests at once: what it does in
+a closed list is the most that a server can do. Weights are random; the default takes some minutes
+on two cores.
+"""
+
+import argparse
+import asyncio
+import concurrent.futures
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from engine import ask_engine, make_prompts
+from forward import IMAGE_ID, build, convert_model, make_torch
+
+from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
+from stf_jax.infer.answers import AnswerBuilder
+from stf_jax.infer.engine import Engine, batch_sizes, room_for
+from stf_jax.infer.prompts import Prompt, bucket
+from stf_jax.infer.sampling import GREEDY
+from stf_jax.infer.scheduler import Room
+from stf_jax.serve.metrics import Metrics
+from stf_jax.serve.worker import Worker
+
+Ask: TypeAlias = Callable[[Prompt], Coroutine[Any, Any, "Timed"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """When a request came, got its first token and its last, and how many tokens it got."""
+
+    came: float
+    first: float
+    last: float
+    tokens: int
+
+
+class Ids:
+    """Stands for the text of an answer: it ends where the model says."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.finished = False
+
+    def push(self, ids: list[int]) -> str:
+        """Takes ids; their text is nobody's concern here."""
+        self.token_ids += ids
+        return ""
+
+    def finish(self) -> str:
+        """Nothing is kept back."""
+        return ""
+
+
+def parse() -> argparse.Namespace:
+    """The sizes, the workload and the rates."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=4, help="of the language model")
+    parser.add_argument("--width", type=int, default=512, help="a multiple of 128")
+    parser.add_argument("--mlp-width", type=int, default=1376)
+    parser.add_argument("--vision-layers", type=int, default=3)
+    parser.add_argument("--vision-width", type=int, default=64)
+    parser.add_argument("--images", type=int, default=4)
+    parser.add_argument("--questions", type=int, default=16, help="about each image")
+    parser.add_argument("--new", type=int, default=16, help="tokens of an answer at most")
+    parser.add_argument("--slots", type=int, default=16)
+    parser.add_argument("--rates", type=float, nargs="+", default=[2, 4, 8], help="requests/s")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    return parser.parse_args()
+
+
+def arrivals(count: int, rate: float) -> np.ndarray:
+    """Seconds from the start, the same for every contender."""
+    return np.cumsum(np.random.default_rng(5).exponential(1 / rate, count))
+
+
+async def play(ask: Ask, prompts: list[Prompt], rate: float) -> list[Timed]:
+    """Sends each prompt at its time, whatever the others do."""
+    start = time.perf_counter()
+
+    async def one(prompt: Prompt, at: float) -> Timed:
+        await asyncio.sleep(max(start + at - time.perf_counter(), 0))
+        return await ask(prompt)
+
+    times = arrivals(len(prompts), rate)
+    return await asyncio.gather(*map(one, prompts, times))
+
+
+async def ask_worker(worker: Worker, new: int, share: bool, prompt: Prompt) -> Timed:
+    """Through the thread in which the devices work."""
+    if not share:
+        prompt = dataclasses.replace(prompt, image_key=None)
+    came, first, tokens = time.perf_counter(), None, 0
+    builder: AnswerBuilder = Ids()  # type: ignore[assignment]
+    async for piece in worker.answer(prompt, builder, sampling=GREEDY, most=new):
+        if first is None and piece.usage.new:
+            first = time.perf_counter()
+        tokens = piece.usage.new
+    last = time.perf_counter()
+    return Timed(came, first or last, last, tokens)
+
+
+class Clock:
+    """A streamer of `transformers` that notes when the first token comes."""
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self.first = 0.0
+
+    def put(self, _: torch.Tensor) -> None:
+        """First the prompt, then each token."""
+        self._calls += 1
+        if self._calls == 2:
+            self.first = time.perf_counter()
+
+    def end(self) -> None:
+        """Nothing more comes."""
+
+
+class Torch:
+    """`transformers`, one request after another in a thread of its own."""
+
+    def __init__(self, model: Any, ends: list[int], new: int):
+        self._model, self._ends, self._new = model, ends, new
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+
+    async def ask(self, prompt: Prompt) -> Timed:
+        """Waits for those before it."""
+        came = time.perf_counter()
+        first, tokens = await asyncio.get_running_loop().run_in_executor(
+            self._thread, self._answer, prompt
+        )
+        return Timed(came, first, time.perf_counter(), tokens)
+
+    def _answer(self, prompt: Prompt) -> tuple[float, int]:
+        ids = np.where(prompt.ids == IMAGE_TOKEN_ID, IMAGE_ID, prompt.ids)[None]
+        pixels = torch.tensor(prompt.load().transpose(0, 3, 1, 2))
+        clock = Clock()
+        with torch.inference_mode():
+            out = self._model.generate(
+                input_ids=torch.tensor(ids, dtype=torch.long),
+                attention_mask=torch.ones(ids.shape, dtype=torch.long),
+                pixel_values=pixels.to(self._model.dtype),
+                do_sample=False,
+                max_new_tokens=self._new,
+                eos_token_id=self._ends,
+                pad_token_id=0,
+                streamer=clock,
+            )
+        return clock.first, out.shape[1] - ids.shape[1]
+
+
+def percentiles(values: list[float]) -> str:
+    """p50, p95 and p99 in milliseconds."""
+    return " ".join(f"{1000 * np.percentile(values, p):7.0f}" for p in (50, 95, 99))
+
+
+def report(name: str, timed: list[Timed]) -> None:
+    """One line."""
+    seconds = max(one.last for one in timed) - min(one.came for one in timed)
+    waits = [one.first - one.came for one in timed]
+    steps = [(one.last - one.first) / max(one.tokens - 1, 1) for one in timed]
+    print(f"{name:<34}{len(timed) / seconds:8.2f}  {percentiles(waits)}  {percentiles(steps)}")
+
+
+def main() -> None:
+    """Builds, plays, prints."""
+    args = parse()
+    torch_model = make_torch(args)
+    config, weights = convert_model(torch_model)
+    ends = np.random.default_rng(1).choice(np.arange(3, 31000), 3000, replace=False)
+    text = dataclasses.replace(config.text, eos_ids=tuple(map(int, ends)))
+    config = dataclasses.replace(config, text=text)
+    engine = Engine(build(config, weights, args.dtype))
+    prompts = make_prompts(args, tokens=config.tokens_per_image, size=config.vision.image_size)
+    slots, rows = batch_sizes(args.slots, multiple=1)
+    ids = [prompt.ids for prompt in prompts]
+    split = config.system.split
+    room = Room(
+        slots=slots,
+        rows=rows,
+        contexts=room_for(config, ids, args.new),
+        new=bucket(args.new),
+        kept=max(rows, args.images),
+        prefixes=room_for(config, [one[: split(one).prefilled] for one in ids], 0),
+    )
+    worker = Worker(engine, room, queue=len(prompts), metrics=Metrics())
+    contenders: dict[str, Ask] = {
+        "PyTorch, one at a time": Torch(torch_model, ends.tolist(), args.new).ask,
+        f"ours, {slots} slots, no prefix reuse": partial(ask_worker, worker, args.new, False),
+        f"ours, {slots} slots, prefix reuse": partial(ask_worker, worker, args.new, True),
+    }
+    for ask in contenders.values():  # To compile.
+        asyncio.run(play(ask, prompts[: 2 * slots], 1000))
+    print(f"{len(prompts)} requests, {args.images} images, {config.tokens_per_image} tokens each")
+    for rate in args.rates:
+        print(f"\n{rate:g} requests/s come; ms to the first token, and of each later one:")
+        print(f"{'':<34}{'answers/s':>9}{'p50     p95     p99':>24}{'p50     p95     p99':>24}")
+        for name, ask in contenders.items():
+            report(name, asyncio.run(play(ask, prompts, rate)))
+    worker.close()
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        ask_engine(engine, args.new, args.slots, True, prompts)
+        seconds.append(time.perf_counter() - start)
+    print(f"\nall at once, engine: {len(prompts) / statistics.median(seconds):.2f} answers/s")
+
+
+if __name__ == "__main__":
+    main()
