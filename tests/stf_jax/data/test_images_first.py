@@ -2,16 +2,24 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stf_jax.config.text import TextConfig
+from stf_jax.data.builder import build
+from stf_jax.data.config import DataConfig, DatasetSource
 from stf_jax.data.conversation import render_conversation, render_prompt
 from stf_jax.data.encoding import encode_conversation, expand_conversation
 from stf_jax.data.fit import fit_template
+from stf_jax.data.images import ImageProcessor
 from stf_jax.data.index import index_name
+from stf_jax.data.pipeline import TrainingData
 from stf_jax.data.templates import ImagesFirst, Template
 from stf_jax.data.tokenizer import (
     IGNORED_LABEL,
@@ -20,7 +28,12 @@ from stf_jax.data.tokenizer import (
     encode_prompt,
     put_images_first,
 )
-from stf_jax.systems.voco import VoCo
+from stf_jax.models.layers import Init
+from stf_jax.models.llava import marks_of
+from stf_jax.models.marks import ANSWER
+from stf_jax.systems.voco import BEFORE, VOCO, VoCo, VoCoLlama
+from tests.corpus import Corpus
+from tests.stf_jax.data.steps import K
 from tests.stf_jax.data.test_conversation import talk
 
 SYSTEM = (
@@ -146,3 +159,49 @@ def test_an_index_is_for_one_number_of_vocos(plain: Tokenizer, first: ImagesFirs
         )
     }
     assert len(names) == 3
+
+
+def test_packed_rows_have_vocos_by_segment(
+    corpus: Corpus,
+    voco: Tokenizer,
+    first: ImagesFirst,
+    image_processor: ImageProcessor,
+    tmp_path: Path,
+) -> None:
+    """Every example of a row is laid out as it would be alone, and hides its own images alone."""
+    path = tmp_path / "data"
+    build([corpus.json], path, images=corpus.images, tokenizer=voco, workers=1)
+    config = DataConfig(
+        datasets=(DatasetSource(path=str(path)),),
+        sequence_length=320,
+        batch_size=4,
+        images_per_row=4,
+        workers=0,
+    )
+    data = TrainingData(config, tokenizer=voco, image_processor=image_processor, tokens_per_image=K)
+    batch = next(iter(data.batches(start_step=0, stop_step=1, rows=range(4)))).batch
+    text = dataclasses.replace(TextConfig.tiny(), vocab_size=first.token_id + 1)
+    decoder = nnx.eval_shape(
+        lambda: VoCoLlama(
+            text, token_id=first.token_id, tokens_per_image=K, init=Init(rngs=nnx.Rngs(0))
+        )
+    )
+    marks = decoder.mark(jnp.asarray(batch.ids), marks_of(batch, tokens_per_image=K))
+    assert (np.asarray(batch.segments).max(axis=1) > 1).any()
+    seen = set()
+    for row in range(4):
+        ids, segments = np.asarray(batch.ids)[row], np.asarray(batch.segments)[row]
+        for segment in range(1, segments.max() + 1):
+            at = np.flatnonzero(segments == segment)
+            vocos = np.flatnonzero(ids[at] == first.token_id)
+            images = (np.asarray(batch.image_slots)[row][at] >= 0).sum() // K
+            assert len(vocos) == images * first.count
+            seen.add(int(images))
+            kinds = np.asarray(marks.kind)[row][at]
+            before = np.arange(len(at)) < (vocos[0] if images else 0)
+            np.testing.assert_array_equal(kinds == BEFORE, before)
+            np.testing.assert_array_equal(np.flatnonzero(kinds == VOCO), vocos)
+            # The text is what the loss supervises, and nothing else.
+            supervised = np.asarray(batch.labels)[row][at] != IGNORED_LABEL
+            np.testing.assert_array_equal(kinds == ANSWER, supervised)
+    assert seen == {0, 1, 2}

@@ -1,6 +1,7 @@
 """VoCo-LLaMA against what its released code computed, and by its properties."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,9 +20,13 @@ from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID
 from stf_jax.models.cache import KVCache
 from stf_jax.models.layers import Init
 from stf_jax.models.llama import Llama
+from stf_jax.models.llava import Llava
+from stf_jax.models.lora import LoRAConfig
 from stf_jax.models.marks import IMAGE, TEXT, Marks, visible
 from stf_jax.models.selection import hide
+from stf_jax.plan.inference import _prompt as make_prompt
 from stf_jax.store.arrays import flatten
+from stf_jax.systems import named_config
 from stf_jax.systems.base import LlavaConfig
 from stf_jax.systems.voco import BEFORE, VoCo, VoCoLlama, rule
 from tests.stf_jax.systems.conftest import config_of
@@ -68,6 +73,7 @@ def decoder_of(case: Case, text: TextConfig) -> VoCoLlama:
     )
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """Ids as the reference has them, with images spliced in and padding on the left."""
@@ -121,16 +127,29 @@ class Rows:
         return decoder.mark(jnp.asarray(self.ids), plain)
 
 
+@jax.jit
+def see(decoder: VoCoLlama, rows: Rows) -> jax.Array:
+    """What each position sees."""
+    marks = rows.marks(decoder)
+    return visible(rule, marks, marks)
+
+
+@jax.jit
+def insert(decoder: VoCoLlama, rows: Rows, features: Any) -> tuple[jax.Array, Marks]:
+    """Embeddings and marks."""
+    return rows.embed(decoder, features), rows.marks(decoder)
+
+
 def test_reference_rule(reference_case: Case, decoder: VoCoLlama) -> None:
     """Rows of bare ids, before AND with causality: so what a position sees of what it may."""
     names = {name.split(".")[0] for name in reference_case.group("rule.")}
     assert names
     for name in names:
         ids, allow = (reference_case[f"rule.{name}.{part}"] for part in ("ids", "allow"))
-        index = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        marks = decoder.mark(jnp.asarray(ids), Marks.text(index, jnp.ones_like(index)))
+        nothing, everything = np.zeros_like(ids), np.ones(ids.shape, bool)
+        rows = Rows(ids, nothing > 0, nothing, nothing, everything)
         past = np.tril(np.ones(ids.shape[1:] * 2, bool))
-        np.testing.assert_array_equal(visible(rule, marks, marks), allow & past)
+        np.testing.assert_array_equal(see(decoder, rows), allow & past)
 
 
 def test_reference_mask(reference_case: Case, decoder: VoCoLlama) -> None:
@@ -141,8 +160,7 @@ def test_reference_mask(reference_case: Case, decoder: VoCoLlama) -> None:
         ("infer.", "infer.single.allow"),
     ):
         rows = Rows.of(reference_case, prefix)
-        marks = rows.marks(decoder)
-        seen = np.asarray(visible(rule, marks, marks))
+        seen = np.asarray(see(decoder, rows))
         expected = reference_case[name]
         if prefix == "":
             np.testing.assert_array_equal(rows.mask, reference_case["mask"])
@@ -191,7 +209,8 @@ def test_reference_hidden_states_loss_and_gradients(
             actual[name] = entry.transform.torch(part)
     for name, expected in case.group("grad.").items():
         assert_near(actual[name], expected, tolerance=1e-5)
-    hidden = [embeds, *layer_outputs(decoder, embeds, rows.marks(decoder))]
+    _, marks = insert(decoder, rows, jnp.asarray(case["image_features"]))
+    hidden = [embeds, *layer_outputs(decoder, embeds, marks)]
     for layer, x in enumerate(hidden):
         expected = case[f"hidden.{layer}"]
         assert_near(np.asarray(x)[real], expected[real], tolerance=1e-4)
@@ -224,8 +243,7 @@ def test_reference_mixed_batch(reference_case: Case, decoder: VoCoLlama) -> None
     features = jnp.asarray(case["image_features"][1:][: len(rows.ids)])
     for order in (slice(None), slice(None, None, -1)):
         turned = Rows(*(getattr(rows, f.name)[order] for f in dataclasses.fields(rows)))
-        x = turned.embed(decoder, features[order])
-        logits = np.asarray(decoder.logits(decoder(x, marks=turned.marks(decoder))))
+        logits = np.asarray(forward(decoder, *insert(decoder, turned, features[order])))
         expected, real = case["mixed.logits"][order], turned.mask
         assert_near(logits[real], expected[real], tolerance=1e-4)
 
@@ -236,14 +254,14 @@ def test_reference_inference(reference_case: Case, decoder: VoCoLlama) -> None:
     rows, tokens = Rows.of(case, "infer."), case["infer.decode.tokens"]
     features = jnp.asarray(case["image_features"][:1])
     length, count = rows.ids.shape[1], case.json["sizes"]["vision_tokens"]
-    x, marks = rows.embed(decoder, features), rows.marks(decoder)
-    single = decoder.logits(decoder(x, marks=marks))
+    x, marks = insert(decoder, rows, features)
+    single = forward(decoder, x, marks)
     assert_near(single, case["infer.single.logits"], tolerance=1e-4)
 
     end = case["infer.pass1.logits"].shape[1]
     assert VoCo(count=1, token_id=decoder.token_id).split(rows.ids[0]).prefilled == end
     first = jax.tree.map(lambda array: array[:, :end], marks)
-    logits = decoder.logits(decoder(x[:, :end], marks=first))
+    logits = forward(decoder, x[:, :end], first)
     assert_near(logits, case["infer.pass1.logits"], tolerance=1e-4)
 
     for images in (None, 1):
@@ -260,7 +278,8 @@ def test_reference_inference(reference_case: Case, decoder: VoCoLlama) -> None:
                     case[f"infer.cache.{name}.{layer}"],
                     tolerance=1e-5,
                 )
-        logits, cache = answer(decoder, cache.grow(length), rows.ids[:, end:], start=end)
+        cache = cache.resize([length + len(tokens)])
+        logits, cache = answer(decoder, cache, rows.ids[:, end:], start=end)
         assert_near(logits, case["infer.pass2.logits"], tolerance=1e-4)
         chosen = []
         for step, expected in enumerate(case["infer.decode.logits"]):
@@ -436,6 +455,29 @@ def test_what_does_not_fit_is_refused() -> None:
     assert system.held(np.array([1, 7]), vision) == (2,)
     with pytest.raises(ValueError, match="1 images and 1 <voco>, and VoCo-LLaMA needs 2 an image"):
         system.held(np.array([1, *image, 5, 7]), vision)
+
+
+def test_adapters_lie_in_its_layers() -> None:
+    """LoRA trains them as in LLaMA."""
+    make = partial(Llava.abstract, config_of("voco"))
+    plain, adapted = (
+        flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+        for model in (make(), make(lora=LoRAConfig()))
+    )
+    assert isinstance(make().text, VoCoLlama)
+    new = adapted.keys() - plain.keys()
+    assert len(new) == 14
+    assert all(path.startswith("text/layers/") for path in new)
+
+
+def test_a_plan_has_its_vocos() -> None:
+    """The planner's prompt is one that the system takes."""
+    config = named_config("llava_voco_7b")
+    assert config.text.vocab_size == TextConfig.vicuna_7b().vocab_size + 1
+    behind = config.images_first.tokens(2)
+    prompt = make_prompt(config, 40 + 2 * 576 + len(behind), 2, 576, behind)
+    assert config.system.held(prompt.ids, config.vision) == (2,)
+    assert config.system.split(prompt.ids).prefilled == len(prompt.ids)
 
 
 def test_config_json_says_how_many() -> None:
