@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     from stf_jax.cli.eval import add_eval
     from stf_jax.cli.generate import add_generate
     from stf_jax.cli.plan import add_plan
+    from stf_jax.cli.search import add_search
     from stf_jax.cli.serve import add_serve
     from stf_jax.cli.train import add_train
 
@@ -95,4 +96,5 @@ def _parser() -> argparse.ArgumentParser:
     add_demo(verbs)
     add_eval(verbs)
     add_plan(verbs)
+    add_search(verbs)
     return parser

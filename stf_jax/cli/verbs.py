@@ -72,23 +72,36 @@ def add_field(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="of that system, such as ratio=0.125; may be given several times (as published)",
+        help="of that system, such as ratio=0.125, or schedule=@FILE of 'stf-jax search'; may be "
+        "given several times (as published)",
     )
 
 
 def read_fields(options: list[str]) -> dict[str, Any]:
-    """What `--field` gives, as YAML reads the values.
+    """What `--field` gives, as YAML reads the values; @FILE is a YAML file that has the field.
 
     Raises:
-        ValueError: one without a name or a value.
+        ValueError: one without a name or a value, or a file without that field.
     """
     fields = {}
     for option in options:
         name, equals, value = option.partition("=")
         if not (name and equals and value):
             raise ValueError(f"--field {option}: give NAME=VALUE, such as ratio=0.125")
-        fields[name] = yaml.safe_load(value)
+        fields[name] = _read_field(name, value[1:]) if value[0] == "@" else yaml.safe_load(value)
     return fields
+
+
+def _read_field(name: str, file: str) -> Any:
+    from stf_jax.util.files import read_text
+
+    try:
+        content = yaml.safe_load(read_text(path(file)))
+    except yaml.YAMLError as error:
+        raise ValueError(f"--field {name}: {file} is no YAML") from error
+    if not isinstance(content, dict) or name not in content:
+        raise ValueError(f"--field {name}: {file} has no key {name!r}")
+    return content[name]
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
