@@ -67,7 +67,7 @@ def _search(options: argparse.Namespace) -> None:
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.budget is not None and given:
         raise ValueError(
-            f"--{next(iter(given))} is G-Search's; leave it out, or leave out --budget"
+            f"--{next(iter(given))} is for G-Search; leave it out, or leave out --budget"
         )
     if options.out.suffix not in (".yaml", ".yml"):
         raise ValueError(f"--out is {options.out}; give a file that ends in .yaml")

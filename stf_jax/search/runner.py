@@ -26,7 +26,7 @@ from stf_jax.search.algorithms import (
 from stf_jax.search.calibration import Calibration, read_prompts
 from stf_jax.search.journal import Journal
 from stf_jax.systems.base import LlavaConfig
-from stf_jax.systems.gsearch import GSearch
+from stf_jax.systems.gsearch import GSearch, solve_midpoint
 from stf_jax.systems.llava import Llava as Plain
 from stf_jax.systems.pruning import PruningSystem
 from stf_jax.util.errors import explain_memory
@@ -124,6 +124,9 @@ def search(
         raise ValueError(f"rows is {rows}; give 1 or more")
     opened = open_any(path, vision_tower=vision_tower)
     config = _pruning_config(opened)
+    if budget is not None:
+        # Refuses a budget that cannot be before anything is computed.
+        solve_midpoint(1.0, budget, layers=config.text.layers)
     prompts = read_prompts(calibration, opened.processors(), template=template, samples=samples)
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     network = Llava.abstract(config, dtype=jnp.dtype(dtype))
