@@ -22,7 +22,7 @@ TIERS = (
     ("store",),
     ("convert",),
     ("train", "infer"),
-    ("eval", "plan", "serve"),
+    ("eval", "plan", "search", "serve"),
     ("demo",),
     ("cli",),
 )
