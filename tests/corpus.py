@@ -30,11 +30,13 @@ def jpeg(width: int, height: int, seed: int = 0) -> bytes:
     return file.getvalue()
 
 
-def entry(number: int, images: list[str], rng: np.random.Generator) -> dict[str, Any]:
+def entry(
+    number: int, images: list[str], rng: np.random.Generator, *, longest: int
+) -> dict[str, Any]:
     words = ["What", "color", "is", "the", "bus", "near", "a", "table", "on", "this", "street"]
 
     def text() -> str:
-        return " ".join(rng.choice(words, size=int(rng.integers(1, 20))))
+        return " ".join(rng.choice(words, size=int(rng.integers(1, longest + 1))))
 
     turns = []
     for turn in range(int(rng.integers(1, 4))):
@@ -46,7 +48,8 @@ def entry(number: int, images: list[str], rng: np.random.Generator) -> dict[str,
     return actual
 
 
-def write_corpus(folder: Path, count: int) -> Corpus:
+def write_corpus(folder: Path, count: int, *, longest: int = 19) -> Corpus:
+    """`count` examples, with turns of one word to `longest`."""
     rng = np.random.default_rng(7)
     images = folder / "images"
     images.mkdir()
@@ -54,10 +57,10 @@ def write_corpus(folder: Path, count: int) -> Corpus:
     for number, name in enumerate(names):
         width, height = (int(side) for side in rng.integers(40, 130, 2))
         (images / name).write_bytes(jpeg(width, height, number))
-    entries = [
-        entry(number, list(rng.choice(names, size=[1, 1, 1, 0, 2][number % 5])), rng)
-        for number in range(count)
-    ]
+    entries = []
+    for number in range(count):
+        shown = list(rng.choice(names, size=[1, 1, 1, 0, 2][number % 5]))
+        entries.append(entry(number, shown, rng, longest=longest))
     path = folder / "train.json"
     path.write_text(json.dumps(entries), encoding="utf-8")
     return Corpus(path, images, entries)

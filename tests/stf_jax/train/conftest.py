@@ -12,10 +12,13 @@ from stf_jax.data.builder import build
 from stf_jax.train.config import TrainConfig
 from tests.corpus import write_corpus
 
+# Two or three examples fill a row.
+SEQUENCE_LENGTH = 256
+
 
 def build_dataset(model: Path, folder: Path, *, examples: int, workers: int) -> Path:
     """A dataset of drawn images and conversations, in `folder`."""
-    corpus = write_corpus(folder, examples)
+    corpus = write_corpus(folder, examples, longest=4)
     processors = load_processors(model)
     build(
         [corpus.json],
@@ -25,7 +28,7 @@ def build_dataset(model: Path, folder: Path, *, examples: int, workers: int) -> 
         image_processor=processors.image_processor,
         tokens_per_image=processors.tokens_per_image,
         template="v1",
-        sequence_length=384,
+        sequence_length=SEQUENCE_LENGTH,
         workers=workers,
     )
     return folder / "dataset"
@@ -33,8 +36,8 @@ def build_dataset(model: Path, folder: Path, *, examples: int, workers: int) -> 
 
 @pytest.fixture(scope="session")
 def dataset(native: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty-eight examples with none, one or two images."""
-    return build_dataset(native, tmp_path_factory.mktemp("corpus"), examples=48, workers=1)
+    """Twenty-four examples with none, one or two images."""
+    return build_dataset(native, tmp_path_factory.mktemp("corpus"), examples=24, workers=1)
 
 
 @pytest.fixture
@@ -52,7 +55,7 @@ def config(native: Path, dataset: Path, tmp_path: Path) -> Callable[..., TrainCo
             "mesh": None,
             "data": {
                 "datasets": [{"path": str(dataset)}],
-                "sequence_length": 384,
+                "sequence_length": SEQUENCE_LENGTH,
                 "batch_size": 8,
                 "images_per_row": 4,
                 "workers": 0,

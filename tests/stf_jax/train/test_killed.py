@@ -1,4 +1,8 @@
-"""Killed at random moments, a run ends as if it had been left alone."""
+"""Killed at random moments, a run ends as if it had been left alone.
+
+Three kills: while it starts, within a save, and in a step. `STF_JAX_TEST_ALL=1` has ten, and
+`python -m tests.fuzz.kills` a hundred.
+"""
 
 import json
 import os
@@ -15,8 +19,13 @@ import yaml
 
 from stf_jax.train.config import TrainConfig
 from tests.runs import Server
+from tests.switch import ALL
 
-KILLS = 10
+KILLS = ["start", "save", "step"]
+if ALL:
+    KILLS += ["step", "start", "step", "save", "step", "save", "start"]
+# Enough for six steps between kills, and some that nothing interrupts.
+STEPS = 6 * sum(kill != "start" for kill in KILLS) + 2
 
 
 def records(run: Path) -> list[dict[str, Any]]:
@@ -29,13 +38,24 @@ def lines(run: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def test_killed_ten_times(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+def is_saving(run: Path) -> bool:
+    return any((run / "checkpoints").glob("*tmp*"))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    assert condition()
+
+
+def test_killed_and_continued(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     runs = [tmp_path / "alone", tmp_path / "killed"]
 
     def written(run: Path, workers: int) -> Path:
         keys = config(
             out=str(run),
-            steps=40,
+            steps=STEPS,
             checkpoint={"every": 3, "keep": 2},
             data={"batch_size": 4, "workers": workers},
             mesh={"fsdp": 4, "tensor": 2},
@@ -51,33 +71,29 @@ def test_killed_ten_times(config: Callable[..., TrainConfig], tmp_path: Path) ->
         server.start(written(runs[0], 1))
         assert server.answer() == 0
         rng = random.Random(7)
-        kills = progress = 0
-        while kills < KILLS:
-            child = server.start(with_worker if kills % 5 == 4 else without)
+        for number, moment in enumerate(KILLS):
+            child = server.start(with_worker if number % 5 == 2 else without)
             before = lines(runs[1])
-            # Some die at any moment of their start, others once they have come further.
-            if rng.random() < 0.3:
+            if moment == "start":
                 time.sleep(rng.uniform(0, 3))
             else:
-                aim, deadline = before + rng.randint(1, 6), time.monotonic() + 60
-                while lines(runs[1]) < aim and time.monotonic() < deadline:
-                    time.sleep(0.005)
-                time.sleep(rng.uniform(0, 0.2))
+                aim = before + rng.randint(1, 4)
+                until(lambda aim=aim: lines(runs[1]) >= aim)
+            if moment == "save":
+                until(lambda: is_saving(runs[1]))
+            if moment == "step":
+                time.sleep(rng.uniform(0, 0.1))
+                assert lines(runs[1]) > before
             os.kill(child, signal.SIGKILL)
-            if server.answer() == 0:
-                break
-            kills += 1
-            progress += lines(runs[1]) != before
-        assert kills == KILLS
-        assert progress >= 4
-        assert lines(runs[1]) < 40
+            assert server.answer() == -signal.SIGKILL
+        assert 0 < lines(runs[1]) < STEPS
         server.start(without)
         assert server.answer() == 0
     finally:
         server.process.kill()
-    assert len(records(runs[0])) == 40
+    assert len(records(runs[0])) == STEPS
     assert records(runs[1]) == records(runs[0])
-    alone, killed = (ocp.load(run / "checkpoints" / "40") for run in runs)
+    alone, killed = (ocp.load(run / "checkpoints" / str(STEPS)) for run in runs)
     leaves = [dict(_leaves(state)) for state in (alone, killed)]
     assert leaves[0].keys() == leaves[1].keys()
     assert len(leaves[0]) > 60

@@ -20,14 +20,13 @@ from stf_jax.train import loop
 from stf_jax.train.config import TrainConfig
 from stf_jax.train.loop import TrainingError, train
 from stf_jax.train.program import TrainProgram
+from tests.switch import ALL
 
 Config = Callable[..., TrainConfig]
 
-MESHES = [
-    {"fsdp": 8},
-    {"fsdp": 2, "tensor": 4},
-    {"data": 2, "fsdp": 2, "tensor": 2},
-]
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+# The run that is preempted below has two more, and the reference's curves have all three.
+MESHES = [MESH, {"fsdp": 8}, {"fsdp": 2, "tensor": 4}] if ALL else [MESH]
 
 
 def metrics(config: TrainConfig) -> list[dict[str, Any]]:
@@ -91,17 +90,17 @@ def test_same_losses_on_any_mesh(config: Config, alone: Alone, mesh: dict[str, i
 
 def test_same_losses_accumulated(config: Config, alone: Alone) -> None:
     np.testing.assert_allclose(losses(config(micro_batches=4)), alone.losses, rtol=1e-5)
-    both = config(micro_batches=2, mesh={"data": 2, "fsdp": 2, "tensor": 2})
+    both = config(micro_batches=2, mesh=MESH)
     np.testing.assert_allclose(losses(both), alone.losses, rtol=1e-5)
 
 
 def test_same_losses_packed_and_unpacked(config: Config) -> None:
-    """All 48 examples in each global batch: 18 packed rows, or 48 rows of their own."""
-    packed = config(data={"batch_size": 18})
-    single = config(data={"batch_size": 48, "packing": "single"})
+    """All 24 examples in each global batch: 10 packed rows, or 24 rows of their own."""
+    packed = config(data={"batch_size": 10})
+    single = config(data={"batch_size": 24, "packing": "single"})
     np.testing.assert_allclose(losses(single), losses(packed), rtol=1e-5)
     fills = [metrics(run)[0]["fill"] for run in (packed, single)]
-    assert fills[0] > 2.5 * fills[1]
+    assert fills[0] == pytest.approx(2.4 * fills[1])
     counts = [[record["supervised_tokens"] for record in metrics(run)] for run in (packed, single)]
     assert counts[0] == counts[1]
 
@@ -128,19 +127,19 @@ def test_preempted_and_resumed_on_another_mesh(
 
 
 def test_an_epoch_has_every_example_once(config: Config, spy: type[Spy]) -> None:
-    losses(config(steps=None, epochs=2, data={"batch_size": 3}))
+    losses(config(steps=None, epochs=2, data={"batch_size": 5}))
     ids = [name for _, rows in spy.seen for row in rows for name in row]
     half = len(ids) // 2
-    assert len(ids) == 96
-    assert len({*ids[:half]}) == len({*ids[half:]}) == 48
+    assert len(ids) == 48
+    assert len({*ids[:half]}) == len({*ids[half:]}) == 24
     assert ids[:half] != ids[half:]
 
 
 def test_second_stage_on_the_first(config: Config, native: Path, tmp_path: Path) -> None:
     """The frozen model is written in neither run, and both are models."""
-    first = config(stage="pretrain", steps=3)
+    first = config(stage="pretrain", steps=2)
     train(first)
-    second = config(model=first.out, steps=3)
+    second = config(model=first.out, steps=2)
     train(second)
     for run in (first, second):
         written = {
@@ -159,7 +158,7 @@ def test_second_stage_on_the_first(config: Config, native: Path, tmp_path: Path)
 
 def test_adapters_are_merged(config: Config, native: Path, spy: type[Spy]) -> None:
     """Halfway, the run as a model has the loss that the run itself has next."""
-    whole = {"data": {"batch_size": 18}, "optimizer": {"learning_rate": 1e-2}}
+    whole = {"data": {"batch_size": 10}, "optimizer": {"learning_rate": 1e-2}}
     run = config(stage="lora", lora={"rank": 4, "alpha": 8.0, "dropout": 0.0}, **whole)
     spy.before[2] = lambda: os.kill(os.getpid(), signal.SIGTERM)
     assert train(run) == "interrupted"
@@ -209,9 +208,15 @@ def test_a_loss_that_is_not_finite(
 
 def test_dropout_follows_the_step(config: Config) -> None:
     """Interrupted or not, on any mesh, a step drops the same inputs."""
-    keys = {"stage": "lora", "lora": {"rank": 4, "dropout": 0.5}, "micro_batches": 2}
+    keys = {
+        "stage": "lora",
+        "lora": {"rank": 4, "dropout": 0.5},
+        "micro_batches": 2,
+        "steps": 3,
+        "data": {"sequence_length": 192},
+    }
     expected = losses(config(**keys))
-    np.testing.assert_allclose(losses(config(**keys, mesh=MESHES[2])), expected, rtol=1e-5)
+    np.testing.assert_allclose(losses(config(**keys, mesh=MESH)), expected, rtol=1e-5)
     without = losses(config(**keys | {"lora": {"rank": 4, "dropout": 0.0}}))
     assert without[0] == pytest.approx(expected[0], rel=1e-5)
     assert abs(without[-1] - expected[-1]) > 1e-4

@@ -1,9 +1,11 @@
 """What cannot be trained is refused in words, before a step runs."""
 
+import dataclasses
 import fcntl
 import gc
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,7 +33,7 @@ BAD = [
         {"mesh": {"fsdp": 8}, "data": {"batch_size": 12}},
         r"data\.batch_size 12 does not divide into 1 micro-batches over 8 devices .* 16 for inst",
     ),
-    ({"data": {"sequence_length": 8}}, r"none of the 48 examples .* sequence_length 8"),
+    ({"data": {"sequence_length": 8}}, r"none of the 24 examples .* sequence_length 8"),
     ({"data": {"sequence_length": 8192}}, r"8192 is more than the 4096 positions"),
     ({"data": {"template": "plain"}}, r"no index for template 'plain'"),
     ({"architecture": "llava_stf_7b"}, r"is no llava_stf_7b(.|\n)*text\.width: 4096 there, 64 her"),
@@ -132,17 +134,33 @@ def test_a_directory_of_something_else(config: Config, tmp_path: Path) -> None:
         train(config(out=str(tmp_path / "thesis/chapter.tex/run")))
 
 
-def test_another_config_in_the_same_directory(config: Config) -> None:
-    run = config(steps=1)
-    train(run)
-    other = config(steps=1, out=run.out, optimizer={"learning_rate": 0.5}, log_every=7)
+@pytest.fixture(scope="module")
+def runs() -> dict[str, Path]:
+    """What `finished` has made: once in each process of the tests."""
+    return {}
+
+
+@pytest.fixture
+def finished(
+    config: Config, runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> TrainConfig:
+    """A copy of a run of three steps with a checkpoint after each, and its config."""
+    run = config(steps=3, checkpoint={"every": 1, "keep": 3})
+    if not runs:
+        runs["out"] = tmp_path_factory.mktemp("finished") / "run"
+        assert train(dataclasses.replace(run, out=str(runs["out"]))) == "finished"
+    shutil.copytree(runs["out"], run.out)
+    return run
+
+
+def test_another_config_in_the_same_directory(config: Config, finished: TrainConfig) -> None:
+    other = config(steps=3, out=finished.out, optimizer={"learning_rate": 0.5}, log_every=7)
     with pytest.raises(ValueError, match=r"optimizer\.learning_rate: 0\.001 there, 0\.5 here$"):
         train(other)
 
 
-def test_two_runs_in_one_directory(config: Config) -> None:
-    run = config(steps=1)
-    Path(run.out).mkdir()
+def test_two_runs_in_one_directory(finished: TrainConfig) -> None:
+    run = finished
     with (Path(run.out) / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write("process 12 on a host")
@@ -162,9 +180,8 @@ def records(run: TrainConfig) -> list[dict[str, Any]]:
 
 # Orbax drops its other readers when one has failed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_damaged_checkpoint(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
-    run = config(steps=3, checkpoint={"every": 1, "keep": 3})
-    train(run)
+def test_a_damaged_checkpoint(finished: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    run = finished
     expected = records(run)
     last, newest = (Path(run.out, "checkpoints", name) for name in "32")
     last.rename(last.with_name(".set-aside"))
@@ -180,11 +197,11 @@ def test_a_damaged_checkpoint(config: Config, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_the_only_checkpoint_is_damaged(config: Config) -> None:
-    run = config(steps=3, checkpoint={"every": 1, "keep": 1})
-    train(run)
-    (only,) = Path(run.out, "checkpoints").glob("[0-9]*")
-    only.rename(only.with_name("2"))
+def test_the_only_checkpoint_is_damaged(finished: TrainConfig) -> None:
+    run = finished
+    for other in Path(run.out, "checkpoints").glob("[0-9]*"):
+        if other.name != "2":
+            shutil.rmtree(other)
     largest = max(
         Path(run.out, "checkpoints", "2").rglob("*"), key=lambda file: file.stat().st_size
     )
@@ -196,7 +213,7 @@ def test_the_only_checkpoint_is_damaged(config: Config) -> None:
 
 def test_a_disk_that_is_full(config: Config, tmp_path: Path) -> None:
     """Found out before the first step, in one line; with room, the run begins."""
-    run = config(steps=1)
+    run = config(steps=3)
     command = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"
         "from stf_jax.cli.main import main; sys.exit(main(['train', sys.argv[1]]))"

@@ -20,7 +20,7 @@ from stf_jax.models.llava import Llava
 from stf_jax.train import loop
 from stf_jax.train.config import TrainConfig
 from stf_jax.train.loop import train
-from tests.stf_jax.train.conftest import build_dataset
+from tests.stf_jax.train.conftest import SEQUENCE_LENGTH, build_dataset
 
 Config = Callable[..., TrainConfig]
 
@@ -69,7 +69,7 @@ def mean_by_hand(path: Path | str, held_out: Path) -> float:
     processors, opened = load_processors(path), open_any(path)
     config = DataConfig(
         datasets=(DatasetSource(path=str(held_out)),),
-        sequence_length=384,
+        sequence_length=SEQUENCE_LENGTH,
         batch_size=1,
         packing="single",
         workers=0,
