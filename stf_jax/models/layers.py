@@ -297,6 +297,9 @@ def apply_layers(
             kept.append(keep)
         return carry, kept
     graph, state = nnx.split(layers)
+    count = jax.tree.leaves(state)[0].shape[0]
+    if not count:
+        return carry, []
 
     def one(carry: Carry, layer: nnx.State) -> tuple[Carry, Kept]:
         return step(carry, nnx.merge(graph, layer))
@@ -305,7 +308,6 @@ def apply_layers(
         # A scan is a barrier of its own: nothing of one layer's computation merges with another's.
         one = jax.checkpoint(one, policy=REMAT[remat], prevent_cse=False)
     carry, stacked = jax.lax.scan(one, carry, state)
-    count = jax.tree.leaves(state)[0].shape[0]
     return carry, [jax.tree.map(lambda kept, i=i: kept[i], stacked) for i in range(count)]
 
 

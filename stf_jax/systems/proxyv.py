@@ -407,13 +407,12 @@ class ProxyVLlama(Llama):
         remat: Remat = "none",
     ) -> tuple[Float[Array, "B _ H"], list[KeyValue]]:
         """All layers; see `run_proxied`."""
-        inputs, proxied = [self.inputs(crops.marks)], self._pairs()
-        layers = split_layers(self.layers, self._stages)[0]
+        inputs, (layers, stages) = [self.inputs(crops.marks)], self._stages()
         rule = by_position if self.system.slip else causal
         x, _, kept = run_layers(x, layers, inputs=inputs, rule=rule, keep=keep, remat=remat)
         x, more = run_proxied(
             x,
-            proxied,
+            stages,
             crops=crops,
             rest=rest,
             make_proxies=self.make_proxies,
@@ -424,19 +423,14 @@ class ProxyVLlama(Llama):
         )
         return x, [pair for pair in (*kept, *more) if pair is not None]
 
-    @property
-    def _stages(self) -> tuple[int, int, int]:
-        """Layers without proxies, with proxies and a VisionMLP, and the last."""
-        start, layers = self.system.start, self.config.layers
-        return start, layers - start - 1, 1
-
-    def _pairs(self) -> list[Any]:
-        """The layers from `start` on with their VisionMLPs; the last one without."""
-        _, layers, last = split_layers(self.layers, self._stages)
+    def _stages(self) -> tuple[Any, list[Any]]:
+        """The layers before `start`; those from it on with VisionMLPs, the last one without."""
+        with_mlp = self.config.layers - self.system.start - 1
+        plain, layers, last = split_layers(self.layers, (self.system.start, with_mlp, 1))
         assert self.vision_mlp is not None
-        mlps, _ = split_layers(self.vision_mlp, self._stages[1:])
+        mlps, _ = split_layers(self.vision_mlp, (with_mlp, 1))
         if isinstance(layers, nnx.List) and isinstance(last, nnx.List):
             pairs = zip(layers, unstack(mlps), strict=True)
-            with_mlp = nnx.List([ProxiedLayer(layer, mlp) for layer, mlp in pairs])
-            return [with_mlp, nnx.List([ProxiedLayer(last[0], None)])]
-        return [ProxiedLayer(layers, mlps), ProxiedLayer(last, None)]
+            listed = nnx.List([ProxiedLayer(layer, mlp) for layer, mlp in pairs])
+            return plain, [listed, nnx.List([ProxiedLayer(last[0], None)])]
+        return plain, [ProxiedLayer(layers, mlps), ProxiedLayer(last, None)]
