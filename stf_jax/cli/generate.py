@@ -51,6 +51,18 @@ def add_generate(verbs: Verbs) -> None:
     )
     add_allow_urls(parser)
     parser.add_argument(
+        "--save-images",
+        metavar="FILE",
+        type=path,
+        help="keep there what the model has computed of the images, for --saved-images",
+    )
+    parser.add_argument(
+        "--saved-images",
+        metavar="FILE",
+        type=path,
+        help="the images that --save-images has kept, in place of --image",
+    )
+    parser.add_argument(
         "--prompt",
         required=True,
         metavar="TEXT",
@@ -99,6 +111,8 @@ def _generate(options: argparse.Namespace) -> None:
             "--top-p and --top-k do nothing at temperature 0, which is greedy; "
             "add --temperature 1, or leave them out"
         )
+    if options.saved_images is not None and (options.image or options.save_images is not None):
+        raise ValueError("--saved-images stands for the images; leave out --image, --save-images")
     model = load(
         options.model,
         dtype=options.dtype,
@@ -106,6 +120,18 @@ def _generate(options: argparse.Namespace) -> None:
         system=options.system,
         fields=read_fields(options.field),
     )
+
+    images = options.image
+    if options.saved_images is not None:
+        images = model.load_images(options.saved_images)
+    elif options.save_images is not None:
+        images = model.encode_images(
+            options.image,
+            template=options.template,
+            allow_urls=options.allow_urls,
+            tokens=options.tokens,
+        )
+        images.save(options.save_images)
 
     def show(index: int, text: str) -> None:
         sys.stdout.write(text)
@@ -115,7 +141,7 @@ def _generate(options: argparse.Namespace) -> None:
         [
             Request(
                 prompt=options.prompt,
-                images=options.image,
+                images=images,
                 clips=options.clip,
                 sampling=FrameSampling(frames=options.frames, rate=options.rate),
                 timestamps=options.timestamps,

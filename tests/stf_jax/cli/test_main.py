@@ -56,6 +56,22 @@ def test_answers_of_the_reference(
     assert answer["finish_reason"] == ("stop" if ended else "length")
 
 
+def test_an_image_is_kept_for_later(
+    reference: Path, native: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second question needs the file alone."""
+    image, kept = reference / "images" / "0.png", str(tmp_path / "image.safetensors")
+    more = ["--max-new-tokens", "4", "--json"]
+    assert main(ask(native, image, "What?", *more, "--save-images", kept)) == 0
+    later = ["generate", str(native), "--saved-images", kept, "--prompt", "What?", *more]
+    assert main(later) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+    assert main([*later, "--image", str(image)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("--saved-images stands for the images; leave out --image, --save-images")
+
+
 def test_every_option_arrives(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
