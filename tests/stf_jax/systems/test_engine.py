@@ -1,13 +1,18 @@
 """The engine with systems that the reference's model is not: budgets, and slots that are empty."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.infer.engine import Engine
-from stf_jax.infer.prompts import Prompt
+from stf_jax.infer.prompts import Prompt, pad_prompts
 from stf_jax.infer.sampling import GREEDY
 from stf_jax.infer.session import Session
+from stf_jax.models.cache import KVCache
+from stf_jax.models.llava import Llava
+from stf_jax.models.marks import Marks
 from stf_jax.systems import SYSTEMS
 from tests.stf_jax.systems.conftest import build, config_of, own_tokens
 
@@ -104,3 +109,43 @@ def test_a_later_turn_sees_what_the_cache_holds(name: str) -> None:
         ids = np.concatenate([ids, answer])
     # The last token of an answer is in no cache.
     assert costs == [len(image) + 7, 1 + 3, 1 + 9, len(ids) - 4]
+
+
+def test_the_question_that_a_chat_begins_with_ranks_its_images() -> None:
+    """Later turns answer from what it has left, as if they were the rest of the first prompt."""
+    config = config_of("pyramiddrop")
+    model = build(config, seed=2)
+    whole = build(config, seed=2)
+    session = Session(Engine(model).program)
+    rng = np.random.default_rng(1)
+    side, tokens = config.image_size, config.tokens_per_image
+    pixels = rng.standard_normal((1, side, side, 3)).astype(np.float32)
+    first = np.concatenate([[7, 8], np.full(tokens, IMAGE_TOKEN_ID), rng.integers(3, 600, 5)])
+
+    def turn(ids: np.ndarray) -> list[int]:
+        prompt = Prompt(ids=ids.astype(np.int32), pixels=pixels, image_key=1, budget=tokens)
+        said = session.stream(prompt, sampling=GREEDY, max_new_tokens=4, every=2)
+        return np.concatenate(list(said)).tolist()
+
+    answer = turn(first)
+    second = np.concatenate([first, answer, rng.integers(3, 600, 12)])
+    later = turn(second)
+    assert session.computed == 1 + 12
+
+    # Prefilled with the first prompt alone.
+    prompt = Prompt(ids=first.astype(np.int32), pixels=pixels, budget=tokens)
+    batch = pad_prompts([prompt], rows=1, image_size=side, uniform=True)
+    _, cache = jax.jit(Llava.prefill)(whole, batch)
+    rest = np.concatenate([second[len(first) :], later[:-1]]).astype(np.int32)
+
+    @jax.jit
+    def extend(model: Llava, ids: jax.Array, cache: KVCache) -> jax.Array:
+        index = jnp.arange(len(ids), dtype=jnp.int32)
+        slots, position = len(first) + index[None], cache.next_position(jnp.array([len(first)]))
+        marks = Marks.text(position[:, None] + index, jnp.ones_like(index)[None])
+        x = model.text.embed(ids[None])
+        hidden, _ = model.text.extend(x, marks=marks, slots=slots, cache=cache.grow(len(ids)))
+        return model.text.logits(hidden)[0]
+
+    logits = np.asarray(extend(whole, jnp.asarray(rest), cache))
+    assert logits[-len(later) :].argmax(axis=1).tolist() == later
