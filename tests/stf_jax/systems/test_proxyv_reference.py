@@ -107,7 +107,7 @@ class Group:
             crops = len(features[row]) if (ids[row] == IMAGE_TOKEN_ID).any() else 0
             times = np.where(ids[row] == IMAGE_TOKEN_ID, crops, 1)[real]
             rows.append([np.repeat(array[row][real], times) for array in (ids, labels)])
-            orders.append(cls._order(ids[row][real], crops, tokens, most=len(features[0])))
+            orders.append(cls._order(ids[row][real], crops, tokens, most=max(map(len, features))))
         length = max(len(some) for some, _ in rows)
         padded = [np.full((len(rows), length), 0) for _ in range(3)]
         for row, (some, other) in enumerate(rows):
@@ -141,7 +141,7 @@ class Group:
     @property
     def most(self) -> int:
         """Crops of the row that has the most."""
-        return len(self.features[0])
+        return max(map(len, self.features))
 
     @property
     def full(self) -> int:
@@ -194,10 +194,19 @@ def compare(actual: Any, expected: np.ndarray, real: np.ndarray, *, tolerance: f
 def test_reference_sequence_and_masks(group: Group) -> None:
     """Positions, labels, and who sees whom, exactly."""
     case, real = group.case, group.real
-    x, marks = group.insert(group.model, group.features)
+
+    @jax.jit
+    def run(model: Llava) -> tuple[Any, ...]:
+        x, marks = group.insert(model, group.features)
+        crops = model.text.find(marks, group.most)
+        whole = crops.proxies.join(crops.marks)
+        seen = visible(by_position, crops.marks, crops.marks)
+        return x, crops, seen, visible(through_proxies, whole, whole)
+
+    x, crops, seen, through = run(group.model)
+    seen, through = np.asarray(seen), np.asarray(through)
     expected = case.group(f"{group.name}.")
     np.testing.assert_array_equal(expected["mask"], real)
-    crops = group.model.text.find(marks, group.most)
     np.testing.assert_array_equal(
         group.pack(crops.marks.position)[real], expected["position_ids"][real]
     )
@@ -212,9 +221,6 @@ def test_reference_sequence_and_masks(group: Group) -> None:
     np.testing.assert_array_equal(group.pack(labels)[real], expected["labels"][real])
     if "embeds" in expected:
         compare(group.pack(x), expected["embeds"], real, tolerance=1e-6)
-    seen = np.asarray(visible(by_position, crops.marks, crops.marks))
-    whole = crops.proxies.join(crops.marks)
-    through = np.asarray(visible(through_proxies, whole, whole))
     count = proxies.shape[1]
     for row, order in enumerate(group.packed):
         others = np.where(order < 0, -1, order + count)
@@ -286,8 +292,10 @@ def test_reference_layers_logits_and_loss(group: Group) -> None:
 
     found = run(state)
     start, full, real = model.config.system.start, group.full, group.real
-    count = found["proxies"].shape[1]
-    proxies = np.repeat(real[:, full : full + group.most], count // group.most, axis=1)
+    # The model has room for more images where there is much text.
+    count, size = found["proxies"].shape[1], case.json["sizes"]["proxies_per_crop"]
+    some = group.most * size
+    proxies = np.repeat(real[:, full : full + group.most], size, axis=1)
     whole = np.concatenate([proxies, real[:, full:]], axis=1)
     compared = 0
     inputs = ("input_", "image_features.", "grad.", "allow_", "alone.")
@@ -301,19 +309,20 @@ def test_reference_layers_logits_and_loss(group: Group) -> None:
         elif name == "logits":
             compare(group.pack(found[name], start=full), tensor, real[:, full:], tolerance=1e-4)
         elif name == "proxies":
-            compare(found[name], tensor, proxies, tolerance=1e-4)
+            compare(found[name][:, :some], tensor, proxies, tolerance=1e-4)
         elif name.startswith("visionmlp."):
-            compare(found[name], tensor, real[:, :full], tolerance=1e-4)
+            compare(found[name][:, :full], tensor, real[:, :full], tolerance=1e-4)
         elif name == "final_in":
             last = found[f"layer.{model.config.text.layers - 1}.out"][:, count:]
             mlps = [n for n in found if n.startswith("visionmlp.")]
-            both = np.concatenate([found[max(mlps)], group.pack(last, start=full)], axis=1)
+            images = found[max(mlps)][:, :full]
+            both = np.concatenate([images, group.pack(last, start=full)], axis=1)
             compare(both, tensor, real, tolerance=1e-4)
         elif int(name.split(".")[1]) < start:
             compare(group.pack(found[name]), tensor, real, tolerance=1e-4)
         else:
             both = np.concatenate(
-                [found[name][:, :count], group.pack(found[name][:, count:], start=full)], axis=1
+                [found[name][:, :some], group.pack(found[name][:, count:], start=full)], axis=1
             )
             compare(both, tensor, whole, tolerance=1e-4)
     assert compared > 3
