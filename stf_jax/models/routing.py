@@ -9,8 +9,8 @@ every layer, and a router chooses among vision tokens. Two forms give the same n
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from stf_jax.models.attention import attention
 from stf_jax.models.cache import CacheDType, KVCache, SlotGroup
 from stf_jax.models.layers import Init, Remat, apply_layers, unstack
 from stf_jax.models.llama import DecoderLayer, Llama, take
-from stf_jax.models.loop import Angles
+from stf_jax.models.loop import Angles, Inputs, KeyValue
 from stf_jax.models.lora import LoRAConfig
 from stf_jax.models.marks import IMAGE, Marks
 from stf_jax.models.selection import gather_order, hide, rank
@@ -154,6 +154,12 @@ def take_rows(x: Float[Array, "B T *C"], index: Int[Array, "B S"]) -> Float[Arra
     return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
+# Hidden states, keys and values of each layer, groups of layers, and the group of each.
+_Prefilled: TypeAlias = tuple[
+    Array, Sequence[Array], Sequence[Array], Sequence[SlotGroup], Sequence[int]
+]
+
+
 class RoutedLlama(Llama):
     """LLaMA with routed layers; what a layer does with a weight, a subclass says.
 
@@ -234,7 +240,7 @@ class RoutedLlama(Llama):
         marks: Marks,
         angles: Angles,
         routing: Routing,
-    ) -> tuple[Float[Array, "B T H"], tuple[Array, Array]]:
+    ) -> tuple[Float[Array, "B T H"], KeyValue]:
         """The masked form of a layer: its output, and its keys and values."""
         query, key, value = layer.project(x, angles)
         seen = hide(marks, routing.kept[..., 0])
@@ -286,7 +292,7 @@ class RoutedLlama(Llama):
         (x, _), saved = apply_layers(step, (x, start), self.layers, remat=remat)
         return x, saved
 
-    def _prefill_masked(self, x: Array, marks: Marks, images: int) -> Any:
+    def _prefill_masked(self, x: Float[Array, "B T H"], marks: Marks, images: int) -> _Prefilled:
         del images
         x, saved = self._mask(x, marks, remat="none", keep=True)
         keys, values, kept = zip(*saved, strict=True)
@@ -297,36 +303,46 @@ class RoutedLlama(Llama):
             groups.append(SlotGroup.whole(hide(marks, kept[layer])))
         return x, keys, values, groups, layer_groups
 
-    def _prefill_gathered(self, x: Array, marks: Marks, images: int) -> Any:
-        angles, candidates = self.inputs(marks).angles, self.candidates(marks)
+    def _prefill_gathered(self, x: Float[Array, "B T H"], marks: Marks, images: int) -> _Prefilled:
+        inputs, candidates = self.inputs(marks), self.candidates(marks)
         sizes = self.depths.held(x.shape[1], images=images, tokens_per_image=self.tokens_per_image)
-        groups: dict[int, SlotGroup] = {0: SlotGroup.whole(marks)}
-        keys, values = [], []
+        # Groups are numbered in the order of their first layers.
+        groups, pairs = {0: SlotGroup.whole(marks)}, []
         for index, layer in enumerate(unstack(self.layers)):
             group = self.layer_groups[index]
             if group == 0:
-                query, key, value = layer.project(x, angles)
+                query, key, value = layer.project(x, inputs.angles)
                 attended = attention(query, key, value, marks=marks, rule=self.rule)
                 x = layer.finish(x, attended)
             else:
                 routing = self.route(x, candidates, index)
-                kept = routing.kept[..., 0]
-                order = gather_order(kept, sizes[group])
-                inner, its = marks.take(order), routing.take(order)
-                turned = take_rows(angles[0], order), take_rows(angles[1], order)
-                short = take_rows(x, order)
-                query, key, value = layer.project(short, turned)
-                attended = attention(query, key, value, marks=inner, rule=self.rule)
-                through = self.passed(layer, short, attended, its)
-                # Back to the places that they came from.
-                place = jnp.clip(jnp.cumsum(kept, axis=1, dtype=jnp.int32) - 1, 0, sizes[group] - 1)
-                x = jnp.where(routing.kept, take_rows(through, place), self.skipped(x, routing))
-                dropped = (~kept).sum(axis=1, dtype=jnp.int32)
-                groups.setdefault(group, SlotGroup(marks=inner, dropped=dropped))
-            keys.append(key)
-            values.append(value)
-        # Groups are numbered in the order of their first layers.
+                x, (key, value), held = self._gather(layer, x, inputs, routing, sizes[group])
+                groups.setdefault(group, held)
+            pairs.append((key, value))
+        keys, values = zip(*pairs, strict=True)
         return x, keys, values, list(groups.values()), self.layer_groups
+
+    def _gather(
+        self,
+        layer: DecoderLayer,
+        x: Float[Array, "B T H"],
+        inputs: Inputs,
+        routing: Routing,
+        size: int,
+    ) -> tuple[Float[Array, "B T H"], KeyValue, SlotGroup]:
+        """The gathered form of a routed layer: `size` positions of a row go through."""
+        kept = routing.kept[..., 0]
+        order = gather_order(kept, size)
+        marks, short = inputs.marks.take(order), take_rows(x, order)
+        cos, sin = (take_rows(angle, order) for angle in inputs.angles)
+        query, key, value = layer.project(short, (cos, sin))
+        attended = attention(query, key, value, marks=marks, rule=self.rule)
+        through = self.passed(layer, short, attended, routing.take(order))
+        # Back to the places that they came from.
+        place = jnp.clip(jnp.cumsum(kept, axis=1, dtype=jnp.int32) - 1, 0, size - 1)
+        x = jnp.where(routing.kept, take_rows(through, place), self.skipped(x, routing))
+        dropped = (~kept).sum(axis=1, dtype=jnp.int32)
+        return x, (key, value), SlotGroup(marks=marks, dropped=dropped)
 
 
 # Of a linear layer with one output: its weight [1, C] <-> [C], and its bias [1] <-> [].

@@ -73,7 +73,7 @@ def test_a_mixed_batch_answers_as_one_at_a_time(name: str, compilations: list[st
     assert len({tuple(answer) for answer in together.values()}) > 3
 
 
-@pytest.mark.parametrize("name", ["proxyv", "videollm_mod", "pmod"])
+@pytest.mark.parametrize("name", ["proxyv", "pmod"])
 def test_a_later_turn_sees_what_the_cache_holds(name: str) -> None:
     """A turn of text costs its own tokens and answers as the whole conversation would, anew.
 
