@@ -58,13 +58,23 @@ def make_inference_plan(request: Request) -> InferencePlan:
             f"the workload makes {longest} positions; {config.architecture} has "
             f"{model.text.max_positions}; make it smaller"
         )
-    prompt = _prompt(model, prefix, work.images, tokens, behind)
-    contexts = room_for(model, [prompt.ids], longest - prefix)
-    lengths = sorted({bucket(tokens, least=LEAST_QUESTION) for tokens in work.question_tokens})
+    prompts = [
+        _prompt(model, prefix, work.images, tokens, behind, question=question)
+        for question in sorted(work.question_tokens)
+    ]
+    contexts = room_for(model, [prompts[-1].ids], work.max_new_tokens)
+    # A system may prefill the question, too.
+    splits = [model.system.split(prompt.ids) for prompt in prompts]
+    rests = [len(prompt.ids) - split.start for prompt, split in zip(prompts, splits, strict=True)]
+    lengths = sorted({bucket(rest, least=LEAST_QUESTION) for rest in rests})
+    prefilled = splits[-1].prefilled
     lowered = lower(
         program,
         batch=pad_prompts(
-            [prompt], rows=rows, image_size=model.image_size, uniform=model.system.compacts
+            [prompts[-1].until(prefilled)],
+            rows=rows,
+            image_size=model.image_size,
+            uniform=model.system.compacts,
         ),
         questions=[Suffixes.empty(rows, length, slots=slots) for length in lengths],
         slots=slots,
@@ -88,7 +98,7 @@ def make_inference_plan(request: Request) -> InferencePlan:
     )
     inserts = zip(lengths, lowered.inserts, strict=True)
     for name, count, length, phase_program in (
-        ("prefill", rows, bucket(prefix), lowered.prefill),
+        ("prefill", rows, bucket(prefilled), lowered.prefill),
         *(("insert", rows, *insert) for insert in inserts),
         ("decode", slots, 1, lowered.decode),
     ):
@@ -122,16 +132,16 @@ def _compile(phase: Phase, lowered: Any, plan: InferencePlan, topology: Topology
 
 
 def _prompt(
-    model: LlavaConfig, length: int, images: int, tokens: int, behind: Sequence[int]
+    model: LlavaConfig, prefix: int, images: int, tokens: int, behind: Sequence[int], question: int
 ) -> Prompt:
-    """A prompt of text, images, and what the system wants behind them, of so many positions."""
+    """Text, images, and what the system wants behind them: `prefix` positions; then a question."""
     size = model.image_size
-    ids = np.zeros(length, np.int32)
-    end = length - len(behind)
-    ids[end - images * tokens : end], ids[end:] = IMAGE_TOKEN_ID, behind
-    question = np.zeros(model.question_length, np.int32) if model.question_length else None
+    ids = np.zeros(prefix + question, np.int32)
+    end = prefix - len(behind)
+    ids[end - images * tokens : end], ids[end:prefix] = IMAGE_TOKEN_ID, behind
+    asked = np.zeros(model.question_length, np.int32) if model.question_length else None
     pixels = np.zeros((images, size, size, 3), np.float32)
-    return Prompt(ids=ids, pixels=pixels, budget=tokens, question=question)
+    return Prompt(ids=ids, pixels=pixels, budget=tokens, question=asked)
 
 
 def _reads(name: str, lowered: LoweredEngine, mesh: Mesh) -> float:
