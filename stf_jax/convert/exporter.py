@@ -377,7 +377,7 @@ def split(infos: Mapping[str, TensorInfo], limit: int) -> list[list[str]]:
 def _each_tensor(
     native: Native, plan: _Plan, layout: PublishedLayout, put: Callable[[str, Array], None]
 ) -> None:
-    """Calls `put` with every tensor under its published name; one parameter in memory at a time."""
+    """Calls `put` with every tensor under its published name; few parameters are in memory."""
 
     def convert(entry: Entry, name: str, array: Array) -> None:
         theirs = native.publish(name, layout)
@@ -387,8 +387,8 @@ def _each_tensor(
 
     total = sum(info.nbytes for info in plan.infos.values())
     with byte_progress("Exporting", total=total) as advance, ThreadPoolExecutor(THREADS) as pool:
-        for entry in plan.entries:
-            array = native.checkpoint.read(entry.native)
+        arrays = native.checkpoint.read_each(entry.native for entry in plan.entries)
+        for entry, array in zip(plan.entries, arrays, strict=True):
             layers = [array] if entry.layers is None else list(array)
             names = entry.tensors
             list(pool.map(convert, [entry] * len(names), names, layers))

@@ -40,7 +40,7 @@ class Shards:
 
     files: Mapping[str, Tensors]  # by tensor
 
-    @property
+    @functools.cached_property
     def infos(self) -> Mapping[str, TensorInfo]:
         """What all files hold together."""
         return {name: file.infos[name] for name, file in self.files.items()}

@@ -51,7 +51,7 @@ def load_and_check(
         CheckpointError: the first array that is not what was written.
     """
     loaded: dict[str, Any] = {}
-    for names in _batches(wanted, stored):
+    for names in batches(wanted, stored):
         some = dict(load({name: _as_stored(wanted[name], stored[name].dtype) for name in names}))
         sums = checksums({name: some[name] for name in names if name in recorded})
         if changed := [name for name, number in sums.items() if number != recorded[name]]:
@@ -68,7 +68,7 @@ def _cast(array: Any, like: Any) -> Any:
     return array if isinstance(like, np.ndarray) else jax.device_put(array, like.sharding)
 
 
-def _batches(wanted: Iterable[str], stored: Mapping[str, Any]) -> Iterator[list[str]]:
+def batches(wanted: Iterable[str], stored: Mapping[str, Any]) -> Iterator[list[str]]:
     """The names in order, so many at a time that their arrays stay below a size."""
     names: list[str] = []
     held = 0

@@ -18,7 +18,7 @@ import hashlib
 import json
 import logging
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ from etils import epath
 from stf_jax.store.arrays import (
     CONCURRENT_BYTES,
     Tree,
+    batches,
     flatten,
     host_like,
     load_and_check,
@@ -218,6 +219,15 @@ class NativeCheckpoint:
         """One parameter as it is stored, in host memory."""
         stored = self.shapes[name]
         return self.load({name: host_like(stored.shape, stored.dtype)})[name]
+
+    def read_each(self, names: Iterable[str]) -> Iterator[np.ndarray[Any, Any]]:
+        """Parameters as they are stored, in host memory; small ones are read together."""
+        for some in batches(names, self.shapes):
+            like = {
+                name: host_like(self.shapes[name].shape, self.shapes[name].dtype) for name in some
+            }
+            loaded = self.load(like)
+            yield from (loaded.pop(name) for name in some)
 
     def restore(self, tree: Tree) -> dict[str, Any]:
         """Reads parameters onto devices, each host only what its devices hold.

@@ -11,7 +11,7 @@ import pytest
 
 from stf_jax.convert import export_checkpoint, import_checkpoint, inspect_checkpoint, open_source
 from stf_jax.convert.safetensors_file import SafetensorsFile, SafetensorsWriter
-from stf_jax.store.checkpoint import NativeCheckpoint, is_native, open_native
+from stf_jax.store.checkpoint import is_native, open_native
 from stf_jax.util.errors import CheckpointError
 
 ROOT = Path(__file__).parents[3]
@@ -62,14 +62,14 @@ def test_export_fails_in_the_middle(
     error: BaseException, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import_checkpoint(reference / "llava-stf", tmp_path / "native")
-    read = NativeCheckpoint.read
+    write = SafetensorsWriter.write
 
-    def failing(native: NativeCheckpoint, name: str) -> np.ndarray:
-        if name == "text/layers/mlp/down/kernel":
+    def failing(writer: SafetensorsWriter, name: str, array: np.ndarray) -> None:
+        if name == "model.layers.1.mlp.down_proj.weight":
             raise error
-        return read(native, name)
+        write(writer, name, array)
 
-    monkeypatch.setattr(NativeCheckpoint, "read", failing)
+    monkeypatch.setattr(SafetensorsWriter, "write", failing)
     with pytest.raises(type(error)):
         export_checkpoint(tmp_path / "native", tmp_path / "out", layout="llava-stf")
     assert [path.name for path in tmp_path.iterdir()] == ["native"]

@@ -147,11 +147,10 @@ def test_second_stage_on_the_first(config: Config, native: Path, tmp_path: Path)
             for path in Path(run.out, "checkpoints").rglob("*")
         }
         assert not any("vision" in name for name in written)
-    begun, one, two = (open_model(path) for path in (native, first.out, second.out))
-    for name in begun.shapes:
-        changed = [
-            not np.array_equal(a.read(name), b.read(name)) for a, b in [(begun, one), (one, two)]
-        ]
+    models = [open_model(path) for path in (native, first.out, second.out)]
+    names = models[0].shapes
+    for name, *arrays in zip(names, *(model.read_each(names) for model in models), strict=True):
+        changed = [not np.array_equal(a, b) for a, b in itertools.pairwise(arrays)]
         part = name.partition("/")[0]
         assert changed == [part == "connector", part != "vision"], name
 
@@ -203,7 +202,7 @@ def test_a_loss_that_is_not_finite(
         assert [record["loss"] is None for record in metrics(run)] == [False] * 3 + [True, False]
         assert "skipped" in capsys.readouterr().err
         model = open_model(run.out)
-        assert all(np.isfinite(model.read(name)).all() for name in model.shapes)
+        assert all(np.isfinite(array).all() for array in model.read_each(model.shapes))
 
 
 def test_dropout_follows_the_step(config: Config) -> None:
