@@ -15,8 +15,10 @@ from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
 from stf_jax.models.layers import Init
 from stf_jax.models.llama import Llama
+from stf_jax.models.lora import LoRAConfig, is_adapter, merge
 from stf_jax.models.marks import ANSWER, TEXT, Marks
 from stf_jax.models.pruning import PrunedLlama, choose_dropped, question_ends
+from stf_jax.store.arrays import flatten, unflatten
 from stf_jax.systems.base import LlavaConfig
 from stf_jax.systems.fastv import FastV
 from stf_jax.systems.gsearch import GSearch, GSearchLlama
@@ -135,6 +137,32 @@ def test_what_is_dropped_reaches_nothing_behind_the_drop(kind: type[PrunedLlama]
     cache = prefill(model, x, marks, images=1)[1]
     assert cache.sizes == (LENGTH, LENGTH - TOKENS)
     assert (np.asarray(cache.groups[1].marks.image) < 0).all()
+
+
+def test_adapters_score_as_the_weights_that_they_become() -> None:
+    """LoRA is in the attention that ranks."""
+    lora, schedule = LoRAConfig(rank=2, alpha=8.0, dropout=0.0), ((1, 3), (2, 1))
+    init = Init(rngs=nnx.Rngs(1))
+    model = PyramidDropLlama(TEXT_CONFIG, tokens=TOKENS, schedule=schedule, init=init, lora=lora)
+    rng = np.random.default_rng(2)
+    leaves = {
+        path: jnp.asarray(0.2 * rng.standard_normal(leaf.shape), jnp.float32)
+        for path, leaf in flatten(nnx.to_pure_dict(nnx.state(model))).items()
+    }
+    nnx.update(model, unflatten(leaves))
+    merged = {path: leaf for path, leaf in leaves.items() if not is_adapter(path)}
+    for path in [path for path in leaves if path.endswith("/lora/a")]:
+        kernel, b = path.replace("lora/a", "kernel"), path.replace("lora/a", "lora/b")
+        arrays = (np.asarray(leaves[name]) for name in (kernel, path, b))
+        parts = zip(*arrays, strict=True)
+        merged[kernel] = jnp.stack([merge(w, a, b, scale=lora.scale) for w, a, b in parts])
+    plain = new(PyramidDropLlama, schedule)
+    nnx.update(plain, unflatten(merged))
+    image = np.full((1, LENGTH), -1)
+    image[:, 2:7] = 0
+    x, marks = embeddings(6), marks_of(image)
+    expected = np.asarray(run_stages(plain, x, marks)[-1]["logits"])
+    assert_near(run_stages(model, x, marks)[-1]["logits"], expected, tolerance=1e-4)
 
 
 def test_ties_go_to_the_lower_index() -> None:
