@@ -103,6 +103,8 @@ def test_reference_training_stages(
             )
             labels = case["labels"][row, still[row]]
             np.testing.assert_array_equal(labels, case[f"{name}.labels"][row, real])
+            if f"{name}.scores.{row}" not in case.tensors:
+                continue
             image = np.flatnonzero(alive[row] & (np.asarray(training.marks.image)[row] >= 0))
             scores = np.asarray(after["scores"])[row, image]
             assert_near(scores, case[f"{name}.scores.{row}"], tolerance=1e-5)
@@ -114,10 +116,10 @@ def test_reference_training_stages(
         assert_near(logits, case["train.logits"][row, real], tolerance=1e-4)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
 def test_reference_loss_and_gradients(
-    reference_case: Case, model: PrunedLlama, training: Training, remat: Any
+    reference_case: Case, model: PrunedLlama, training: Training
 ) -> None:
+    """As a run computes them: layers are computed again in the backward pass."""
     case = reference_case
     targets = np.pad(case["labels"][:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED_LABEL)
     known = targets != IGNORED_LABEL
@@ -128,7 +130,7 @@ def test_reference_loss_and_gradients(
         def loss(state: nnx.State, features: jax.Array) -> jax.Array:
             model = nnx.merge(graph, state)
             x = training.embed(model, features)
-            logits = model.logits(model(x, marks=training.marks, remat=remat))
+            logits = model.logits(model(x, marks=training.marks, remat="full"))
             right = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)
             lost = jax.nn.logsumexp(logits, axis=-1) - right[..., 0]
             return jnp.where(known, lost, 0).sum() / known.sum()
