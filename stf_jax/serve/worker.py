@@ -86,6 +86,11 @@ class Worker:
         """Requests without their whole answer."""
         return len(self._listeners)
 
+    @property
+    def busy(self) -> bool:
+        """Whether the devices have work."""
+        return self._scheduler.busy
+
     def fits(self, prompt: Prompt) -> int:
         """The tokens that an answer to a prompt can have; 0 or less is none."""
         config, room = self._config, self.room

@@ -27,7 +27,7 @@ def expected(serving: Running, prompt: str, *images: bytes, new: int = 8) -> str
 
 def wait_until_idle(serving: Running) -> None:
     deadline = time.monotonic() + 30
-    while serving.worker.active or serving.worker._scheduler.busy:
+    while serving.worker.active or serving.worker.busy:
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
