@@ -77,7 +77,7 @@ def add_convert(verbs: Verbs) -> None:
     parser.add_argument(
         "--layout",
         required=True,
-        choices=("llava-stf", "llava", "hf", "adapter", "lora", "native"),
+        choices=("llava-stf", "llava", "hf", "hf-code", "adapter", "lora", "native"),
         help="llava-stf takes models with MBTF, llava all others; "
         "hf is LLaVA-1.5 for transformers, adapter mm_projector.bin alone, lora the adapter of a "
         "LoRA run as LLaVA and PEFT read it; "

@@ -14,11 +14,17 @@ from typing import Any, get_args
 from etils import epath
 
 from stf_jax.convert.dtypes import FLOATS, Array, DType, FloatName, cast, check_finite
-from stf_jax.convert.layouts import ExportLayout, PublishedLayout, published_name
+from stf_jax.convert.layouts import (
+    TRANSFORMERS,
+    ExportLayout,
+    PublishedLayout,
+    published_name,
+)
 from stf_jax.convert.lora_exporter import check_trained, write_lora
 from stf_jax.convert.mapping import carried_shapes, connector_entries, is_buffer, own_entries, table
 from stf_jax.convert.processor import IMAGE_TOKEN, PAD_TOKEN, ImageTokens
 from stf_jax.convert.readers import BESIDE_LORA, read_json
+from stf_jax.convert.remote_code import code_sidecars, compact
 from stf_jax.convert.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorInfo
 from stf_jax.convert.sidecars import generation_file, hf_sidecars, language_keys, llava_sidecars
 from stf_jax.convert.source import THREADS
@@ -102,10 +108,11 @@ def export_checkpoint(
         source: A native checkpoint, or the directory of a run of `stf-jax train`.
         out: The new directory; it appears under this name only when it is complete.
         layout: "llava-stf" or "llava" (the vision tower inside), "hf" (for
-            `transformers.LlavaForConditionalGeneration`), "adapter" (`mm_projector.bin`, what lies
-            between tower and language model; needs PyTorch), or "lora" (the adapter of a LoRA run
-            and its connector, as LLaVA and PEFT read them; needs PyTorch); or "native", which makes
-            one checkpoint of a run and the models that it began with.
+            `transformers.LlavaForConditionalGeneration`), "hf-code" (for transformers too, with
+            code of ours for other systems beside the weights), "adapter" (`mm_projector.bin`, what
+            lies between tower and language model; needs PyTorch), or "lora" (the adapter of a LoRA
+            run and its connector, as LLaVA and PEFT read them; needs PyTorch); or "native", which
+            makes one checkpoint of a run and the models that it began with.
         dtype: The dtype of every weight; None gives back the one it came in.
         vocabulary: Rows of the embedding, at least as many as there are tokens; None gives back as
             many as came, and for "hf" as many more as the image and padding tokens need.
@@ -178,7 +185,7 @@ def _check_layout(native: Native, layout: str) -> None:
     system = native.config.system
     right = system.layout
     config = native.hf / "config.json"
-    if layout == "hf" and config.exists() and read_json(config).get("mm_use_im_start_end"):
+    if layout in TRANSFORMERS and config.exists() and read_json(config).get("mm_use_im_start_end"):
         raise CheckpointError(
             "transformers' Llava puts no tokens round an image, as this model has them "
             f"(mm_use_im_start_end); use --layout {right}"
@@ -188,7 +195,9 @@ def _check_layout(native: Native, layout: str) -> None:
             "transformers' Llava has one projector over every vision token of a layer, and no "
             f"place for this system ({system.describe()}); use --layout {right}"
         )
-    if layout not in ("hf", "adapter", "lora", right):
+    if layout == "hf-code":
+        compact(native.config)
+    if layout not in (*TRANSFORMERS, "adapter", "lora", right):
         raise CheckpointError(f"this model is of layout {right}; use --layout {right}")
 
 
@@ -205,7 +214,7 @@ def _known_tokens(native: Native) -> dict[str, int]:
 
 def _image_tokens(native: Native, layout: str, known: Mapping[str, int]) -> ImageTokens | None:
     """Where a Llava of transformers gets its two tokens; None for all other exports."""
-    if layout != "hf" or native.origin["layout"] == "hf":
+    if layout not in TRANSFORMERS or native.origin["layout"] == layout == "hf":
         return None
     # A tokenizer numbers what is added on from its last token, however many rows there are.
     after = max(known.values()) + 1 if known else native.origin["vocabulary"]
@@ -232,7 +241,7 @@ def _least_rows(
         return came
     ids = dict(known)
     hf = read_json(native.hf / "config.json")
-    if layout == "hf":
+    if layout in TRANSFORMERS:
         for part in (hf, language_keys(hf)):
             ids |= {key: part[key] for key in _TOKEN_KEYS if isinstance(part.get(key), int)}
     else:
@@ -256,7 +265,7 @@ def _plan(
     extra: dict[str, TensorInfo] = {}
     if native.carried is not None and layout != "adapter":
         # transformers has no place for the buffers of the other layouts, nor they for its.
-        same = (native.origin["layout"] == "hf") == (layout == "hf")
+        same = (native.origin["layout"] in TRANSFORMERS) == (layout in TRANSFORMERS)
         extra = {
             name: TensorInfo(info.shape, dtype)
             if dtype is not None and not is_buffer(name)
@@ -264,7 +273,7 @@ def _plan(
             for name, info in native.carried.infos.items()
             if same or not is_buffer(name)
         }
-    if layout == "hf":
+    if layout in TRANSFORMERS:
         # It builds the whole tower, of which the model here may hold a part.
         missing += [name for name in carried_shapes(native.config) if name not in extra]
     if missing:
@@ -287,8 +296,11 @@ def _sidecars(
     native: Native, layout: str, rows: int, tokens: ImageTokens | None, dtype: FloatName | None
 ) -> dict[str, bytes]:
     dtype = dtype or native.origin["cast"]
-    if layout == "hf":
+    if layout in TRANSFORMERS:
         files = hf_sidecars(native.hf, native.config, rows=rows, tokens=tokens, dtype=dtype)
+        if layout == "hf-code":
+            ratio = read_json(native.hf / "config.json").get("image_aspect_ratio", "pad")
+            files = code_sidecars(files, native.config, aspect_ratio=ratio)
         return files | _generation(native, files)
     files = llava_sidecars(native.hf, native.config, rows=rows, dtype=dtype)
     if layout == "adapter":

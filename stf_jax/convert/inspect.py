@@ -69,6 +69,7 @@ _KINDS = {
     "llava-stf": "LLaVA-STF (PyTorch)",
     "llava": "LLaVA-1.5 (PyTorch)",
     "hf": "Llava of transformers (PyTorch)",
+    "hf-code": "stf_jax's code for transformers (PyTorch)",
     "llama": "language model alone (PyTorch)",
     "clip": "vision tower alone (PyTorch)",
     "adapter": "stage-1 adapter (PyTorch)",

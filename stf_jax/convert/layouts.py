@@ -7,9 +7,12 @@ from typing import Literal
 from stf_jax.systems import connector_prefixes
 
 # What a directory of PyTorch weights can be; the first three are whole models.
-Layout = Literal["llava-stf", "llava", "hf", "llama", "clip", "adapter", "lora"]
-PublishedLayout = Literal["llava-stf", "llava", "hf", "adapter"]
+Layout = Literal["llava-stf", "llava", "hf", "hf-code", "llama", "clip", "adapter", "lora"]
+PublishedLayout = Literal["llava-stf", "llava", "hf", "hf-code", "adapter"]
 ExportLayout = Literal[PublishedLayout, "lora", "native"]
+
+# Those that transformers loads.
+TRANSFORMERS = ("hf", "hf-code")
 
 # What lies between tower and language model, of every system.
 _CONNECTOR = tuple((f"model.{prefix}", prefix) for prefix in connector_prefixes())
@@ -41,6 +44,13 @@ _PREFIXES: dict[Layout, tuple[tuple[str, str], ...]] = {
         ("model.multi_modal_projector.linear_1.", "mm_projector.0."),
         ("model.multi_modal_projector.linear_2.", "mm_projector.2."),
         ("model.vision_tower.vision_model.", "vision_model."),
+        ("model.vision_tower.", "vision_model."),
+        ("lm_head.", "lm_head."),
+    ),
+    # As our own code for transformers holds them; see `stf_jax.convert.hf_code`.
+    "hf-code": (
+        ("model.language_model.", "model."),
+        *((f"model.multi_modal_projector.{prefix}", prefix) for prefix in connector_prefixes()),
         ("model.vision_tower.", "vision_model."),
         ("lm_head.", "lm_head."),
     ),
@@ -80,6 +90,8 @@ def recognize(names: Iterable[str]) -> Layout | None:
 
     if any_has(".lora_") or any(unwrap(name).startswith(PEFT) for name in names):
         return "lora"
+    if any_has("multi_modal_projector.mm_"):
+        return "hf-code"
     if any_has("multi_modal_projector."):
         return "hf"
     language = any_has("model.layers.") or any_has("model.embed_tokens.")

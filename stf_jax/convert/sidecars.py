@@ -134,7 +134,7 @@ def hf_sidecars(
     vision = _vision_config(stored, config.vision)
     config = replace_vocabulary(config, rows)
     if tokens is not None:
-        text = {**hf, **text_to_hf(config.text), "pad_token_id": tokens.pad}
+        text = {**language_keys(hf), **text_to_hf(config.text), "pad_token_id": tokens.pad}
         for key in [key for key in text if key.startswith("mm_") or key in _LLAVA_ONLY]:
             del text[key]
         kind = text.pop("torch_dtype", text.pop("dtype", "float32"))

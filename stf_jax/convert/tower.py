@@ -14,6 +14,7 @@ from etils import epath
 from stf_jax.config.vision import VisionConfig
 from stf_jax.convert.foreign import refuse_family
 from stf_jax.convert.hf_config import VISION_DEFAULTS, section, vision_from_hf, vision_to_hf
+from stf_jax.convert.layouts import TRANSFORMERS
 from stf_jax.convert.parts import Part, Tensor, open_part
 from stf_jax.convert.readers import read_json
 from stf_jax.util.errors import CheckpointError
@@ -99,7 +100,7 @@ def _known_config(part: Part, language: Part) -> tuple[VisionConfig, Mapping[str
     for owner in (part, language):
         if _has_config(owner):
             return _read_config(owner.path, owner.hf)
-    if part.layout == "hf":
+    if part.layout in TRANSFORMERS:
         # The tower of `transformers.LlavaConfig` where none is given.
         config = VisionConfig.clip_l_336()
         hf = vision_to_hf(config)

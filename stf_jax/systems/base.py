@@ -278,6 +278,11 @@ class System:
         """The PyTorch layout that holds such a model."""
         return "llava"
 
+    def hf_code(self, vision: VisionConfig) -> dict[str, Any] | None:
+        """What `convert/hf_code` is told to compute this system in PyTorch; None if it cannot."""
+        del vision
+        return None
+
     @property
     def fits_transformers(self) -> bool:
         """Whether `transformers.LlavaForConditionalGeneration` computes this system."""

@@ -1,7 +1,7 @@
 """LLaVA-1.5 (arXiv 2310.03744): every patch of one hidden state is a token."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from stf_jax.config.vision import VisionConfig
 from stf_jax.systems.base import Shapes, System, matrix
@@ -31,6 +31,11 @@ class Llava(System):
         """The projector takes a patch's channels; no other system has recognized its own."""
         name = "mm_projector.0.weight"
         return name in shapes and matrix(shapes, name)[1] == vision.width
+
+    def hf_code(self, vision: VisionConfig) -> dict[str, Any]:
+        """Every patch."""
+        del vision
+        return {"kind": self.name}
 
     @property
     def fits_transformers(self) -> bool:

@@ -77,6 +77,10 @@ class M3(System):
         """LLaVA-1.5's projector, then the mean."""
         return M3Connector(self.scales, **self.widths(vision, text), init=init)
 
+    def hf_code(self, vision: VisionConfig) -> dict[str, Any]:
+        """The most tokens; whoever wants fewer changes the number in both configs."""
+        return {"kind": self.name, "tokens": self.tokens(vision)}
+
     @classmethod
     def read_hf(cls, hf: Mapping[str, Any]) -> dict[str, Any] | None:
         """The scales stand under the key of the released code."""

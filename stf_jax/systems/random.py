@@ -1,7 +1,7 @@
 """A control: some of the patches, drawn once; whatever beats it has learned where to look."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -57,6 +57,10 @@ class Random(System):
         """The patches that are kept, ascending."""
         order = np.random.default_rng(self.seed).permutation(vision.patches)
         return np.sort(order[: self.keep]).astype(np.int32)
+
+    def hf_code(self, vision: VisionConfig) -> dict[str, Any] | None:
+        """The patches by their numbers."""
+        return {"kind": self.name, "kept": self.indices(vision).tolist()}
 
     def connector(self, vision: VisionConfig, text: TextConfig, *, init: Init) -> Connector:
         """A static gather, then LLaVA-1.5's projector."""

@@ -198,6 +198,12 @@ class STF(System):
         taps = _published_taps(channels // vision.width, selected)
         return {"taps": list(taps), **fields}
 
+    def hf_code(self, vision: VisionConfig) -> dict[str, Any] | None:
+        """Windows with all of their channels."""
+        del vision
+        mixer = None if self.mbtf is None else dataclasses.asdict(self.mbtf)
+        return {"kind": self.name, "window": self.window, "mbtf": mixer}
+
     @property
     def layout(self) -> str:
         """With a mixer it is LLaVA-STF's own, without it LLaVA-1.5's."""
