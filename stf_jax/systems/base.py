@@ -6,6 +6,7 @@ does not write is LLaVA-1.5's (arXiv 2310.03744).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -400,14 +401,13 @@ def published_models(systems: Mapping[str, type[System]]) -> Iterator[tuple[str,
             )
 
 
-def parse(cls: type[Any], tree: Mapping[str, Any]) -> Any:
+def parse(cls: type, tree: Mapping[str, Any]) -> Any:
     """A config dataclass from plain values, strictly.
 
     Raises:
         ValueError: an unknown or mistyped key, or a value that does not fit.
     """
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, "config")
+    parser = _parser_of(cls)
     try:
         parsed = parser.parse_object({"config": dict(tree)})
         return parser.instantiate(parsed)["config"]
@@ -416,6 +416,14 @@ def parse(cls: type[Any], tree: Mapping[str, Any]) -> Any:
     except ValueError as error:
         # An optional section's own refusal comes wrapped.
         raise ValueError(str(error.__cause__ or error)) from error
+
+
+@functools.cache
+def _parser_of(cls: type) -> jsonargparse.ArgumentParser:
+    """Making one takes as long as parsing with it."""
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, "config")
+    return parser
 
 
 def matrix(shapes: Shapes, name: str) -> tuple[int, int]:

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from stf_jax.cli.main import main
+from stf_jax.data.builder import build
 from stf_jax.data.images import ImageProcessor, load_image
 
 TURNS = [
@@ -21,6 +22,15 @@ TURNS = [
     {"from": "gpt", "value": "The color of the bus is white and red."},
 ]
 EXAMPLES = 8
+# A stop falls between the first part and the last one, which takes a second.
+SHARD = 512
+WITH_SMALL_SHARDS = f"""
+from stf_jax.cli.main import main
+from stf_jax.data.builder import build
+
+build.__kwdefaults__["examples_per_shard"] = {SHARD}
+raise SystemExit(main())
+"""
 
 
 @pytest.fixture
@@ -146,13 +156,19 @@ def test_show_of_what_is_not_there_is_one_line(
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_stopped_build_leaves_no_process_and_goes_on(
-    files: Path, reference: Path, capsys: Capture, name: str, status: int
+    files: Path,
+    reference: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    status: int,
 ) -> None:
     (entry, *_) = json.loads((files / "train.json").read_text())
-    write(files, [entry | {"id": f"e{number}"} for number in range(6_144)])
+    write(files, [entry | {"id": f"e{number}"} for number in range(3 * SHARD)])
+    monkeypatch.setitem(build.__kwdefaults__, "examples_per_shard", SHARD)
     arguments = [*command("build", files, reference), "--workers", "2"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "stf_jax", *arguments],
+        [sys.executable, "-c", WITH_SMALL_SHARDS, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
@@ -172,4 +188,4 @@ def test_a_stopped_build_leaves_no_process_and_goes_on(
     assert not (files / "out").exists()
     assert main([*arguments, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert (report["written"], report["kept_shards"]) == (6_144, finished)
+    assert (report["written"], report["kept_shards"]) == (3 * SHARD, finished)
