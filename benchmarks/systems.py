@@ -99,13 +99,17 @@ def cost(config: LlavaConfig, budget: int, text: int) -> tuple[flops.Flops, int]
 def print_published(names: list[str], text: int) -> None:
     """A table in Markdown: 7B, one image and `text` tokens."""
     vision, vicuna = VisionConfig.clip_l_336(), TextConfig.vicuna_7b()
-    print("| system | tokens | tower, TFLOP | connector | language model | cache, MiB |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    columns = ("tokens", "mean of layers", "tower, TFLOP", "connector", "language model")
+    print(f"| system | {' | '.join(columns)} | cache, MiB |")
+    print(f"|{' --- |' * (len(columns) + 2)}")
     for title, config, budget in rows_of(vision, vicuna, names):
         prefill, cache = cost(config, budget, text)
+        length = len(show_image(config, np.zeros(text, np.int32), budget))
+        lengths = config.system.layer_lengths(vision, vicuna, length=length, images=1)
+        mean = round(statistics.mean(lengths)) - text
         parts = (prefill.vision, prefill.connector, prefill.text)
         figures = " | ".join(f"{part / 1e12:.3f}" for part in parts)
-        print(f"| {title} | {budget} | {figures} | {cache / 2**20:.1f} |")
+        print(f"| {title} | {budget} | {mean} | {figures} | {cache / 2**20:.1f} |")
 
 
 def build(config: LlavaConfig, dtype: str) -> Llava:
