@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from stf_jax.config.vision import VisionConfig
 from stf_jax.convert.mapping import text_entries
 from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID
 from stf_jax.models.marks import ANSWER, IMAGE, TEXT, Marks
-from stf_jax.models.pruning import PrunedLlama
+from stf_jax.models.pruning import PrunedLlama, Schedule
 from stf_jax.store.arrays import flatten
 from stf_jax.systems.pyramiddrop import PyramidDrop
 from tests.stf_jax.systems.pruned import (
@@ -31,17 +32,29 @@ def reference_case() -> Case:
     return find_case("pyramiddrop")
 
 
-def counts_of(case: Case) -> list[int]:
-    """Tokens of an image in each stage but the first."""
-    tokens = case.json["sizes"]["vision_tokens"]
-    return [int(tokens * ratio) for ratio in case.hyper["image_token_ratio_list"]]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sized(PyramidDrop):
+    """With as many tokens an image as a folder has, which need not be a square."""
+
+    count: int
+
+    def tokens(self, vision: VisionConfig) -> int:
+        return self.count
+
+
+def schedule_of(case: Case) -> Schedule:
+    hyper = case.hyper
+    system = Sized(
+        layers=tuple(hyper["layer_list"]),
+        ratios=tuple(hyper["image_token_ratio_list"]),
+        count=case.json["sizes"]["vision_tokens"],
+    )
+    return system.schedule_of(VisionConfig.tiny())
 
 
 @pytest.fixture(scope="module")
 def model(reference_case: Case) -> PrunedLlama:
-    layers = reference_case.hyper["layer_list"]
-    schedule = tuple(zip(layers, counts_of(reference_case), strict=True))
-    return decoder_of(reference_case, PyramidDrop.llama, schedule)
+    return decoder_of(reference_case, PyramidDrop.llama, schedule_of(reference_case))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +181,7 @@ def test_reference_inference(reference_case: Case, model: PrunedLlama) -> None:
         scores, after = np.asarray(stage["scores"])[0], np.asarray(stage["marks"].segment)[0] > 0
         assert_near(scores[before], case[f"infer.stage{number}.scores"], tolerance=1e-5)
         kept = case[f"infer.stage{number}.kept"]
-        assert len(kept) == counts_of(case)[number]
+        assert len(kept) == schedule_of(case)[number][1]
         np.testing.assert_array_equal(np.flatnonzero(after[before]), kept)
         before = before & after
     stages = run_stages(model, x, marks, gather=True, images=1)
