@@ -1,4 +1,9 @@
-"""The engine with systems that the reference's model is not: budgets, and slots that are empty."""
+"""The engine with systems that the reference's model is not: budgets, and slots that are empty.
+
+`STF_JAX_REQUESTS=200` asks as many of each system, instead of five for each budget.
+"""
+
+import os
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +34,8 @@ def ask(engine: Engine, prompts: list[Prompt], *, slots: int) -> dict[int, list[
     return said
 
 
+REQUESTS = int(os.environ.get("STF_JAX_REQUESTS", "0"))
+
 # Several budgets, empty slots, questions, codebooks; and what acts inside the language model.
 BEFORE = ("m3", "prumerge", "quecc", "vqtoken")
 INSIDE = ("voco", "proxyv", "videollm_mod", "pmod", "fastv", "pyramiddrop", "gsearch")
@@ -43,26 +50,30 @@ def test_a_mixed_batch_answers_as_one_at_a_time(name: str, compilations: list[st
     rng = np.random.default_rng(0)
     side = config.image_size
     pixels = rng.standard_normal((3, side, side, 3)).astype(np.float32)
-    prompts = []
-    for budget in config.system.budgets(config.vision):
-        for images in ((0,), (0,), (1, 2), (2,), ()):
-            parts = [rng.integers(3, 599, 2)]
-            parts += [np.full(budget, IMAGE_TOKEN_ID)] * len(images)
-            # Those about one image share what stands before it.
-            parts[0] = np.array([7, 8]) if len(images) == 1 else parts[0]
-            parts += [own_tokens(config) * len(images)]
-            ids = np.concatenate([*parts, rng.integers(3, 599, rng.integers(1, 6))])
-            prompts.append(
-                Prompt(
-                    ids=ids.astype(np.int32),
-                    pixels=pixels[list(images)],
-                    image_key=images or None,
-                    budget=budget,
-                    question=rng.integers(3, 600, rng.integers(1, 4)).astype(np.int32)
-                    if config.question_length
-                    else None,
-                )
+    prompts: list[Prompt] = []
+    kinds = [
+        (budget, images)
+        for budget in config.system.budgets(config.vision)
+        for images in ((0,), (0,), (1, 2), (2,), ())
+    ]
+    for budget, images in kinds * max(REQUESTS // len(kinds), 1):
+        parts = [rng.integers(3, 599, 2)]
+        parts += [np.full(budget, IMAGE_TOKEN_ID)] * len(images)
+        # Those about one image share what stands before it.
+        parts[0] = np.array([7, 8]) if len(images) == 1 else parts[0]
+        parts += [own_tokens(config) * len(images)]
+        ids = np.concatenate([*parts, rng.integers(3, 599, rng.integers(1, 6))])
+        prompts.append(
+            Prompt(
+                ids=ids.astype(np.int32),
+                pixels=pixels[list(images)],
+                image_key=images or None,
+                budget=budget,
+                question=rng.integers(3, 600, rng.integers(1, 4)).astype(np.int32)
+                if config.question_length
+                else None,
             )
+        )
     together = ask(engine, prompts, slots=4)
     compilations.clear()
     assert ask(engine, prompts, slots=4) == together
