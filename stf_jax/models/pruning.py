@@ -158,14 +158,14 @@ class PrunedLlama(Llama):
         layers: Sequence[int] = [layer for layer, _ in self.schedule]
         counts = [count for _, count in self.schedule] if counts is None else counts
         dropped, scores = jnp.zeros_like(marks.segment[:, 0]), None
-        bounds = [0, *layers, self.config.layers]
-        # The last layer before a drop runs by itself: what went into it scores.
-        pieces = [part for a, b in itertools.pairwise(bounds) for part in (b - a - 1, 1)]
-        parts = iter(split_layers(self.layers, pieces))
-        for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
-            inputs, kept = [self.inputs(marks)], []
-            before = x
-            for size in (stop - start - 1, 1):
+        bounds = list(itertools.pairwise([0, *layers, self.config.layers]))
+        # The layer before a drop runs by itself, where what went into it scores.
+        alone = [int(not self.scored_by_next and b < self.config.layers) for _, b in bounds]
+        sizes = [(b - a - one, one) for (a, b), one in zip(bounds, alone, strict=True)]
+        parts = iter(split_layers(self.layers, [size for pair in sizes for size in pair]))
+        for number, (_, stop) in enumerate(bounds):
+            inputs, kept, before = [self.inputs(marks)], [], x
+            for size in sizes[number]:
                 part, before = next(parts), x
                 if size:
                     x, _, pairs = run_layers(
