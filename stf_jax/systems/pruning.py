@@ -63,8 +63,8 @@ class PruningSystem(System):
         bounds = [self.tokens(vision), *counts, 0]
         if sorted(bounds, reverse=True) != bounds:
             raise ValueError(
-                f"{self.title} keeps {counts} tokens of an image's {bounds[0]}, one number a "
-                "stage; what is dropped does not come back, so none may be above the one before"
+                f"{self.title} keeps {counts} of an image's {bounds[0]} tokens; give 0 to "
+                f"{bounds[0]}, none above the one before: what is dropped does not come back"
             )
 
     def check(self, vision: VisionConfig, text: TextConfig) -> None:

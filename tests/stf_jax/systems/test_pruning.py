@@ -194,17 +194,17 @@ def system(kind: type[PruningSystem], **fields: Any) -> LlavaConfig:
     ("kind", "fields", "message"),
     [
         (FastV, {"layer": 4, "keep": 3}, r"drops at layers \[4\]; this .* can at 1 to 3"),
-        (FastV, {"layer": 2, "keep": 17}, "keeps .17. tokens of an image's 16"),
+        (FastV, {"layer": 2, "keep": 17}, "keeps .17. of an image's 16 tokens; give 0 to 16"),
         (FastV, {"layer": 0}, "FastV.layer is 0"),
         (FastV, {"keep": 0}, "FastV.keep is 0"),
         (PyramidDrop, {"layers": (2, 1), "ratios": (0.5, 0.25)}, "each once, ascending"),
-        (PyramidDrop, {"layers": (1, 2), "ratios": (0.25, 0.5)}, "none may be above the one bef"),
+        (PyramidDrop, {"layers": (1, 2), "ratios": (0.25, 0.5)}, "none above the one before"),
         (PyramidDrop, {"layers": (1, 2), "ratios": (0.5,)}, "2 layers and 1 ratios"),
         (PyramidDrop, {"layers": (1,), "ratios": (1.5,)}, "parts from 0 to 1"),
         (GSearch, {"schedule": (16, 8)}, "give 4 numbers, one a layer, the first 16"),
         (GSearch, {"schedule": (8, 8, 8, 8)}, "the first 16; 'stf-jax search' finds them"),
-        (GSearch, {"schedule": (16, 8, 9, 8)}, "none may be above the one before"),
-        (GSearch, {"schedule": (16, 8, 4, -1)}, "none may be above the one before"),
+        (GSearch, {"schedule": (16, 8, 9, 8)}, "none above the one before"),
+        (GSearch, {"schedule": (16, 8, 4, -1)}, "none above the one before"),
     ],
 )
 def test_schedules_that_no_model_can_follow(
