@@ -14,6 +14,7 @@ from flax import nnx
 import stf_jax
 from stf_jax.convert.infer import infer_system, system_keys
 from stf_jax.convert.mapping import connector_entries, own_entries, table
+from stf_jax.data.batch import Batch
 from stf_jax.models.cache import Stored
 from stf_jax.models.llava import Llava
 from stf_jax.store.arrays import flatten
@@ -24,14 +25,30 @@ PACKAGE = Path(stf_jax.__file__).parent
 
 
 # Compiled, as users run them: one operation after the other takes several times as long.
-logits_of = jax.jit(Llava.__call__)
-encode, insert = jax.jit(Llava.encode), jax.jit(Llava.insert)
 prefill, extend = jax.jit(Llava.prefill), jax.jit(Llava.extend)
+# In `cut_of` the last tokens are missing, which the cache then has room for.
+LATER, ROOM = 3, 5
+
+
+@jax.jit
+def forward(model: Llava, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """An image's tokens, the segments of all positions, and logits: one program for all tests."""
+    return model.encode(batch).values, model.insert(batch)[1].segment, model(batch)
+
+
+def logits_of(model: Llava, batch: Batch) -> np.ndarray:
+    return np.asarray(forward(model, batch)[2])
+
+
+def cut_of(batch: Batch) -> Batch:
+    """The same rows without their last tokens."""
+    cut = jax.tree.map(lambda array: array[:, : batch.ids.shape[1] - LATER], batch)
+    return dataclasses.replace(cut, pixels=batch.pixels)
 
 
 def test_as_many_tokens_as_it_says(system_model: Llava) -> None:
     config = system_model.config
-    tokens = encode(system_model, batch_of(config)).values
+    tokens, _, _ = forward(system_model, batch_of(config))
     assert tokens.shape == (2, config.tokens_per_image, config.text.width)
     assert np.isfinite(tokens).all()
 
@@ -47,24 +64,20 @@ def test_neighbors_change_nothing(system_model: Llava) -> None:
 
 def test_padding_changes_nothing(system_model: Llava) -> None:
     batch, padded = batch_of(system_model.config), batch_of(system_model.config, padding=5)
-    expected, logits = logits_of(system_model, batch), logits_of(system_model, padded)
-    real = np.asarray(insert(system_model, batch)[1].segment) > 0
-    logits = np.asarray(logits)[:, : expected.shape[1]]
-    np.testing.assert_allclose(logits[real], np.asarray(expected)[real], rtol=0, atol=1e-5)
+    _, segments, expected = jax.device_get(forward(system_model, batch))
+    logits, real = logits_of(system_model, padded)[:, : expected.shape[1]], segments > 0
+    np.testing.assert_allclose(logits[real], expected[real], rtol=0, atol=1e-5)
 
 
 def test_prefill_and_decode_are_the_forward_pass(system_model: Llava) -> None:
     """The last tokens one by one against the cache."""
-    config, later = system_model.config, 3
-    whole = batch_of(config)
+    whole = batch_of(system_model.config)
     length = whole.ids.shape[1]
-    cut = jax.tree.map(lambda array: array[:, : length - later], whole)
-    cut = dataclasses.replace(cut, pixels=whole.pixels)
     expected = logits_of(system_model, whole)
-    logits, cache = prefill(system_model, cut)
-    np.testing.assert_allclose(logits, expected[:, length - later - 1], rtol=0, atol=1e-4)
-    cache = cache.grow(later + 2)
-    for position in range(length - later, length):
+    logits, cache = prefill(system_model, cut_of(whole))
+    np.testing.assert_allclose(logits, expected[:, length - LATER - 1], rtol=0, atol=1e-4)
+    cache = cache.grow(ROOM)
+    for position in range(length - LATER, length):
         logits, cache = extend(
             system_model,
             whole.ids[:, position : position + 1],
@@ -77,9 +90,9 @@ def test_prefill_and_decode_are_the_forward_pass(system_model: Llava) -> None:
 
 def test_empty_slots_are_not_seen(system_model: Llava) -> None:
     """What stands in slots that carry no marks reaches nothing."""
-    batch = batch_of(system_model.config)
+    batch = cut_of(batch_of(system_model.config))
     _, cache = prefill(system_model, batch)
-    cache = cache.grow(4)
+    cache = cache.grow(ROOM)
 
     def spoil(layers: tuple[Stored, ...]) -> tuple[Stored, ...]:
         empty = [cache.groups[group].marks.segment == 0 for group in cache.layer_groups]
