@@ -103,6 +103,16 @@ def test_it_divides_its_slices(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.stem)
+def test_no_more_images_than_a_row_can_hold(path: Path) -> None:
+    """Each one beyond is blank in every row, and encoded."""
+    config = TrainConfig.load(path)
+    if config.architecture is None:
+        return
+    tokens = named_config(config.architecture).tokens_per_image
+    assert config.data.images_per_row * tokens <= config.data.sequence_length
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.stem)
 def test_the_recipe(path: Path) -> None:
     """LLaVA-1.5's rates, templates and images of each stage, and what a system's paper changes."""
     config = TrainConfig.load(path)
