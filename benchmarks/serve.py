@@ -104,7 +104,9 @@ async def ask_worker(worker: Worker, new: int, share: bool, prompt: Prompt) -> T
         prompt = dataclasses.replace(prompt, image_key=None)
     came, first, tokens = time.perf_counter(), None, 0
     builder: AnswerBuilder = Ids()  # type: ignore[assignment]
-    async for piece in worker.answer(prompt, builder, sampling=GREEDY, most=new):
+    async for piece in worker.answer(
+        prompt, builder, sampling=GREEDY, most=new, came=time.monotonic()
+    ):
         if first is None and piece.usage.new:
             first = time.perf_counter()
         tokens = piece.usage.new

@@ -107,7 +107,7 @@ def lower(
                     prefixes,
                     rows(suffixes),
                     lengths=prefixes.sizes,
-                    greedy=True,
+                    choice="greedy",
                 )
                 for suffixes in questions
             ],
@@ -117,7 +117,7 @@ def lower(
                 rows(np.zeros(slots, bool)),
                 scalar,
                 scalar,
-                greedy=True,
+                choice="greedy",
             ),
             parameters=parameters,
             slots=state,

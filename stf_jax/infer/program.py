@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
 from stf_jax.data.batch import Batch
 from stf_jax.infer.prompts import LEAST_QUESTION, bucket
 from stf_jax.infer.sampling import sample
-from stf_jax.infer.slots import Draws, Slots, Suffixes
+from stf_jax.infer.slots import Choice, Draws, Slots, Suffixes
 from stf_jax.models.cache import CacheDType, KVCache, SlotGroup
 from stf_jax.models.layers import unstack
 from stf_jax.models.llava import Llava
@@ -53,10 +53,10 @@ class Program:
         # Slots and kept prefixes are written in place.
         self._keep = jax.jit(self._keep_prefixes, donate_argnums=0)
         self._insert = jax.jit(
-            self._insert_requests, static_argnames=("lengths", "greedy"), donate_argnums=1
+            self._insert_requests, static_argnames=("lengths", "choice"), donate_argnums=1
         )
-        self._resume = jax.jit(self._resume_requests, static_argnames="greedy", donate_argnums=1)
-        self._decode = jax.jit(self._decode_steps, static_argnames="greedy", donate_argnums=1)
+        self._resume = jax.jit(self._resume_requests, static_argnames="choice", donate_argnums=1)
+        self._decode = jax.jit(self._decode_steps, static_argnames="choice", donate_argnums=1)
 
     @functools.cached_property
     def checksum(self) -> str:
@@ -140,7 +140,7 @@ class Program:
         questions: Suffixes,
         *,
         lengths: tuple[int, ...] | None = None,
-        greedy: bool,
+        choice: Choice,
     ) -> Slots:
         """Puts questions into slots, and the first token of each answer.
 
@@ -149,19 +149,19 @@ class Program:
             prefixes: whose rows the questions name.
             questions: padded to a bucket.
             lengths: of the longest prefix that is named, by group of layers; by default all.
-            greedy: whether no answer in any slot draws noise.
+            choice: how tokens of the answers in any slot are chosen, at most.
         """
         lengths = prefixes.sizes if lengths is None else lengths
         with self._on_mesh():
             placed = self._place(questions)
             return self._insert(
-                self._parameters, slots, prefixes, placed, lengths=lengths, greedy=greedy
+                self._parameters, slots, prefixes, placed, lengths=lengths, choice=choice
             )
 
-    def resume(self, slots: Slots, questions: Suffixes, *, greedy: bool) -> Slots:
+    def resume(self, slots: Slots, questions: Suffixes, *, choice: Choice) -> Slots:
         """A question for every slot, whose prefix is what the cache of that slot begins with."""
         with self._on_mesh():
-            return self._resume(self._parameters, slots, self._place(questions), greedy=greedy)
+            return self._resume(self._parameters, slots, self._place(questions), choice=choice)
 
     def decode(
         self,
@@ -170,7 +170,7 @@ class Program:
         stopped: Bool[np.ndarray, "B"],
         every: int,
         enough: int,
-        greedy: bool,
+        choice: Choice,
     ) -> Slots:
         """Decodes `every` steps, or fewer: until `enough` slots are finished.
 
@@ -183,7 +183,7 @@ class Program:
                 self._place(stopped),
                 np.int32(every),
                 np.int32(enough),
-                greedy=greedy,
+                choice=choice,
             )
 
     def _prefix_caches(self, parameters: nnx.State, batch: Batch) -> KVCache:
@@ -244,7 +244,7 @@ class Program:
         questions: Suffixes,
         *,
         lengths: tuple[int, ...],
-        greedy: bool,
+        choice: Choice,
     ) -> Slots:
         spec = self._rules.tokens
         # Copy each question's prefix out of the shared cache, without slots that would be empty.
@@ -259,7 +259,7 @@ class Program:
             .resize(room)
         )
         begun = self._first_tokens(
-            parameters, questions, cache, slots.tokens.shape[1], greedy=greedy
+            parameters, questions, cache, slots.tokens.shape[1], choice=choice
         )
 
         def put(old: Array, new: Array) -> Array:
@@ -278,10 +278,10 @@ class Program:
         )
 
     def _resume_requests(
-        self, parameters: nnx.State, slots: Slots, questions: Suffixes, *, greedy: bool
+        self, parameters: nnx.State, slots: Slots, questions: Suffixes, *, choice: Choice
     ) -> Slots:
         new = slots.tokens.shape[1]
-        return self._first_tokens(parameters, questions, slots.cache, new, greedy=greedy)
+        return self._first_tokens(parameters, questions, slots.cache, new, choice=choice)
 
     def _first_tokens(
         self,
@@ -290,14 +290,14 @@ class Program:
         cache: KVCache,
         new: int,
         *,
-        greedy: bool,
+        choice: Choice,
     ) -> Slots:
         """Computes suffixes against their rows of the cache, and the answers' first tokens."""
         logits, cache = self._model(parameters).extend(
             questions.ids, start=questions.starts, lengths=questions.lengths, cache=cache
         )
         none, draws = jnp.zeros_like(questions.lengths), questions.draws
-        first = self._choose(logits, none, draws, greedy=greedy)
+        first = self._choose(logits, none, draws, choice=choice)
         positions = questions.starts + questions.lengths
         return Slots(
             tokens=jnp.where(jnp.arange(new) == 0, first[:, None], self.config.text.pad_id),
@@ -317,7 +317,7 @@ class Program:
         every: Int[Array, ""],
         enough: Int[Array, ""],
         *,
-        greedy: bool,
+        choice: Choice,
     ) -> Slots:
         model = self._model(parameters)
         slots = dataclasses.replace(slots, finished=slots.finished | stopped)
@@ -335,7 +335,7 @@ class Program:
                 cache=slots.cache,
             )
             # Slots that are finished compute as the others do, and keep what they have.
-            chosen = self._choose(logits, slots.counts, slots.draws, greedy=greedy)
+            chosen = self._choose(logits, slots.counts, slots.draws, choice=choice)
             going = ~slots.finished
             is_next = (jnp.arange(slots.tokens.shape[1]) == slots.counts[:, None]) & going[:, None]
             counts, positions = slots.counts + going, slots.positions + going
@@ -369,19 +369,14 @@ class Program:
         step: Int[Array, "B"],
         draws: Draws,
         *,
-        greedy: bool,
+        choice: Choice,
     ) -> Int[Array, "B"]:
         logits = reshard(logits, self._rules.tokens)
-        if greedy:
+        if choice == "greedy":
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return sample(
-            logits,
-            step=step,
-            temperature=draws.temperature,
-            top_k=draws.top_k,
-            top_p=draws.top_p,
-            seed=draws.seed,
-        )
+        # To sort the vocabulary takes longer than all else here.
+        likely = {"top_k": draws.top_k, "top_p": draws.top_p} if choice == "likely" else {}
+        return sample(logits, step=step, temperature=draws.temperature, seed=draws.seed, **likely)
 
     def _ends(
         self,

@@ -75,8 +75,19 @@ class Prompt:
         return self.image_key, self.question.tobytes()
 
     def until(self, end: int) -> "Prompt":
-        """The first `end` positions, pixels loaded; all images must lie before `end`."""
-        return dataclasses.replace(self, ids=self.ids[:end], pixels=self.load())
+        """The first `end` positions, pixels loaded; all images must lie before `end`.
+
+        Raises:
+            ValueError: more or fewer placeholders than its images have tokens.
+        """
+        pixels, ids = self.load(), self.ids[:end]
+        held = int((ids == IMAGE_TOKEN_ID).sum())
+        if self.layout is None and self.budget is not None and held != len(pixels) * self.budget:
+            raise ValueError(
+                f"{len(pixels)} images of {self.budget} tokens and {held} placeholders; make the "
+                "two agree"
+            )
+        return dataclasses.replace(self, ids=ids, pixels=pixels)
 
     def load(self) -> np.ndarray:
         """The pixels."""

@@ -68,15 +68,19 @@ def sample(
     *,
     step: Int[Array, "B"],
     temperature: Float[Array, "B"],
-    top_k: Int[Array, "B"],
-    top_p: Float[Array, "B"],
     seed: UInt[Array, "B"],
+    top_k: Int[Array, "B"] | None = None,
+    top_p: Float[Array, "B"] | None = None,
 ) -> Int[Array, "B"]:
-    """One token a row, the `step`-th of its answer; seed and step alone decide the noise."""
+    """One token a row, the `step`-th of its answer; seed and step alone decide the noise.
+
+    Without `top_k` and `top_p` all tokens count, which they do in the same way at 0 and 1.
+    """
     # At a temperature next to nothing all but the best become minus infinity, and none infinity.
     below = logits - logits.max(axis=-1, keepdims=True)
-    cooled = below / jnp.maximum(temperature, _COLDEST)[:, None]
-    candidates = likely(cooled, top_k=top_k, top_p=top_p)
+    candidates = below / jnp.maximum(temperature, _COLDEST)[:, None]
+    if top_k is not None and top_p is not None:
+        candidates = likely(candidates, top_k=top_k, top_p=top_p)
 
     def gumbel(seed: UInt[Array, ""], step: Int[Array, ""]) -> Float[Array, "V"]:
         return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), step), logits.shape[-1:])

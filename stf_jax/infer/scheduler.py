@@ -20,7 +20,7 @@ from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.infer.program import Program
 from stf_jax.infer.prompts import LEAST_QUESTION, Prompt, bucket, pad_prompts
 from stf_jax.infer.sampling import Sampling
-from stf_jax.infer.slots import Draws, Suffixes
+from stf_jax.infer.slots import Choice, Draws, Suffixes, choice_of
 from stf_jax.models.cache import Split
 from stf_jax.models.connector import Architecture
 
@@ -145,7 +145,7 @@ class Scheduler:
             most: tokens of its answer.
             share: whether it may use the cache of others' prefix.
         """
-        split = self._config.system.split(prompt.ids)
+        split = self.split(prompt)
         shared = share and prompt.image_key is not None
         # A number equals no other.
         key = (
@@ -157,6 +157,13 @@ class Scheduler:
         with self._lock:
             self._waiting.append(ticket)
         return ticket
+
+    def split(self, prompt: Prompt) -> Split:
+        """What of a prompt is prefilled: of text alone, no more than a row of the pool holds."""
+        split, most = self._config.system.split(prompt.ids), min(self.room.prefixes)
+        if vision_tokens(prompt) or split.prefilled <= most:
+            return split
+        return Split(prefilled=most, start=most)
 
     def cancel(self, ticket: Ticket) -> None:
         """Nothing more of this answer is wanted; its slot is free from the next step on."""
@@ -177,7 +184,7 @@ class Scheduler:
             stopped=np.isin(np.arange(room.slots), self._free),
             every=every,
             enough=enough,
-            greedy=self._greedy(self._taken.values()),
+            choice=self._choice(self._taken.values()),
         )
         # The host reads the next images while the devices decode.
         progress += self._prefill()
@@ -230,7 +237,7 @@ class Scheduler:
                 self._pool,
                 _questions(chosen, rows=rows, slots=self.room.slots),
                 lengths=self._lengths(tickets),
-                greedy=self._greedy([*self._taken.values(), *tickets]),
+                choice=self._choice([*self._taken.values(), *tickets]),
             )
             for ticket, row, slot in chosen:
                 self._taken[slot] = ticket
@@ -339,8 +346,8 @@ class Scheduler:
             for sizes, most in zip(zip(*held, strict=True), self._pool.sizes, strict=True)
         )
 
-    def _greedy(self, tickets: Iterable[Ticket]) -> bool:
-        return all(ticket.sampling.temperature == 0 for ticket in tickets)
+    def _choice(self, tickets: Iterable[Ticket]) -> Choice:
+        return choice_of(ticket.sampling for ticket in tickets)
 
 
 class _Rows:

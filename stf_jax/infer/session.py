@@ -12,7 +12,7 @@ from stf_jax.infer.engine import room_for
 from stf_jax.infer.program import Program
 from stf_jax.infer.prompts import LEAST_QUESTION, Prompt, bucket, pad_prompts
 from stf_jax.infer.sampling import Sampling
-from stf_jax.infer.slots import Draws, Slots, Suffixes
+from stf_jax.infer.slots import Choice, Draws, Slots, Suffixes, choice_of
 
 
 class Session:
@@ -55,25 +55,25 @@ class Session:
         slots = self._slots
         # Until the devices have answered, nothing is known of what they hold.
         self._slots = None
-        rows, greedy = self._program.row_multiple, sampling.temperature == 0
+        rows, choice = self._program.row_multiple, choice_of([sampling])
         draws = Draws.of([(sampling, max_new_tokens)] * rows)
         if start and slots is not None:
             question = _question(prompt, start, rows, draws)
-            slots = self._program.resume(slots, question, greedy=greedy)
+            slots = self._program.resume(slots, question, choice=choice)
         else:
             # With room for as much again, so that few turns outgrow it.
             contexts = room_for(self._program.config, [prompt.ids], 2 * needed - length)
-            slots = self._begin(prompt, draws, contexts=contexts, new=new, greedy=greedy)
+            slots = self._begin(prompt, draws, contexts=contexts, new=new, choice=choice)
         self.computed = length - start
         seen, finished = 0, False
         while not finished:
             self._slots = None
             slots = self._program.decode(
-                slots, stopped=np.arange(rows) > 0, every=every, enough=rows, greedy=greedy
+                slots, stopped=np.arange(rows) > 0, every=every, enough=rows, choice=choice
             )
-            tokens, count, ended = jax.device_get(
-                (slots.tokens[0], slots.counts[0], slots.finished[0])
-            )
+            # Rows are split over a mesh: only the host takes one.
+            held = jax.device_get((slots.tokens, slots.counts, slots.finished))
+            tokens, count, ended = (array[0] for array in held)
             # The newest token is in no cache yet.
             self._held = np.concatenate([prompt.ids, tokens[: count - 1]])
             self._slots, self._image_key = slots, prompt.prefix_key
@@ -106,7 +106,7 @@ class Session:
         *,
         contexts: tuple[int, ...],
         new: int,
-        greedy: bool,
+        choice: Choice,
     ) -> Slots:
         rows, config = self._program.row_multiple, self._program.config
         split = config.system.split(prompt.ids)
@@ -121,7 +121,7 @@ class Session:
         self._decided = split.prefilled if split.start < split.prefilled else 0
         empty = self._program.start(slots=rows, contexts=contexts, new=new)
         question = _question(prompt, split.start, rows, draws)
-        return self._program.insert(empty, prefixes, question, greedy=greedy)
+        return self._program.insert(empty, prefixes, question, choice=choice)
 
 
 def _question(prompt: Prompt, start: int, rows: int, draws: Draws) -> Suffixes:

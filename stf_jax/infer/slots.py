@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import numpy as np
@@ -10,6 +10,21 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from stf_jax.infer.sampling import GREEDY, Sampling
 from stf_jax.models.cache import KVCache
+
+# How tokens are chosen, which is compiled in: the best, or one that is drawn, among all or among
+# likely ones.
+Choice: TypeAlias = Literal["greedy", "drawn", "likely"]
+
+
+def choice_of(samplings: Iterable[Sampling]) -> Choice:
+    """What serves all of these."""
+    choice: Choice = "greedy"
+    for sampling in samplings:
+        if sampling.temperature and (sampling.top_k or sampling.top_p < 1):
+            return "likely"
+        if sampling.temperature:
+            choice = "drawn"
+    return choice
 
 
 @jax.tree_util.register_dataclass

@@ -29,7 +29,12 @@ class StopStrings:
             return held[: min(hits)[1]]
         # The longest end of the text that some stop string begins with.
         keep = max(
-            (n for stop in self._stops for n in range(1, len(stop)) if held.endswith(stop[:n])),
+            (
+                n
+                for stop in self._stops
+                for n in range(1, min(len(stop) - 1, len(held)) + 1)
+                if held.endswith(stop[:n])
+            ),
             default=0,
         )
         self._held = held[len(held) - keep :]

@@ -246,16 +246,17 @@ class KVCache:
     ) -> "KVCache":
         """With `rows` where the rows `at` begin; rows beyond B are dropped.
 
-        `rows` may have fewer slots: the later ones are empty then.
+        `rows` may have fewer slots: the later ones are empty then, and zero. What stood there might
+        not be finite, and zero times that is no zero.
         """
 
         def put(old: Array, new: Array) -> Array:
-            if old.ndim < 3:
-                # Whole rows, so that nothing sees what stood in the later slots.
-                if old.ndim == 2:
-                    new = jnp.pad(new, ((0, 0), (0, old.shape[1] - new.shape[1])))
-                return old.at[at].set(new, mode="drop", out_sharding=marks)
-            return old.at[at, :, : new.shape[2]].set(new, mode="drop", out_sharding=spec)
+            if old.ndim > 1:
+                axis = 1 if old.ndim == 2 else 2
+                room = [(0, 0)] * old.ndim
+                room[axis] = (0, old.shape[axis] - new.shape[axis])
+                new = jnp.pad(new, room)
+            return old.at[at].set(new, mode="drop", out_sharding=marks if old.ndim < 3 else spec)
 
         inserted: KVCache = jax.tree.map(put, self, rows)
         return inserted

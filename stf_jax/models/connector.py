@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
 from stf_jax.data.batch import ClipLayout
+from stf_jax.data.templates import ImagesFirst
 from stf_jax.models.cache import Split
 from stf_jax.models.layers import MLP, Init, gelu
 from stf_jax.models.llama import Llama
@@ -221,6 +222,10 @@ class Architecture(Protocol):
     @property
     def tokens_per_image(self) -> int:
         """K, the tokens of an image that the language model sees."""
+
+    @property
+    def images_first(self) -> ImagesFirst | None:
+        """How images come in front of a conversation; None leaves them where they are."""
 
     @property
     def question_length(self) -> int:

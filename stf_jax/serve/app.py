@@ -26,6 +26,7 @@ from stf_jax.serve.prompts import Prompts
 from stf_jax.serve.schema import ApiError, ChatRequest, CompletionRequest
 from stf_jax.serve.worker import Piece, Usage, Worker
 
+_DECODERS = 4
 _PAGE = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
 # Nothing but the page's own files runs or is loaded; images are those that a user drops.
 _POLICY = (
@@ -83,30 +84,31 @@ def make_app(service: Service) -> FastAPI:
     _add_errors(app, service)
     _add_answers(app, service)
 
+    # None of these waits for anything, so none needs a thread.
     @app.get("/v1/models")
-    def models(request: Request) -> dict[str, Any]:
+    async def models(request: Request) -> dict[str, Any]:
         _check_key(service, request)
         return {"object": "list", "data": [_describe(service)]}
 
     @app.get("/v1/models/{name:path}")
-    def model(name: str, request: Request) -> dict[str, Any]:
+    async def model(name: str, request: Request) -> dict[str, Any]:
         _check_key(service, request)
         _check_name(service, name)
         return _describe(service)
 
     @app.get("/health")
-    def health() -> JSONResponse:
+    async def health() -> JSONResponse:
         broken = service.ready and service.ready.worker.broken
         status = broken or ("ok" if service.ready else service.status)
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     @app.get("/metrics")
-    def metrics() -> Response:
+    async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.get("/")
     @app.get("/{name}")
-    def page(name: str = "page.html") -> Response:
+    async def page(name: str = "page.html") -> Response:
         if name not in _PAGE:
             raise HTTPException(404)
         body = files("stf_jax.serve").joinpath("static", name).read_bytes()
@@ -131,26 +133,35 @@ def _add_errors(app: FastAPI, service: Service) -> None:
 
 
 def _add_answers(app: FastAPI, service: Service) -> None:
+    # Images are large once they are decoded.
+    decoding = asyncio.Semaphore(_DECODERS)
+
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
+        came = time.monotonic()
         _check_key(service, request)
         asked: ChatRequest = await _read(request, ChatRequest)
         _check_name(service, asked.model)
         ready, builder_of = service.get(), service.get().model.make_builder
-        prompt, template = await run_in_threadpool(
-            ready.prompts.chat, asked.messages, tokens=asked.image_tokens
-        )
+        ready.worker.check_queue()
+        async with decoding:
+            prompt, template = await run_in_threadpool(
+                ready.prompts.chat, asked.messages, tokens=asked.image_tokens
+            )
         builder = _checked(lambda: builder_of(template, asked.stops))
         form = _Form(service.name, chat=True)
-        return await _respond(service, request, asked, prompt, builder, form)
+        return await _respond(service, request, asked, prompt, builder, form, came=came)
 
     @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
+        came = time.monotonic()
         _check_key(service, request)
         asked: CompletionRequest = await _read(request, CompletionRequest)
         _check_name(service, asked.model)
         ready = service.get()
-        prompt = await run_in_threadpool(ready.prompts.plain, asked.prompt)
+        ready.worker.check_queue()
+        async with decoding:
+            prompt = await run_in_threadpool(ready.prompts.plain, asked.prompt)
         model = ready.model
         builder = _checked(
             lambda: AnswerBuilder(
@@ -158,7 +169,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
             )
         )
         form = _Form(service.name, chat=False)
-        return await _respond(service, request, asked, prompt, builder, form)
+        return await _respond(service, request, asked, prompt, builder, form, came=came)
 
 
 async def _read(request: Request, kind: type[Any]) -> Any:
@@ -168,7 +179,7 @@ async def _read(request: Request, kind: type[Any]) -> Any:
         ApiError: no JSON, or not of this form.
     """
     try:
-        return kind.model_validate_json(await request.body())
+        return await run_in_threadpool(kind.model_validate_json, await request.body())
     except ValidationError as error:
         raise _explain(error.errors()[0]) from error
 
@@ -216,7 +227,7 @@ def _describe(service: Service) -> dict[str, Any]:
         return described
     config = service.ready.model.config
     return described | {
-        "max_model_len": config.text.max_positions,
+        "max_model_len": service.ready.worker.context,
         # Ours: the tokens of an image, for the page.
         "image_tokens": list(config.system.budgets(config.vision)),
         "image_size": config.image_size,
@@ -285,14 +296,18 @@ async def _respond(
     prompt: Prompt,
     builder: AnswerBuilder,
     form: _Form,
+    *,
+    came: float,
 ) -> Response:
     ready = service.get()
     sampling: Sampling = _checked(lambda: asked.sampling)
     most = _limit(ready.worker, prompt, asked.most)
-    pieces = ready.worker.answer(prompt, builder, sampling=sampling, most=most)
+    pieces = ready.worker.answer(prompt, builder, sampling=sampling, most=most, came=came)
     if asked.stream:
         # What is refused is refused before the stream begins, with its own status.
-        first = await anext(pieces)
+        first = await _first(request, pieces)
+        if first is None:
+            return _hung_up(service)
         wants_usage = asked.stream_options is not None and asked.stream_options.include_usage
         events = _stream(service, first, pieces, form, wants_usage=wants_usage)
         return StreamingResponse(events, media_type="text/event-stream")
@@ -300,9 +315,7 @@ async def _respond(
     async for last in _while_connected(request, pieces):
         text += last.text
     if last is None or last.finish_reason is None:
-        # The client has gone; nobody reads this.
-        service.metrics.requests.labels(status="499").inc()
-        return Response(status_code=499)
+        return _hung_up(service)
     service.metrics.requests.labels(status="200").inc()
     return JSONResponse(form.whole(text.strip(), last.finish_reason, last.usage))
 
@@ -316,14 +329,6 @@ def _limit(worker: Worker, prompt: Prompt, wanted: int | None) -> int:
     if wanted is not None and wanted < 1:
         raise ApiError(400, f"max_tokens is {wanted}; give 1 or more", param="max_tokens")
     room = worker.fits(prompt)
-    if room < 1:
-        raise ApiError(
-            400,
-            f"the prompt has {len(prompt.ids)} tokens, images included, which leaves no room for "
-            "an answer; shorten it or give fewer images",
-            param="messages",
-            code="context_length_exceeded",
-        )
     if wanted is not None and wanted > room:
         # Cut in silence, an answer would look like the model's own.
         raise ApiError(
@@ -372,6 +377,27 @@ async def _stream(
     finally:
         await pieces.aclose()  # type: ignore[attr-defined]
         service.metrics.requests.labels(status=status).inc()
+
+
+def _hung_up(service: Service) -> Response:
+    """Nobody reads this."""
+    service.metrics.requests.labels(status="499").inc()
+    return Response(status_code=499)
+
+
+async def _first(request: Request, pieces: AsyncIterator[Piece]) -> Piece | None:
+    """The first piece; None where the client hangs up before it."""
+    gone = asyncio.ensure_future(_disconnection(request))
+    coming = asyncio.ensure_future(anext(pieces))
+    try:
+        await asyncio.wait({coming, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if coming.done():
+            return coming.result()
+        coming.cancel()
+        await asyncio.gather(coming, return_exceptions=True)
+        return None
+    finally:
+        gone.cancel()
 
 
 async def _while_connected(request: Request, pieces: AsyncIterator[Piece]) -> AsyncIterator[Piece]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -12,8 +13,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-# Seconds between two parts of a body.
-_PATIENCE = 30.0
+# Seconds that a body may take.
+_PATIENCE = 120.0
 
 
 class BodyLimit:
@@ -22,7 +23,7 @@ class BodyLimit:
     Args:
         app: what it protects.
         most: bytes of a body, whatever its headers say.
-        patience: seconds between two parts of it.
+        patience: seconds for all of it.
     """
 
     def __init__(self, app: App, *, most: int, patience: float = _PATIENCE):
@@ -38,13 +39,14 @@ class BodyLimit:
             await _refuse(send, self._too_large())
             return
         seen, complete, begun = 0, False, False
+        deadline = time.monotonic() + self._patience
 
         async def limited() -> Message:
             nonlocal seen, complete
             if complete:
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), self._patience)
+                message = await asyncio.wait_for(receive(), deadline - time.monotonic())
             except TimeoutError:
                 raise ApiError(408, "the request's body comes too slowly; send it again") from None
             if message["type"] == "http.request":

@@ -3,19 +3,26 @@
 import base64
 import binascii
 import hashlib
+import io
 import urllib.parse
 from collections.abc import Collection, Sequence
 
 import numpy as np
+from PIL import Image
 
 from stf_jax.data.conversation import PromptText, render_prompt, take_system
 from stf_jax.data.fetch import URL_SCHEMES, fetch
 from stf_jax.data.fit import fit_template
-from stf_jax.data.images import ImageError
+from stf_jax.data.images import FORMATS, ImageError
 from stf_jax.data.templates import IMAGE_MARKER, VIDEO_MARKER, Template
 from stf_jax.infer.model import Model
 from stf_jax.infer.prompts import Prompt, make_prompt, read_pixels
 from stf_jax.serve.schema import ApiError, Message
+
+# Pixels of an image; more of them take longer to decode than to send.
+_MOST_PIXELS = 40_000_000
+# Characters of a token, at most, to refuse a text before it is tokenized.
+_LONGEST_TOKEN = 64
 
 
 class Prompts:
@@ -26,12 +33,20 @@ class Prompts:
         template: the form of the conversations.
         domains: from which an image may be fetched.
         most_images: of a request.
+        context: positions of a request, its answer included; by default the model's own.
     """
 
     def __init__(
-        self, model: Model, *, template: str, domains: Collection[str] = (), most_images: int = 16
+        self,
+        model: Model,
+        *,
+        template: str,
+        domains: Collection[str] = (),
+        most_images: int = 16,
+        context: int | None = None,
     ):
         self._model, self.template = model, fit_template(template, model.tokenizer)
+        self._longest = _LONGEST_TOKEN * (context or model.config.text.max_positions)
         self._domains, self._most_images = frozenset(domains), most_images
 
     def chat(
@@ -89,6 +104,7 @@ class Prompts:
         Raises:
             ApiError: there is none.
         """
+        text = _words(text)
         if not text:
             raise ApiError(400, "the prompt is empty", param="prompt")
         return self._make(PromptText(text=text, typed=((0, len(text)),)), [], None)
@@ -96,6 +112,8 @@ class Prompts:
     def _system(self, messages: Sequence[Message]) -> tuple[Template, Sequence[Message]]:
         if messages[0].role not in ("system", "developer"):
             return self.template, messages
+        if messages[0].images:
+            raise ApiError(400, "only a user's message can show images", param="messages")
         turn = {"from": "system", "value": _words(messages[0].text)}
         try:
             return take_system([turn], self.template)[1], messages[1:]
@@ -103,7 +121,16 @@ class Prompts:
             raise ApiError(400, str(error).partition(": ")[2], param="messages") from error
 
     def _make(self, text: PromptText, urls: Sequence[str], budget: int | None) -> Prompt:
+        if len(text.text) > self._longest:
+            raise ApiError(
+                400,
+                f"the text has {len(text.text)} characters, which leaves no room for an answer; "
+                "shorten it",
+                code="context_length_exceeded",
+            )
         sources = [self._read(url) for url in urls]
+        for source in sources:
+            _check_size(source)
         pixels = read_pixels(sources, self._model.image_processor, upright=True, unnamed="an image")
         return self._finish(text, pixels, self._model.config.choose_budget(budget))
 
@@ -138,7 +165,22 @@ class Prompts:
 
 def _words(text: str) -> str:
     """What a person writes: a marker would stand for an image."""
-    return text.replace(IMAGE_MARKER, "").replace(VIDEO_MARKER, "")
+    while IMAGE_MARKER in text or VIDEO_MARKER in text:
+        text = text.replace(IMAGE_MARKER, "").replace(VIDEO_MARKER, "")
+    return text
+
+
+def _check_size(content: bytes) -> None:
+    """Refuses an image of more pixels than a server decodes; what is no image is told later."""
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            pixels = image.width * image.height
+    except (OSError, SyntaxError, ValueError):
+        return
+    if pixels > _MOST_PIXELS:
+        raise ApiError(
+            400, f"an image has {pixels} pixels; give {_MOST_PIXELS} at most", param="messages"
+        )
 
 
 def _decode(url: str) -> bytes:
@@ -148,8 +190,13 @@ def _decode(url: str) -> bytes:
         raise ImageError("a data URL has no comma: data:image/png;base64,...")
     if not head.endswith(";base64"):
         return urllib.parse.unquote_to_bytes(body)
-    body = "".join(urllib.parse.unquote(body).split()).rstrip("=")
+    # In bytes: characters of a string would take many times their size.
+    packed = body.encode(errors="replace")
+    if b"%" in packed:
+        for escaped, byte in ((b"%2B", b"+"), (b"%2F", b"/"), (b"%3D", b"=")):
+            packed = packed.replace(escaped, byte).replace(escaped.lower(), byte)
+    packed = packed.translate(None, b" \t\r\n").rstrip(b"=")
     try:
-        return base64.b64decode(body + "=" * (-len(body) % 4), altchars=None, validate=True)
+        return base64.b64decode(packed + b"=" * (-len(packed) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise ImageError("a data URL is no base64") from error

@@ -7,10 +7,28 @@ here is refused; what does not change it, such as `user`, is ignored.
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
 
 from stf_jax.infer.sampling import Sampling
 
+# Parts of a message.
+_MOST_PARTS = 256
+# The longest string at which an answer may end.
+_LONGEST_STOP = 256
+# Parameters that change nothing of an answer.
+_IGNORED = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prediction",
+        "prompt_cache_key",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+        "verbosity",
+    }
+)
 # Parameters of OpenAI's that change an answer, and the values at which they do not.
 _UNCHANGED: dict[str, tuple[object, ...]] = {
     "audio": (None,),
@@ -106,6 +124,14 @@ class Message(_Part):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
 
+    @field_validator("content", mode="before")
+    @classmethod
+    def _check_parts(cls, content: object) -> object:
+        # Before each of them is looked at.
+        if isinstance(content, list) and len(content) > _MOST_PARTS:
+            raise ValueError(f"{len(content)} parts; give {_MOST_PARTS} at most")
+        return content
+
     @property
     def text(self) -> str:
         """Its words."""
@@ -146,8 +172,9 @@ class _Request(BaseModel):
     @model_validator(mode="after")
     def _refuse(self) -> "_Request":
         extra = self.model_extra or {}
-        for name, harmless in _UNCHANGED.items():
-            if name in extra and not any(extra[name] == value for value in harmless):
+        for name, value in extra.items():
+            harmless = (None, *_UNCHANGED.get(name, ()))
+            if name not in _IGNORED and value not in harmless:
                 raise ValueError(f"{name} is not supported; leave it out")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options means nothing without stream; leave it out")
@@ -158,6 +185,10 @@ class _Request(BaseModel):
     def _check_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
         if isinstance(stop, list) and len(stop) > 4:
             raise ValueError(f"stop has {len(stop)} strings; give 4 at most")
+        if any(
+            len(one) > _LONGEST_STOP for one in ([stop] if isinstance(stop, str) else stop or ())
+        ):
+            raise ValueError(f"stop is longer than {_LONGEST_STOP} characters; shorten it")
         return stop
 
     @property
@@ -187,7 +218,8 @@ class _Request(BaseModel):
 class ChatRequest(_Request):
     """`/v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1)
+    # One thing that is wrong is enough to know.
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1)]
     max_completion_tokens: int | None = None
     # Ours: the tokens of an image, where the system has several budgets.
     image_tokens: int | None = None

@@ -1,8 +1,6 @@
 """Loading, warming up, listening and shutting down: one process, one model."""
 
 import dataclasses
-import logging
-import signal
 import sys
 import threading
 import time
@@ -12,17 +10,21 @@ from types import FrameType
 import numpy as np
 import uvicorn
 
-from stf_jax.infer.engine import Engine, batch_sizes
+from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
+from stf_jax.infer.engine import Engine, batch_sizes, room_for
 from stf_jax.infer.model import Model
 from stf_jax.infer.prompts import Prompt, bucket
 from stf_jax.infer.sampling import GREEDY, Sampling
 from stf_jax.infer.scheduler import Room
+from stf_jax.models.connector import Architecture
 from stf_jax.serve.app import Ready, Service, make_app
 from stf_jax.serve.prompts import Prompts
 from stf_jax.serve.schema import Message
 from stf_jax.serve.worker import Worker
+from stf_jax.util.errors import explain_memory
 
-_LOG = logging.getLogger("stf_jax.serve")
+# Connections at a time; more get 503.
+_CONNECTIONS = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,33 +72,61 @@ class ServeConfig:
         if self.grace < 0:
             raise ValueError(f"grace is {self.grace}; give seconds, 0 or more")
 
+    def positions(self, engine: Engine) -> int:
+        """Of a request and its answer.
+
+        Raises:
+            ValueError: more than the model has.
+        """
+        most = engine.config.text.max_positions
+        context = min(2048, most) if self.context is None else self.context
+        if not 1 < context <= most:
+            raise ValueError(f"context is {context}; the model has {most} positions")
+        return context
+
     def room(self, engine: Engine) -> Room:
         """What the devices hold.
 
         Raises:
             ValueError: more than the model's context.
         """
-        config = engine.config
-        most, tokens = config.text.max_positions, config.tokens_per_image
-        context = min(2048, most) if self.context is None else self.context
-        if not 1 < context <= most:
-            raise ValueError(f"context is {context}; the model has {most} positions")
+        config, context = engine.config, self.positions(engine)
+        tokens = config.tokens_per_image
         new = min(self.max_new_tokens, context - 1)
         prefix = self.prefix_context
         prefix = min(context, max(2 * tokens + 128, 512)) if prefix is None else prefix
         if not 1 <= prefix <= context:
             raise ValueError(f"prefix_context is {prefix}; give 1 to {context}, the context")
         slots, rows = batch_sizes(self.slots, multiple=engine.program.row_multiple)
-        groups = len(config.system.held(np.zeros(2, np.int32), config.vision))
         kept = -(-max(self.prefixes, rows) // rows) * rows
+        # Text alone takes a slot of every layer for each of its tokens.
+        contexts = room_for(config, [np.zeros(context, np.int32)], 0)
         return Room(
             slots=slots,
             rows=rows,
-            contexts=(bucket(context),) * groups,
+            contexts=contexts,
             new=bucket(new),
             kept=kept,
-            prefixes=(bucket(prefix),) * groups,
+            prefixes=_prefixes(config, prefix, contexts),
         )
+
+
+def _prefixes(config: Architecture, length: int, contexts: tuple[int, ...]) -> tuple[int, ...]:
+    """Slots of a prefix of so many positions, by group of layers.
+
+    A prefix has as many images as fit, or one and text. A system that reads the whole prompt has
+    no shorter prefix than that.
+    """
+    first, prompts = config.images_first, []
+    for images in {1, max((length - 64) // config.tokens_per_image, 1)}:
+        behind = [] if first is None else first.tokens(images)
+        text = max(length - images * config.tokens_per_image - len(behind), 1)
+        image = np.full(images * config.tokens_per_image, IMAGE_TOKEN_ID)
+        ids = np.concatenate([np.zeros(text), image, behind]).astype(np.int32)
+        if config.system.split(np.append(ids, np.int32(0))).prefilled > len(ids):
+            return contexts
+        prompts.append(ids)
+    return room_for(config, prompts, 0)
 
 
 def serve(load: Callable[[], Model], config: ServeConfig) -> None:
@@ -115,6 +145,7 @@ def serve(load: Callable[[], Model], config: ServeConfig) -> None:
             log_level="warning",
             timeout_graceful_shutdown=int(config.grace) + 5,
             h11_max_incomplete_event_size=64 * 2**10,
+            limit_concurrency=_CONNECTIONS,
         ),
         service,
         grace=config.grace,
@@ -124,7 +155,8 @@ def serve(load: Callable[[], Model], config: ServeConfig) -> None:
     def prepare() -> None:
         try:
             service.ready = make_ready(load(), config, service)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001
+            # Whatever it is: without a model there is nothing to serve.
             failure.append(error)
             server.should_exit = True
             return
@@ -147,24 +179,38 @@ def make_ready(model: Model, config: ServeConfig, service: Service) -> Ready:
     Raises:
         ValueError: a template that does not fit, or more positions than the model has.
     """
-    prompts = Prompts(model, template=config.template, domains=config.domains)
-    room = config.room(model.engine)
+    room, context = config.room(model.engine), config.positions(model.engine)
+    prompts = Prompts(model, template=config.template, domains=config.domains, context=context)
     service.status = "warming up"
     start = time.perf_counter()
-    programs = warm_up(model, prompts, room, longest=config.warm_question)
+    shortage = (
+        f"{room.slots} slots of {max(room.contexts)} positions and {room.kept} prefixes of "
+        f"{max(room.prefixes)} do not fit into the memory of a device; give fewer, or "
+        "--cache-dtype int8"
+    )
+    with explain_memory(shortage):
+        programs = warm_up(model, prompts, room, longest=config.warm_question)
+        worker = Worker(
+            model.engine,
+            room,
+            queue=config.queue,
+            metrics=service.metrics,
+            context=context,
+            new=config.max_new_tokens,
+        )
     _say(f"warm after {time.perf_counter() - start:.1f} s: {programs} shapes of requests")
-    worker = Worker(model.engine, room, queue=config.queue, metrics=service.metrics)
     return Ready(model=model, prompts=prompts, worker=worker)
 
 
 def warm_up(model: Model, prompts: Prompts, room: Room, *, longest: int) -> int:
     """Answers a request of each common shape; how many there were.
 
-    Those are: no image or one, every budget, questions up to `longest` tokens, greedy and drawn.
+    Those are: no image or one, every budget, questions up to `longest` tokens, and each way to
+    choose tokens.
     """
     scheduler, count = model.engine.open(room), 0
     for prompt in _shapes(model, prompts, longest=longest):
-        for sampling in (GREEDY, Sampling(temperature=1.0)):
+        for sampling in (GREEDY, Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.9)):
             count += 1
             scheduler.submit(prompt, sampling=sampling, most=2)
             while scheduler.busy:
@@ -213,7 +259,9 @@ class _Server(uvicorn.Server):
         """The first signal lets answers end, the second does not."""
         if self._service.ready is not None:
             self._service.ready.worker.shut(within=self._grace)
-        if sig in (signal.SIGTERM, signal.SIGINT) and not self.should_exit:
+        if self.should_exit:
+            self.force_exit = True
+        else:
             _say("stopping: answers in the making are completed")
         super().handle_exit(sig, frame)
 

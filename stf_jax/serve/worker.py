@@ -67,10 +67,25 @@ class Worker:
         room: what the devices hold.
         queue: requests that may wait; more are refused.
         metrics: to be kept up to date.
+        context: positions of a request and its answer; by default all that there is room for.
+        new: tokens of an answer; likewise.
     """
 
-    def __init__(self, engine: Engine, room: Room, *, queue: int, metrics: Metrics):
+    def __init__(
+        self,
+        engine: Engine,
+        room: Room,
+        *,
+        queue: int,
+        metrics: Metrics,
+        context: int | None = None,
+        new: int | None = None,
+    ):
         self.room, self._queue, self._metrics = room, queue, metrics
+        self.context = min(
+            min(room.contexts) if context is None else context, engine.config.text.max_positions
+        )
+        self._new = room.new if new is None else new
         self._config = engine.config
         self._scheduler: Scheduler = engine.open(room)
         self._listeners: dict[Ticket, Callable[[Ticket], None]] = {}
@@ -92,15 +107,52 @@ class Worker:
         return self._scheduler.busy
 
     def fits(self, prompt: Prompt) -> int:
-        """The tokens that an answer to a prompt can have; 0 or less is none."""
+        """The tokens that an answer to a prompt can have.
+
+        Raises:
+            ApiError: none, and which limit is too low.
+        """
         config, room = self._config, self.room
-        split = config.system.split(prompt.ids)
-        prefix = config.system.held(prompt.ids[: split.prefilled], config.vision)
+        prefilled = self._scheduler.split(prompt).prefilled
+        prefix = config.system.held(prompt.ids[:prefilled], config.vision)
         if any(size > most for size, most in zip(prefix, room.prefixes, strict=True)):
-            return 0
+            raise ApiError(
+                400,
+                f"up to its last image the prompt has {prefilled} positions, and this server has "
+                f"room for {min(room.prefixes)} (--prefix-context); show images earlier, or fewer",
+                param="messages",
+                code="context_length_exceeded",
+            )
         held = config.system.held(prompt.ids, config.vision)
         left = [most - size for size, most in zip(held, room.contexts, strict=True)]
-        return min(*left, config.text.max_positions - len(prompt.ids), room.new)
+        most = min(*left, self.context - len(prompt.ids), self._new)
+        if most < 1:
+            raise ApiError(
+                400,
+                f"the prompt has {len(prompt.ids)} tokens, images included, which leaves no room "
+                f"for an answer in {self.context}; shorten it or give fewer images",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        return most
+
+    def check_queue(self) -> None:
+        """Refuses what would have to wait too long, before it is decoded.
+
+        Raises:
+            ApiError: the queue is full, the server stops, or the devices have failed.
+        """
+        if self._stopping or self._deadline is not None:
+            raise self._stopped()
+        if self.broken is not None:
+            raise ApiError(500, self.broken)
+        if self._scheduler.queued >= self._queue:
+            raise ApiError(
+                429,
+                f"{self._queue} requests wait already; try again in a second",
+                code="queue_full",
+                headers={"Retry-After": "1"},
+            )
 
     async def answer(
         self,
@@ -109,14 +161,22 @@ class Worker:
         *,
         sampling: Sampling,
         most: int,
+        came: float,
     ) -> AsyncIterator[Piece]:
         """The pieces of an answer as they come; who stops listening frees its slot.
+
+        Args:
+            prompt: what is asked.
+            builder: makes text of tokens.
+            sampling: how these are chosen.
+            most: tokens of the answer.
+            came: when the request came, by `time.monotonic`.
 
         Raises:
             ApiError: the queue is full, the server stops, or the devices fail.
         """
         events: asyncio.Queue[tuple[int, bool, str | None]] = asyncio.Queue()
-        loop, started = asyncio.get_running_loop(), time.monotonic()
+        loop = asyncio.get_running_loop()
 
         def heard(ticket: Ticket) -> None:
             reason = self.broken or (None if ticket.error is None else str(ticket.error))
@@ -129,15 +189,22 @@ class Worker:
         seen, first = 0, None
         try:
             while True:
-                count, ended, reason = await events.get()
+                try:
+                    count, ended, reason = await asyncio.wait_for(events.get(), 1.0)
+                except TimeoutError:
+                    if self._is_late():
+                        raise ApiError(
+                            503, "the server is shutting down; ask another one"
+                        ) from None
+                    continue
                 if reason is not None:
                     raise ApiError(500 if self.broken else 400, reason)
-                if self._deadline is not None and time.monotonic() > self._deadline and not ended:
-                    raise ApiError(503, "the server is shutting down; ask another one")
+                if not ended and self._is_late():
+                    raise self._stopped()
                 now = time.monotonic()
                 if count and first is None:
                     first = now
-                    self._metrics.first_token.observe(now - started)
+                    self._metrics.first_token.observe(now - came)
                 text = builder.push(ticket.ids[seen:count])
                 seen = count
                 done = ended or builder.finished
@@ -150,9 +217,11 @@ class Worker:
                     new=len(builder.token_ids),
                 )
                 end: Ending = "stop" if builder.finished else "length"
+                if done:
+                    # Nobody may ask for more.
+                    self._count(usage, first or now, now)
                 yield Piece(text=text, finish_reason=end if done else None, usage=usage)
                 if done:
-                    self._count(usage, first or now, now)
                     return
         finally:
             self._forget(ticket)
@@ -162,7 +231,8 @@ class Worker:
 
         It may be called by a signal's handler.
         """
-        self._deadline = time.monotonic() + within
+        if self._deadline is None:
+            self._deadline = time.monotonic() + within
 
     def close(self) -> None:
         """Ends the thread."""
@@ -171,6 +241,12 @@ class Worker:
             self._work.notify()
         self._thread.join()
         self._scheduler.close()
+
+    def _stopped(self) -> ApiError:
+        return ApiError(503, "the server is shutting down; ask another one")
+
+    def _is_late(self) -> bool:
+        return self._deadline is not None and time.monotonic() > self._deadline
 
     def _count(self, usage: Usage, first: float, last: float) -> None:
         self._metrics.prompt_tokens.inc(usage.prompt)
@@ -183,17 +259,7 @@ class Worker:
         self, prompt: Prompt, *, sampling: Sampling, most: int, heard: Callable[[Ticket], None]
     ) -> Ticket:
         with self._work:
-            if self._stopping or self._deadline is not None:
-                raise ApiError(503, "the server is shutting down; ask another one")
-            if self.broken is not None:
-                raise ApiError(500, self.broken)
-            if self._scheduler.queued >= self._queue:
-                raise ApiError(
-                    429,
-                    f"{self._queue} requests wait already; try again in a second",
-                    code="queue_full",
-                    headers={"Retry-After": "1"},
-                )
+            self.check_queue()
             ticket = self._scheduler.submit(prompt, sampling=sampling, most=most)
             self._listeners[ticket] = heard
             self._work.notify()
@@ -226,8 +292,6 @@ class Worker:
                 return
             with self._work:
                 told = [(one.ticket, self._listeners.get(one.ticket)) for one in progress]
-                if self._deadline is not None and time.monotonic() > self._deadline:
-                    told = list(self._listeners.items())
             for ticket, listener in told:
                 if listener is not None:
                     listener(ticket)

@@ -11,6 +11,7 @@ let model = null; // What /v1/models says.
 let messages = []; // Of the conversation so far, as they are sent.
 let images = []; // Data URLs that go with the next question.
 let running = null; // AbortController of the answer that comes.
+let conversation = 0; // Answers to an earlier one are not taken.
 
 const headers = () => {
   const key = at("key").value;
@@ -125,8 +126,12 @@ async function* events(body) {
 async function ask() {
   const sent = request();
   const question = sent.messages.at(-1);
-  const shown = images;
-  show("user", at("question").value, shown);
+  const mine = conversation;
+  show("user", at("question").value, images);
+  const draft = { text: at("question").value, images };
+  at("question").value = "";
+  images = [];
+  showImages();
   const { item, said } = show("assistant", "");
   const begun = performance.now();
   let first = null;
@@ -151,13 +156,18 @@ async function ask() {
         at("form").scrollIntoView({ block: "end" });
       }
     }
-    accept(question, said.textContent);
+    if (mine === conversation) accept(question, said.textContent);
   } catch (error) {
-    if (error.name === "AbortError") {
-      if (said.textContent) accept(question, said.textContent);
+    if (mine !== conversation) return;
+    if (error.name === "AbortError" && said.textContent) {
+      accept(question, said.textContent);
     } else {
       item.className = "error";
-      said.textContent = error.message;
+      said.textContent = error.name === "AbortError" ? "stopped" : error.message;
+      // What was asked can be asked again.
+      at("question").value = at("question").value || draft.text;
+      images = images.length ? images : draft.images;
+      showImages();
     }
   } finally {
     running = null;
@@ -179,9 +189,6 @@ async function ask() {
 
 function accept(question, text) {
   messages = [...messages, question, { role: "assistant", content: text }];
-  images = [];
-  at("question").value = "";
-  showImages();
 }
 
 function busy(is) {
@@ -219,14 +226,19 @@ function add(files) {
 
 async function copyCurl() {
   const body = JSON.stringify({ ...request(), stream: false, stream_options: undefined });
-  const quoted = body.replaceAll("'", "'\\''");
   const key = at("key").value ? ` \\\n  -H 'Authorization: Bearer KEY'` : "";
   const url = new URL("v1/chat/completions", location.href).href;
-  await navigator.clipboard.writeText(
-    `curl ${url} \\\n  -H 'Content-Type: application/json'${key} \\\n  -d '${quoted}'`,
-  );
-  at("curl").textContent = "Copied";
-  setTimeout(() => { at("curl").textContent = "Copy as curl"; }, 1500);
+  // An image is longer than one argument may be, so the body comes over stdin.
+  const head = `curl ${url} \\\n  -H 'Content-Type: application/json'${key} -d @- <<'END'\n`;
+  const text = `${head}${body}\nEND\n`;
+  if (navigator.clipboard) {
+    await navigator.clipboard.writeText(text);
+    at("curl").textContent = "Copied";
+    setTimeout(() => { at("curl").textContent = "Copy as curl"; }, 1500);
+  } else {
+    // A page that did not come over https or from this machine has no clipboard.
+    show("assistant", text);
+  }
 }
 
 at("form").addEventListener("submit", (event) => {
@@ -242,6 +254,7 @@ at("question").addEventListener("keydown", (event) => {
 at("stop").addEventListener("click", () => running && running.abort());
 at("restart").addEventListener("click", () => {
   if (running) running.abort();
+  conversation += 1;
   messages = [];
   images = [];
   at("turns").replaceChildren();

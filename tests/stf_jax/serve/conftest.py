@@ -62,7 +62,9 @@ def serving(model: stf_jax.Model) -> Iterator[Running]:
     room = CONFIG.room(model.engine)
     worker = Worker(model.engine, room, queue=8, metrics=service.metrics)
     service.ready = Ready(
-        model=model, prompts=Prompts(model, template="v1", most_images=4), worker=worker
+        model=model,
+        prompts=Prompts(model, template="v1", most_images=4, context=CONFIG.context),
+        worker=worker,
     )
     server, thread, url = run(service)
     yield Running(url=url, service=service, model=model, room=room)

@@ -1,19 +1,34 @@
 """The server through the client that most people use, and through hostile ones."""
 
+import asyncio
 import concurrent.futures
+import io
 import socket
 import threading
 import time
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
+from PIL import Image
 
+import stf_jax
+from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
+from stf_jax.infer.answers import AnswerBuilder
+from stf_jax.infer.engine import Engine
 from stf_jax.infer.model import Request
+from stf_jax.infer.prompts import Prompt
+from stf_jax.infer.sampling import Sampling
 from stf_jax.serve.app import Service
+from stf_jax.serve.metrics import Metrics
+from stf_jax.serve.prompts import Prompts
 from stf_jax.serve.schema import ApiError
+from stf_jax.serve.server import ServeConfig
+from stf_jax.serve.worker import Worker
 from tests.stf_jax.serve.conftest import Running, asks, data_url, png, run
+from tests.stf_jax.systems.conftest import build, config_of, own_tokens
 
 RED, BLUE = png((200, 30, 30)), png((20, 40, 220))
 GREEDY = {"model": "tiny", "temperature": 0, "max_tokens": 8}
@@ -120,6 +135,15 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"messages": []}, 400, "messages: List should have at least 1 item"),
     ({"messages": [asks("Hi")], "n": 2}, 400, "n is not supported; leave it out"),
     ({"messages": [asks("Hi")], "tools": [{}]}, 400, "tools is not supported"),
+    ({"messages": [asks("Hi")], "repetition_penalty": 1.2}, 400, "repetition_penalty is not"),
+    ({"messages": [asks("Hi")], "stop": "x" * 300}, 400, "stop is longer than 256 characters"),
+    ({"messages": [0] * 50_000}, 400, "messages.0: Input should be"),
+    ({"messages": [asks("x" * 100_000)]}, 400, "characters, which leaves no room"),
+    (
+        {"messages": [{**asks("Be short.", RED), "role": "system"}, asks("Hi")]},
+        400,
+        "only a user's message can show images",
+    ),
     ({"messages": [asks("Hi")], "temperature": -1}, 400, "temperature is -1.0; give 0"),
     ({"messages": [asks("Hi")], "max_tokens": 0}, 400, "max_tokens is 0; give 1 or more"),
     ({"messages": [asks("Hi")], "max_tokens": 500}, 400, "this server has room for 128"),
@@ -182,6 +206,55 @@ def test_a_data_url_need_not_be_padded(serving: Running) -> None:
     assert said == expected(serving, "What is this?", RED)
 
 
+@pytest.mark.parametrize("text", ["<image>", "<ima<image>ge>", "What <image> is it? <video>"])
+def test_a_typed_marker_is_no_image(serving: Running, text: str) -> None:
+    """Nor does it harm who comes next."""
+    body = {"prompt": f"See {text} there", **GREEDY}
+    said = serving.post(body, path="/v1/completions").json()
+    assert said["usage"]["prompt_tokens_details"]["image_tokens"] == 0
+    chat = serving.post({"messages": [asks(f"What is this? {text}", RED)], **GREEDY}).json()
+    tokens = serving.model.config.tokens_per_image
+    assert chat["usage"]["prompt_tokens_details"]["image_tokens"] == tokens
+    after = serving.post({"messages": [asks("What is this?", BLUE)], **GREEDY}).json()
+    expects = expected(serving, "What is this?", BLUE)
+    assert after["choices"][0]["message"]["content"] == expects
+
+
+def test_more_pixels_than_a_server_decodes(serving: Running) -> None:
+    out = io.BytesIO()
+    Image.new("1", (8000, 6000)).save(out, "PNG")
+    assert len(out.getvalue()) < 2**14
+    answer = serving.post({"messages": [asks("What is this?", out.getvalue())]})
+    assert answer.status_code == 400
+    assert "48000000 pixels; give 40000000 at most" in answer.json()["error"]["message"]
+
+
+def test_long_text_needs_no_long_prefix(model: stf_jax.Model) -> None:
+    """A text alone is no prefix of anything: it may be as long as the context."""
+    config = ServeConfig(name="tiny", slots=2, context=320, max_new_tokens=8, prefix_context=64)
+    room = config.room(model.engine)
+    worker = Worker(model.engine, room, queue=4, metrics=Metrics(), new=8)
+    try:
+        prompt = Prompts(model, template="v1").plain("word " * 200)
+        assert len(prompt.ids) > 128
+        assert worker.fits(prompt) == 8
+
+        async def ask() -> list[int]:
+            builder = AnswerBuilder(model.tokenizer, stop_ids=(), stops=())
+            options = {"sampling": Sampling(), "most": 8, "came": time.monotonic()}
+            async for _ in worker.answer(prompt, builder, **options):
+                pass
+            return builder.token_ids
+
+        found = asyncio.run(ask())
+    finally:
+        worker.close()
+    said: list[int] = []
+    run = {"slots": 1, "max_new_tokens": 8, "sampling": Sampling(), "every": 8}
+    list(model.engine.run([prompt], take=lambda _, ids: said.extend(ids) or True, **run))
+    assert found == said
+
+
 def test_bodies_that_are_too_large(serving: Running) -> None:
     large = b'{"messages": "' + b"x" * (2**20 + 1) + b'"}'
     url = f"{serving.url}/v1/chat/completions"
@@ -201,7 +274,7 @@ def test_who_hangs_up_frees_the_slot(serving: Running) -> None:
     body = {"messages": [asks("Tell me all.", RED)], "max_tokens": 128, "temperature": 0}
     for stream in (True, False):
         threads = []
-        for _ in range(4):
+        for _ in range(7):
 
             def hang_up(stream: bool = stream) -> None:
                 with (
@@ -236,8 +309,18 @@ def test_health_models_metrics_and_the_page(serving: Running) -> None:
     assert get("/v1/models/tiny").json() == described
     assert get("/v1/models/other").status_code == 404
     metrics = get("/metrics").text
-    for name in ("running", "waiting", "time_to_first_token_seconds_bucket", "cached_tokens_total"):
+    for name in ("running", "waiting", "time_to_first_token_seconds_bucket"):
         assert f"stf_jax_{name}" in metrics
+
+    def counted(name: str) -> float:
+        lines = httpx.get(f"{serving.url}/metrics").text.splitlines()
+        return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
+
+    for stream in (True, False):
+        before = counted("stf_jax_new_tokens_total")
+        body = {"messages": [asks("What is this?", RED)], "stream": stream, **GREEDY}
+        assert serving.post(body).status_code == 200
+        assert counted("stf_jax_new_tokens_total") > before
     page = get("/")
     assert "text/html" in page.headers["content-type"]
     assert "script-src 'self'" in page.headers["content-security-policy"]
@@ -292,3 +375,28 @@ def test_errors_have_openais_form() -> None:
             "code": "queue_full",
         }
     }
+
+
+@pytest.mark.parametrize("name", ["stf", "voco", "pmod", "fastv"])
+def test_the_room_of_a_server_is_its_systems(name: str) -> None:
+    """Prefixes take what the system holds; a prompt of the whole context fits."""
+    config = config_of(name)
+    engine = Engine(build(config))
+    serve = ServeConfig(name="tiny", slots=4, context=256, max_new_tokens=16, prefix_context=128)
+    room = serve.room(engine)
+    assert set(room.contexts) == {256}
+    worker = Worker(engine, room, queue=4, metrics=Metrics(), context=256, new=16)
+    try:
+        tokens, behind = config.tokens_per_image, own_tokens(config)
+        image = np.full(tokens, IMAGE_TOKEN_ID)
+        rest = np.full(240 - 8 - tokens - len(behind), 9)
+        ids = np.concatenate([np.full(8, 7), image, behind, rest]).astype(np.int32)
+        side = config.image_size
+        pixels = np.zeros((1, side, side, 3), np.float32)
+        assert worker.fits(Prompt(ids=ids, pixels=pixels, budget=tokens)) == 16
+    finally:
+        worker.close()
+    assert (max(room.prefixes) < 128) == (name == "voco")
+    if name == "fastv":
+        # The question decides what stays, so nothing shorter is a prefix.
+        assert room.prefixes == room.contexts
