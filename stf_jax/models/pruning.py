@@ -37,6 +37,10 @@ Schedule: TypeAlias = tuple[tuple[int, int], ...]
 _CHUNK = 256
 
 
+# Some of the decoder's layers, a stack or a list.
+_Layers: TypeAlias = DecoderLayer | nnx.List[DecoderLayer]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
     """Layers that compute the same positions.
@@ -44,16 +48,21 @@ class Stage:
     Attributes:
         x: what came out of the last of them, [B, S, H].
         marks: of the positions. What is dropped but has not moved away sees itself alone.
+        scoring: the positions that score tokens, [B, S].
         dropped: positions of each row that are gathered no more, [B].
+        scores: what its tokens were chosen by, [B, S of the stage before]; None in the first stage,
+            and where there is no image.
+        read: what went into the last layer, if that is a part by itself, [B, S, H].
         kept: keys and values of each layer, if asked for.
-        scores: what its tokens were chosen by, [B, S of the stage before]; None in the first stage.
     """
 
     x: Float[Array, "B S H"]
     marks: Marks
+    scoring: Bool[Array, "B S"]
     dropped: Int[Array, "B"]
-    kept: list[KeyValue | None]
     scores: Float[Array, "B _"] | None
+    read: Float[Array, "B S H"]
+    kept: list[KeyValue | None]
 
 
 class PrunedLlama(Llama):
@@ -153,49 +162,94 @@ class PrunedLlama(Llama):
             keep: whether each layer's keys and values are returned.
             remat: what the backward pass computes again.
         """
-        length, scoring = x.shape[1], self.scoring(marks)
+        length = x.shape[1]
         most = length if images is None else self.most_scoring(length, images * self.tokens)
-        layers: Sequence[int] = [layer for layer, _ in self.schedule]
         counts = [count for _, count in self.schedule] if counts is None else counts
-        dropped, scores = jnp.zeros_like(marks.segment[:, 0]), None
-        bounds = list(itertools.pairwise([0, *layers, self.config.layers]))
-        # The layer before a drop runs by itself, where what went into it scores.
-        alone = [int(not self.scored_by_next and b < self.config.layers) for _, b in bounds]
-        sizes = [(b - a - one, one) for (a, b), one in zip(bounds, alone, strict=True)]
-        parts = iter(split_layers(self.layers, [size for pair in sizes for size in pair]))
-        for number, (_, stop) in enumerate(bounds):
-            inputs, kept, before = [self.inputs(marks)], [], x
-            for size in sizes[number]:
-                part, before = next(parts), x
-                if size:
-                    x, _, pairs = run_layers(
-                        x, part, inputs=inputs, rule=self.rule, keep=keep, remat=remat
-                    )
-                    kept += pairs
-            yield Stage(x=x, marks=marks, dropped=dropped, kept=kept, scores=scores)
-            if stop == self.config.layers:
-                return
-            layer, read, last = stop - 1, before, kept[-1] if kept else None
-            if self.scored_by_next:
-                layer, read, last = stop, x, None
-            scores = self._score(
-                layer_at(self.layers, layer),
-                read,
-                marks,
-                scoring,
-                most=most,
-                key=None if last is None else last[0],
-            )
-            gone = choose_dropped(scores, marks, counts[number])
-            marks = hide_dropped(marks, gone, renumber=self.renumbers)
-            if gather:
-                size = length
-                if images is not None:
-                    size -= images * (self.tokens - int(counts[number]))
-                index = gather_order(marks.segment >= 0, size)
-                x = jnp.take_along_axis(x, index[..., None], axis=1)
-                scoring = jnp.take_along_axis(scoring, index, axis=1)
-                marks, dropped = marks.take(index), dropped + gone.sum(axis=1, dtype=jnp.int32)
+        stage = Stage(
+            x=x,
+            marks=marks,
+            scoring=self.scoring(marks),
+            dropped=jnp.zeros_like(marks.segment[:, 0]),
+            scores=None,
+            read=x,
+            kept=[],
+        )
+        for number, parts in enumerate(self._split_stages()):
+            # Without an image there is nothing to drop.
+            if number and images != 0:
+                layer, count = self.schedule[number - 1][0], counts[number - 1]
+                size = length - (images or 0) * (self.tokens - int(count)) if gather else None
+                stage = self._drop(stage, layer, count, most=most, size=size)
+            stage = self._run(stage, parts, keep=keep, remat=remat)
+            yield stage
+
+    def _split_stages(self) -> list[list[_Layers]]:
+        """The layers of each stage, in parts that run one after the other.
+
+        The layer before a drop is a part by itself where what goes into it scores.
+        """
+        bounds, sizes = [0, *(layer for layer, _ in self.schedule), self.config.layers], []
+        for start, stop in itertools.pairwise(bounds):
+            alone = int(not self.scored_by_next and stop < self.config.layers)
+            sizes.append([size for size in (stop - start - alone, alone) if size])
+        parts = iter(split_layers(self.layers, list(itertools.chain(*sizes))))
+        return [list(itertools.islice(parts, len(some))) for some in sizes]
+
+    def _run(self, stage: Stage, parts: list[_Layers], *, keep: bool, remat: Remat) -> Stage:
+        """With what these layers compute."""
+        inputs, x, read = [self.inputs(stage.marks)], stage.x, stage.x
+        kept: list[KeyValue | None] = []
+        for part in parts:
+            read = x
+            x, _, pairs = run_layers(x, part, inputs=inputs, rule=self.rule, keep=keep, remat=remat)
+            kept += pairs
+        return dataclasses.replace(stage, x=x, read=read, kept=kept)
+
+    def _drop(
+        self,
+        stage: Stage,
+        layer: int,
+        count: int | Int[Array, ""],
+        *,
+        most: int,
+        size: int | None,
+    ) -> Stage:
+        """What goes into `layer`, the first of the next stage.
+
+        Args:
+            stage: the one before.
+            layer: its number.
+            count: tokens of an image that stay.
+            most: how many positions score at most.
+            size: positions that are gathered; None leaves what is dropped where it stands.
+        """
+        if self.scored_by_next:
+            scorer, read, last = layer, stage.x, None
+        else:
+            scorer, read, last = layer - 1, stage.read, stage.kept[-1] if stage.kept else None
+        scores = self._score(
+            layer_at(self.layers, scorer),
+            read,
+            stage.marks,
+            stage.scoring,
+            most=most,
+            key=None if last is None else last[0],
+        )
+        gone = choose_dropped(scores, stage.marks, count)
+        marks = hide_dropped(stage.marks, gone, renumber=self.renumbers)
+        if size is None:
+            return dataclasses.replace(stage, marks=marks, scores=scores)
+        index = gather_order(marks.segment >= 0, size)
+        x = jnp.take_along_axis(stage.x, index[..., None], axis=1)
+        return dataclasses.replace(
+            stage,
+            x=x,
+            read=x,
+            marks=marks.take(index),
+            scoring=jnp.take_along_axis(stage.scoring, index, axis=1),
+            dropped=stage.dropped + gone.sum(axis=1, dtype=jnp.int32),
+            scores=scores,
+        )
 
     def _score(
         self,

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
-from stf_jax.models.layers import Init
+from stf_jax.models.layers import Init, unstack
 from stf_jax.models.llama import Llama
 from stf_jax.models.lora import LoRAConfig, is_adapter, merge
 from stf_jax.models.marks import ANSWER, TEXT, Marks
@@ -64,9 +64,14 @@ schedules = st.lists(st.integers(0, TOKENS), min_size=2, max_size=2).map(
 )
 
 
+TWO_IMAGES = np.array([[-1, *[0] * TOKENS, -1, -1, *[1] * TOKENS, *[-1] * (LENGTH - 13)]])
+
+
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(image=prompts(), schedule=schedules, seed=st.integers(0, 99), uniform=st.booleans())
+# Two images with text between, as many in every row; the second drop leaves nothing of them.
+@example(image=TWO_IMAGES, schedule=((1, 3), (2, 0)), seed=0, uniform=True)
 def test_hidden_and_gathered_are_the_same(
     kind: type[PrunedLlama], image: Any, schedule: Any, seed: int, uniform: bool
 ) -> None:
@@ -120,6 +125,21 @@ def test_everything_kept_is_the_plain_decoder(kind: type[PrunedLlama]) -> None:
     for schedule in ((), ((1, TOKENS), (2, TOKENS))):
         found = run_stages(new(kind, schedule), x, marks)[-1]["normed"]
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_a_prompt_without_images_costs_what_the_plain_decoder_does(kind: type[PrunedLlama]) -> None:
+    """Nothing is scored, and nothing moves."""
+    plain = Llama(TEXT_CONFIG, init=Init(rngs=nnx.Rngs(0)))
+    x, marks, costs = embeddings(7), marks_of(np.full((1, LENGTH), -1)), []
+    for model in (plain, new(kind, ((1, 3), (2, 0)))):
+        # XLA counts the body of a loop once.
+        model.layers = unstack(model.layers)
+        lowered = prefill.lower(model, x, marks, images=0)
+        assert "stablehlo.sort" not in lowered.as_text()
+        costs.append(lowered.cost_analysis()["flops"])
+    # A stage has rotary angles of its own.
+    assert costs[1] == pytest.approx(costs[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
