@@ -12,14 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stf_jax.data.batch import Batch
+from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
+from stf_jax.infer.engine import Engine
+from stf_jax.infer.prompts import Prompt
+from stf_jax.infer.sampling import GREEDY
+from stf_jax.infer.session import Session
 from stf_jax.models.llava import Llava
 from stf_jax.parallel.sharding import BATCH_AXES, ShardingRules, make_mesh
 from stf_jax.store.arrays import flatten, unflatten
 from stf_jax.systems import SYSTEMS
-from tests.stf_jax.systems.conftest import batch_of, build, config_of
+from tests.stf_jax.systems.conftest import batch_of, build, config_of, own_tokens
+from tests.stf_jax.systems.test_engine import ask
 from tests.switch import ALL
 
 MESHES = {"data 2 x fsdp 2 x tensor 2": {"data": 2, "fsdp": 2, "tensor": 2}, "fsdp 8": {"fsdp": 8}}
@@ -76,3 +82,51 @@ def test_a_mesh_changes_nothing(name: str, axes: str) -> None:
             np.asarray(gradient), wanted, rtol=0, atol=2e-5 * largest, err_msg=path
         )
         assert jnp.asarray(gradient).sharding.spec == like[path].sharding.spec, path
+
+
+# Groups of layers with caches of several lengths, positions of their own, a compacted cache.
+ANSWERING = ("pyramiddrop", "pmod", "voco") if ALL else ("pyramiddrop",)
+
+
+@pytest.mark.parametrize("name", ANSWERING)
+def test_a_mesh_gives_the_same_answers(name: str) -> None:
+    """Of the engine, and of a chat over two turns."""
+    config = config_of(name)
+    rng = np.random.default_rng(0)
+    side, tokens = config.image_size, config.tokens_per_image
+    pixels = rng.standard_normal((1, side, side, 3)).astype(np.float32)
+    image = [*np.full(tokens, IMAGE_TOKEN_ID), *own_tokens(config)]
+    shown = [
+        Prompt(
+            ids=np.concatenate([[7, 8], image, rng.integers(3, 599, 4 + n)]).astype(np.int32),
+            pixels=pixels,
+            image_key=1,
+            budget=tokens,
+        )
+        for n in range(3)
+    ]
+    plain = Prompt(ids=rng.integers(3, 599, 9).astype(np.int32), pixels=pixels[:0], budget=tokens)
+
+    def answers(model: Llava, mesh: Mesh | None) -> list[list[int]]:
+        engine = Engine(model, mesh=mesh)
+        said = ask(engine, [*shown, plain], slots=4)
+        session = Session(engine.program)
+
+        def turn(ids: np.ndarray) -> list[int]:
+            prompt = dataclasses.replace(shown[0], ids=ids)
+            stream = session.stream(prompt, sampling=GREEDY, max_new_tokens=4, every=2)
+            return np.concatenate(list(stream)).tolist()
+
+        first = turn(shown[0].ids)
+        later = np.concatenate([shown[0].ids, first, [9, 10, 11]]).astype(np.int32)
+        return [said[number] for number in range(4)] + [first, turn(later)]
+
+    one = build(config, seed=1)
+    weights = flatten(nnx.to_pure_dict(nnx.state(one)))
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    with jax.set_mesh(mesh):
+        split = Llava.abstract(config, rules=ShardingRules.default())
+        like = flatten(nnx.to_pure_dict(nnx.state(split)))
+        placed = {path: jax.device_put(weights[path], like[path].sharding) for path in like}
+        nnx.update(split, unflatten(placed))
+    assert answers(split, mesh) == answers(one, None)
