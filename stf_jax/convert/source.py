@@ -61,6 +61,7 @@ class Source:
     files: Mapping[str, epath.Path]  # what travels along, by its name in the native `hf/`
     entries: tuple[Entry, ...]
     tensors: Mapping[str, Tensor]  # by canonical name
+    new: tuple[str, ...]  # canonical names of those that are drawn, since the checkpoint has none
     carried: tuple[str, ...]  # canonical names of tensors that the model does not compute with
 
     def leaves(self) -> Iterator[Leaf]:
@@ -232,6 +233,7 @@ def open_source(
         files=files,
         entries=entries,
         tensors=tensors,
+        new=tuple(name for entry in new for name in entry.tensors),
         carried=_check(
             part.path,
             config,

@@ -27,6 +27,7 @@ class StoredModel:
         files: tokenizer, image processor and configs, by name.
         restore: nested dictionaries of `jax.ShapeDtypeStruct` -> the parameters, placed so.
         layout: of a PyTorch directory; None for a native checkpoint or a run.
+        new: tensors that the system has and the directory has not.
     """
 
     path: epath.Path
@@ -34,6 +35,26 @@ class StoredModel:
     files: Mapping[str, epath.Path]
     restore: Callable[[Mapping[str, Any]], dict[str, Any]]
     layout: str | None
+    new: tuple[str, ...] = ()
+
+    def check_trained(self) -> None:
+        """Refuses a model that has not learned all of its weights.
+
+        Raises:
+            CheckpointError: what it lacks, and what to do.
+        """
+        if self.layout == "llama":
+            # Its system would be new, of random weights.
+            raise CheckpointError(
+                f"{self.path} is a language model alone and has not learned to see; import it with "
+                f"stf-jax convert import {self.path} OUT --vision-tower CLIP, and train that"
+            )
+        if self.new:
+            name = self.config.system.name
+            raise CheckpointError(
+                f"{self.path} has no {self.new[0]}, which {name} has to learn; import it with "
+                f"stf-jax convert import {self.path} OUT --system {name}, and train that"
+            )
 
     def processors(self) -> Processors:
         """What text and images go through.
@@ -90,6 +111,7 @@ def open_any(
         files=dict(source.files),
         restore=lambda tree: _read(source, tree),
         layout=source.layout,
+        new=source.new,
     )
 
 

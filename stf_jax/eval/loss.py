@@ -64,6 +64,7 @@ def held_out_loss(
         ValueError: a model or dataset that is missing, damaged, or does not fit the other.
     """
     opened = open_any(path, vision_tower=vision_tower, system=system, fields=fields)
+    opened.check_trained()
     processors = opened.processors()
     parts = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     config = _data_config(path, opened, mode=processors.image_processor.mode)

@@ -16,7 +16,6 @@ from stf_jax.models.cache import CacheDType
 from stf_jax.models.llava import Llava
 from stf_jax.parallel.sharding import ShardingRules
 from stf_jax.systems.base import LlavaConfig, System, check_divisible
-from stf_jax.util.errors import CheckpointError
 
 DTypeName = Literal["float32", "float16", "bfloat16"]
 
@@ -57,12 +56,7 @@ def load(
         # XLA has no attention of float16 for it.
         raise ValueError("float16 does not run on CPU; choose float32 or bfloat16")
     opened = open_any(path, vision_tower=vision_tower, system=system, fields=fields)
-    if opened.layout == "llama":
-        # Its system would be new, of random weights.
-        raise CheckpointError(
-            f"{path} is a language model alone and has not learned to see; import it with "
-            f"stf-jax convert import {path} OUT --vision-tower CLIP, and train that"
-        )
+    opened.check_trained()
     processors = opened.processors()
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     network = _abstract(_stop_at(opened.config, processors.tokenizer.eos_id), mesh, dtype)

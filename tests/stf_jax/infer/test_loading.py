@@ -118,3 +118,17 @@ def test_another_aspect_ratio_is_refused(source: Path) -> None:
     edit(source / "config.json", image_aspect_ratio="anyres")
     with pytest.raises(CheckpointError, match=r"image_aspect_ratio 'anyres'; supported: 'pad'"):
         load_processors(source)
+
+
+@pytest.mark.parametrize("name", ["pmod", "videollm_mod"])
+def test_what_a_system_has_to_learn_is_not_made_up(
+    reference: Path, tmp_path: Path, name: str
+) -> None:
+    """FastV and its like work over any LLaVA; routers would be random."""
+    tower = reference / "clip"
+    import_checkpoint(reference / "vicuna", tmp_path / "n", vision_tower=tower, system="llava")
+    export_checkpoint(tmp_path / "n", tmp_path / "llava", layout="llava")
+    message = rf"has no .*, which {name} has to learn; import it with .* --system {name}, and train"
+    with pytest.raises(CheckpointError, match=message):
+        stf_jax.load(tmp_path / "llava", system=name)
+    assert stf_jax.load(tmp_path / "llava", system="fastv").config.system.name == "fastv"
