@@ -168,6 +168,11 @@ class ConnectedSystem(Protocol):
     ) -> float:
         """Arithmetic of a prompt of `length` in the decoder beside `layer_lengths`."""
 
+    def training_flops(
+        self, vision: VisionConfig, text: TextConfig, *, length: int, images: int
+    ) -> float:
+        """What a training step adds in the decoder to layers over a row, with its gradients."""
+
     def describe(self) -> str:
         """One line: the name, and the fields."""
 

@@ -7,6 +7,7 @@ arXiv 2204.02311, appendix B); what `remat` computes again is not counted.
 import dataclasses
 from typing import Literal
 
+from stf_jax.config.text import TextConfig
 from stf_jax.models.connector import Architecture
 
 
@@ -25,7 +26,10 @@ class Flops:
 
 
 def forward(config: Architecture, *, rows: int, length: int, images: int) -> Flops:
-    """Of one forward pass over `rows` rows of `length` positions with `images` images each."""
+    """Of one forward pass over `rows` rows of `length` positions with `images` images each.
+
+    The head is counted at every position of a row, whatever the layers drop.
+    """
     vision, text = config.vision, config.text
     lengths = config.system.layer_lengths(vision, text, length=length, images=images)
     weights, attention = _text(config, length, lengths)
@@ -52,13 +56,16 @@ def training(
     trains several budgets runs the language model once for each, over rows of the same length. What
     layers drop is hidden in training, and counted.
     """
+    vision, text = config.vision, config.text
     weights, attention = _text(config, length)
+    added = config.system.training_flops(vision, text, length=length, images=images)
     passes = 3 if stage == "finetune" else 2
-    views = len(config.system.training_budgets(config.vision))
+    views = len(config.system.training_budgets(vision))
     return Flops(
         vision=rows * images * (_vision(config) + _extra(config)),
         connector=rows * images * _connector(config) * 3,
-        text=rows * (views * (weights * passes + attention * 3) + images * _question(config)),
+        text=rows
+        * (views * (weights * passes + attention * 3 + added) + images * _question(config)),
     )
 
 
@@ -93,13 +100,19 @@ def _question(config: Architecture) -> float:
     return weights - 2 * length * text.width * text.padded_vocab_size + attention
 
 
+def decoder_layer(text: TextConfig, length: int) -> tuple[float, float]:
+    """Of one layer over one row: products with weights, and attention."""
+    heads, kv_heads = text.heads * text.head_dim, text.kv_heads * text.head_dim
+    weights = 2 * length * text.width * (2 * heads + 2 * kv_heads + 3 * text.mlp_width)
+    return weights, 4 * length**2 * heads
+
+
 def _text(
     config: Architecture, length: int, lengths: tuple[int, ...] | None = None
 ) -> tuple[float, float]:
     """Of one row: products with weights, and attention; `lengths` are those of the layers."""
     text = config.text
-    heads, kv_heads = text.heads * text.head_dim, text.kv_heads * text.head_dim
-    layer = text.width * (2 * heads + 2 * kv_heads + 3 * text.mlp_width)
     lengths = (length,) * text.layers if lengths is None else lengths
-    weights = 2 * (sum(lengths) * layer + lengths[-1] * text.width * text.padded_vocab_size)
-    return weights, 4 * sum(each**2 for each in lengths) * heads
+    layers, attention = zip(*(decoder_layer(text, each) for each in lengths), strict=True)
+    head = 2 * length * text.width * text.padded_vocab_size
+    return sum(layers) + head, sum(attention)

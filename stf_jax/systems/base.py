@@ -200,6 +200,12 @@ class System:
         del vision, text, length, images
         return 0.0
 
+    def training_flops(
+        self, vision: VisionConfig, text: TextConfig, *, length: int, images: int
+    ) -> float:
+        """What a training step adds in the decoder to layers over a row, with its gradients."""
+        return 3 * self.decoder_flops(vision, text, length=length, images=images)
+
     def tensor_sizes(self) -> dict[str, int]:
         """The sizes that the mesh axis `tensor` splits, by name."""
         return {"projector_width": self.projector_width}

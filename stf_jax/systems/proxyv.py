@@ -33,6 +33,7 @@ from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
 from stf_jax.models.cache import CacheDType, KVCache
 from stf_jax.models.connector import Connector, Tokens, VisionFeatures
+from stf_jax.models.flops import decoder_layer
 from stf_jax.models.layers import Init, Remat, split_layers, stack, unstack
 from stf_jax.models.llama import Llama, take
 from stf_jax.models.loop import KeyValue, run_layers
@@ -157,20 +158,33 @@ class ProxyV(System):
     def decoder_flops(
         self, vision: VisionConfig, text: TextConfig, *, length: int, images: int
     ) -> float:
-        """Keys and values of full tokens, and how queries see them; proxies, and the VisionMLPs."""
-        layers, patches, count = text.layers - self.start, vision.patches, self.proxies(vision)
+        """Keys and values of full tokens, and how queries see them; and what the proxies add."""
+        full, layers = images * vision.patches, text.layers - self.start
+        queries = self.layer_lengths(vision, text, length=length, images=images)[-1]
+        keys = 4 * full * text.width * text.kv_heads * text.head_dim
+        keys += 4 * queries * full * text.heads * text.head_dim
+        return layers * keys + images * self._proxy_flops(vision, text)
+
+    def training_flops(
+        self, vision: VisionConfig, text: TextConfig, *, length: int, images: int
+    ) -> float:
+        """Rows are longer by their proxies, which see and are seen."""
+        more = length + images * self.proxies(vision)
+        longer = sum(decoder_layer(text, more)) - sum(decoder_layer(text, length))
+        layers = text.layers - self.start
+        return 3 * (layers * longer + images * self._proxy_flops(vision, text))
+
+    def _proxy_flops(self, vision: VisionConfig, text: TextConfig) -> float:
+        """Of one image: how its proxies are made, and the VisionMLPs; the last one is not run."""
+        layers, full, count = text.layers - self.start, vision.patches, self.proxies(vision)
         if not layers:
             return 0.0
-        width, hidden, full = text.width, self.mlp_width, images * patches
-        queries = self.layer_lengths(vision, text, length=length, images=images)[-1]
-        keys = 2 * full * width * text.kv_heads * text.head_dim
-        keys += 2 * queries * full * text.heads * text.head_dim
-        mlp = 2 * full * (width + hidden) * hidden
-        mlp += images * count * (width + patches) * hidden
-        made = images * count * patches * width
+        width, hidden = text.width, self.mlp_width
+        mlp = 2 * full * (width + hidden) * hidden + count * (width + full) * hidden
+        made = count * full * width
         if self.learned:
             made += full * hidden * (width + count)
-        return 2.0 * (layers * keys + (layers - 1) * mlp + made)
+        return 2.0 * ((layers - 1) * mlp + made)
 
     def tensor_sizes(self) -> dict[str, int]:
         """The projector's, and the VisionMLPs'."""

@@ -26,7 +26,7 @@ class PruningSystem(System):
     has left. A chat that begins its cache anew, with another image or when it has outgrown its
     room, lets its newest question decide.
 
-    FLOPs leave out the few rows of attention that score tokens.
+    FLOPs of a prompt leave out the few rows of attention that score tokens.
     """
 
     # The language model, which knows what scores.
@@ -105,6 +105,15 @@ class PruningSystem(System):
         return tuple(
             lengths[sum(start <= layer for start in starts)] for layer in range(text.layers)
         )
+
+    def training_flops(
+        self, vision: VisionConfig, text: TextConfig, *, length: int, images: int
+    ) -> float:
+        """Scores by queries of all positions, since any may score; they have no gradient."""
+        del images
+        heads, kv_heads = text.heads * text.head_dim, text.kv_heads * text.head_dim
+        scores = 2.0 * length * (text.width * (heads + kv_heads) + length * heads)
+        return len(self.schedule_of(vision)) * scores
 
     def _lengths(self, vision: VisionConfig, *, length: int, images: int) -> tuple[int, ...]:
         """Positions of each stage."""

@@ -78,7 +78,7 @@ def test_forward(config: LlavaConfig) -> None:
     shorter = any(length < LENGTH for length in lengths)
     if shorter:
         # What layers drop is dropped in prompts, which have a head at one position.
-        by_hand -= 2 * ROWS * (lengths[-1] - 1) * TEXT.width * TEXT.vocab_size
+        by_hand -= 2 * ROWS * (LENGTH - 1) * TEXT.width * TEXT.vocab_size
 
     def run(state: Any, batch: Batch) -> Any:
         model = nnx.merge(graph, state)
@@ -110,7 +110,7 @@ def test_training(config: LlavaConfig, stage: Any) -> None:
     views = len(config.system.training_budgets(VISION))
     head = 2 * views * ROWS * LENGTH * TEXT.width * TEXT.vocab_size
     # Fusion's inputs need no gradient: its first matmul runs twice, not three times.
-    assert 0.93 < counted_flops / (estimated.total + head) < 1.08
+    assert 0.97 < counted_flops / (estimated.total + head) < 1.012
 
 
 def test_parts_add_up() -> None:

@@ -107,8 +107,7 @@ def test_reference_flops(reference_case: Case) -> None:
         system = Sized(schedule=tuple(counts.tolist()), taps=(vision.layers - 1,))
         config = LlavaConfig(vision=vision, text=text, system=system)
         found = flops.forward(config, rows=1, length=length, images=1).text
-        left = system.layer_lengths(vision, text, length=length, images=1)[-1]
-        assert found - 2 * left * text.width * text.vocab_size == expected
+        assert found - 2 * length * text.width * text.vocab_size == expected
 
 
 def test_reference_dense_logits(reference_case: Case) -> None:
