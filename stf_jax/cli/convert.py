@@ -19,11 +19,14 @@ def add_convert(verbs: Verbs) -> None:
         metavar="SRC",
         type=path,
         help="LLaVA-STF, LLaVA-1.5, HF Llava, LLaMA, a stage-1 adapter or a LoRA adapter; "
-        "a directory, for a stage-1 adapter also the file",
+        "a directory, for a stage-1 adapter also the file; or a GGUF file of a LLaMA",
     )
     parser.add_argument("out", metavar="OUT", type=path, help="the new directory")
     parser.add_argument(
-        "--vision-tower", metavar="DIR", type=path, help="CLIP, where SRC has none inside"
+        "--vision-tower",
+        metavar="PATH",
+        type=path,
+        help="CLIP, where SRC has none inside: a directory, or an ONNX file",
     )
     parser.add_argument(
         "--base", metavar="DIR", type=path, help="the model that an adapter was trained on"
@@ -99,7 +102,10 @@ def add_convert(verbs: Verbs) -> None:
     )
     parser.add_argument("source", metavar="SRC", type=path, help="a directory or a file of weights")
     parser.add_argument(
-        "--vision-tower", metavar="DIR", type=path, help="CLIP, where SRC has none inside"
+        "--vision-tower",
+        metavar="PATH",
+        type=path,
+        help="CLIP, where SRC has none inside: a directory, or an ONNX file",
     )
     parser.add_argument(
         "--base", metavar="DIR", type=path, help="the model that an adapter was trained on"

@@ -11,15 +11,10 @@ from stf_jax.util.errors import CheckpointError
 from stf_jax.util.files import check_file, explain_file, name_some
 
 # Other formats, by what their files begin with and by their suffixes.
-_MAGIC = {
-    b"GGUF": "GGUF, the format of llama.cpp and Ollama",
-    b"\x89HDF": "HDF5, a format of TensorFlow",
-}
+_MAGIC = {b"\x89HDF": "HDF5, a format of TensorFlow"}
 _SUFFIXES = {
-    ".gguf": _MAGIC[b"GGUF"],
     ".h5": _MAGIC[b"\x89HDF"],
     ".msgpack": "MessagePack, a format of Flax",
-    ".onnx": "ONNX, a format of graphs",
     ".npz": "NPZ, a format of NumPy and MLX",
 }
 _TAKE_OTHER = "which stf_jax does not read; take the checkpoint that it was made from"
@@ -120,6 +115,11 @@ def refuse_directory(path: epath.Path) -> None:
         raise CheckpointError(
             f"{path} holds no weights but checkpoints of a training run; name one of them: "
             + name_some(parts)
+        )
+    if bundles := [name for name in names if name.endswith((".gguf", ".onnx"))]:
+        raise CheckpointError(
+            f"{path} holds no weights but in files of other tools; name one of them: "
+            + name_some([path / name for name in bundles])
         )
     for suffix, kind in _SUFFIXES.items():
         if name := find(rf".*{re.escape(suffix)}"):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from stf_jax.convert.bundle import Bundle
 from stf_jax.convert.dtypes import Array, DType
 from stf_jax.convert.foreign import describe_names, refuse_family, refuse_tensors
 from stf_jax.convert.layouts import Layout, canonical, is_ignored, recognize
@@ -46,10 +47,13 @@ class Part:
     hf: Mapping[str, Any]  # config.json, empty where there is none
     tensors: Mapping[str, Tensor]  # by canonical name; of a LoRA adapter, by the published one
     unknown: tuple[str, ...]  # published names that the layout does not have
+    bundled: epath.Path | None = None  # where the small files lie that the file of weights held
 
     @property
     def folder(self) -> epath.Path:
-        """The directory, of a single file, too."""
+        """The directory with the small files, of a single file, too."""
+        if self.bundled is not None:
+            return self.bundled
         return self.path if self.path.is_dir() else self.path.parent
 
     def select(self, *prefixes: str) -> dict[str, Tensor]:
@@ -88,6 +92,9 @@ def open_part(path: epath.PathLike) -> Part:
     hf = read_json(config) if path.is_dir() and config.exists() else {}
     refuse_family(path, hf)
     file = open_tensors(path)
+    bundled = file.folder if isinstance(file, Bundle) else None
+    if bundled is not None:
+        hf = read_json(bundled / "config.json")
     refuse_tensors(path, file.infos, hf)
     layout = recognize(file.infos)
     if layout is None:
@@ -107,7 +114,9 @@ def open_part(path: epath.PathLike) -> Part:
             unknown.append(name)
         else:
             tensors[ours] = Tensor(file, name)
-    return Part(path=path, layout=layout, hf=hf, tensors=tensors, unknown=tuple(unknown))
+    return Part(
+        path=path, layout=layout, hf=hf, tensors=tensors, unknown=tuple(unknown), bundled=bundled
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,20 +76,8 @@ def processor_files(
             "vision_feature_select_strategy": "default",
         },
     }
-    size = vision.image_size
     contents["preprocessor_config.json"] = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": size},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": _MEAN,
-        "image_std": _STD,
+        **clip_preprocessor(vision.image_size),
         **(
             _read(files, "processor_config.json").get("image_processor")
             or _read(files, "preprocessor_config.json")
@@ -108,6 +96,24 @@ def processor_files(
         contents["special_tokens_map.json"] = {**hf, "pad_token": PAD_TOKEN}
     encoded = {name: encode_json(content) for name, content in contents.items()}
     return encoded | {"chat_template.jinja": _CHAT_TEMPLATE.encode()}
+
+
+def clip_preprocessor(size: int) -> Json:
+    """The preprocessor_config.json with which CLIP was trained, for images of a side in pixels."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": _MEAN,
+        "image_std": _STD,
+    }
 
 
 def tokenizer_files(files: Mapping[str, bytes], tokens: Mapping[str, int]) -> dict[str, bytes]:

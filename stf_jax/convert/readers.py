@@ -8,8 +8,12 @@ from typing import Protocol
 
 from etils import epath
 
+from stf_jax.convert.bundle import Bundle
 from stf_jax.convert.dtypes import Array
 from stf_jax.convert.foreign import refuse_directory, refuse_file
+from stf_jax.convert.gguf_file import open_gguf
+from stf_jax.convert.gguf_header import MAGIC as GGUF
+from stf_jax.convert.onnx_clip import open_onnx_clip
 from stf_jax.convert.safetensors_file import SafetensorsFile, TensorInfo
 from stf_jax.convert.torch_file import TorchFile
 from stf_jax.util import files
@@ -125,11 +129,25 @@ def open_file(path: epath.Path) -> Tensors:
     Raises:
         CheckpointError: it is damaged, or of another format.
     """
+    if bundle := _open_bundle(path):
+        return bundle
     if path.exists():
         refuse_file(path)
     file = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
     _ = file.infos  # Complains now, rather than half-way.
     return file
+
+
+def _open_bundle(path: epath.Path) -> Bundle | None:
+    """A file that holds config and tokenizer or image processor, too; None of any other."""
+    with files.explain_file(path, CheckpointError, "download or copy it again"):
+        files.check_file(path)
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            if file.read(len(GGUF)) == GGUF:
+                return open_gguf(path)
+    return open_onnx_clip(path) if path.suffix == ".onnx" else None
 
 
 def _open_shards(index: epath.Path) -> Shards:

@@ -143,9 +143,10 @@ def open_source(
 
     Args:
         path: A directory in one of the layouts LLaVA-STF, LLaVA-1.5, Hugging Face's Llava, LLaMA;
-            a stage-1 adapter, its file or its directory; or a LoRA adapter's directory.
-        vision_tower: A directory with CLIP's config.json, and its weights where `path` has none.
-            Needed where config.json does not lead to one.
+            a GGUF file of a LLaMA; a stage-1 adapter, its file or its directory; or a LoRA
+            adapter's directory.
+        vision_tower: A directory with CLIP's config.json, and its weights where `path` has none;
+            or an ONNX file with both. Needed where config.json does not lead to one.
         base: The language model under an adapter; of a LoRA adapter, the model that it was trained
             on, into which it is merged.
         system: What makes the tokens of a language model alone: a name, with the published
@@ -190,7 +191,7 @@ def open_source(
         fields = {"token_id": token, **(fields or {})}
         text = dataclasses.replace(text, vocab_size=max(text.vocab_size, token + 1))
         tensors = add_rows(tensors, rows=text.vocab_size, seed=seed)
-    place = part.path if tower.folder is None else tower.folder
+    place = epath.Path(vision_tower or tower.folder or part.path)
     if part.layout == "llama":
         chosen = _name_errors(
             place, lambda: new_system(system, fields, vision=tower.config, text=text)

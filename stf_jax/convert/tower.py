@@ -43,8 +43,13 @@ def choose_tower(part: Part, language: Part, vision_tower: epath.PathLike | None
         CheckpointError: there is no config or there are no weights; it says what to give.
     """
     inside = part.tower or language.tower
-    folder = _folder(part, language, vision_tower)
-    if folder is not None:
+    beside = None
+    if vision_tower is not None and epath.Path(vision_tower).is_file():
+        beside = open_part(vision_tower)
+    if beside is not None and beside.bundled is not None:
+        folder: epath.Path | None = beside.bundled
+        config, assumed = _read_config(beside.path, beside.hf)
+    elif (folder := _folder(part, language, vision_tower)) is not None:
         config, assumed = _read_config(folder / "config.json", read_json(folder / "config.json"))
     else:
         config, assumed = _known_config(part, language)
@@ -52,13 +57,13 @@ def choose_tower(part: Part, language: Part, vision_tower: epath.PathLike | None
         return TowerChoice(
             config=config, tensors=inside, folder=folder, unknown=(), assumed=assumed
         )
-    if folder is None or not _has_weights(folder):
+    if folder is None or (beside is None and not _has_weights(folder)):
         raise CheckpointError(
             f"{part.path} has no vision tower inside"
             + (f", nor has {folder}" if folder else "")
             + "; give a directory with CLIP's config.json and weights: --vision-tower DIR"
         )
-    beside = open_part(folder)
+    beside = beside or open_part(folder)
     return TowerChoice(
         config=config,
         tensors=beside.tower,
