@@ -116,14 +116,14 @@ class _Graph:
         """The nodes of a module, of some kinds."""
         return [n for n in self.nodes if n.name.startswith(f"{module}/") and n.op_type in kinds]
 
-    def last_sizes(self, reshape: Any) -> list[int]:
-        """The last two sizes of a reshape's result; fewer where they are computed."""
-        whole = self.constant(reshape.input[1])
-        if whole is not None:
-            return [int(size) for size in whole[-2:]]
-        maker = self._makers.get(reshape.input[1])
-        parts = [self.constant(name) for name in maker.input[-2:]] if maker is not None else []
-        return [int(part.item()) for part in parts if part is not None and part.size == 1]
+    def last_sizes(self, reshape: Any) -> tuple[int, int]:
+        """The last two sizes of a reshape's result; (0, 0) where they are computed."""
+        shape = self.constant(reshape.input[1])
+        if shape is None:
+            maker = self._makers.get(reshape.input[1])
+            parts = [self.constant(name) for name in maker.input] if maker is not None else []
+            shape = np.array([0 if part is None else part.item() for part in parts[-2:]])
+        return (int(shape[-2]), int(shape[-1])) if len(shape) > 1 else (0, 0)
 
 
 def _dtype(tensor: Any) -> np.dtype[Any]:
@@ -165,8 +165,12 @@ def _config(graph: _Graph, infos: dict[str, TensorInfo]) -> Json:
     width, _, _, patch = infos[_PATCHES].shape
     grid = round((infos[_POSITIONS].shape[0] - 1) ** 0.5)
     reshapes = graph.within(f"{_FIRST}/self_attn", "Reshape")
-    sizes = graph.last_sizes(reshapes[0]) if reshapes else []
-    if len(sizes) != 2 or sizes[0] * sizes[1] != width:
+    heads, head_dim = graph.last_sizes(reshapes[0]) if reshapes else (0, 0)
+    if heads == -1 and head_dim > 0:
+        heads = width // head_dim
+    elif head_dim == -1 and heads > 0:
+        head_dim = width // heads
+    if heads * head_dim != width:
         raise ValueError("it does not say how many heads its attention has")
     if graph.within(f"{_FIRST}/mlp", "Sigmoid"):
         activation = "quick_gelu"
@@ -181,7 +185,7 @@ def _config(graph: _Graph, infos: dict[str, TensorInfo]) -> Json:
         "hidden_size": width,
         "intermediate_size": infos[bias].shape[0],
         "num_hidden_layers": len(layers),
-        "num_attention_heads": sizes[0],
+        "num_attention_heads": heads,
         "image_size": grid * patch,
         "patch_size": patch,
         "num_channels": 3,

@@ -22,8 +22,6 @@ from stf_jax.util.errors import CheckpointError
 from tests.stf_jax.convert.refusal import edit_json, refused
 
 OTHER_FORMATS = {
-    "llava-q4.gguf": (b"GGUF" + bytes(12), "is GGUF, the format of llama.cpp and Ollama, which"),
-    "renamed.bin": (b"GGUF" + bytes(12), "is GGUF, the format of llama.cpp and Ollama, which"),
     "tf_model.h5": (b"\x89HDF\r\n\x1a\n" + bytes(9), "is HDF5, a format of TensorFlow, which"),
     "flax_model.msgpack": (b"\xde\x00\x10" + bytes(9), "is MessagePack, a format of Flax, which"),
     "weights.npz": (b"PK\x03\x04" + bytes(9), "is NPZ, a format of NumPy and MLX, which"),
@@ -62,6 +60,7 @@ def test_files_of_other_formats(
         ),
         ([".metadata", "__0_0.distcp"], "of PyTorch's FSDP, .* dcp_to_torch_save of torch.distr"),
         (["checkpoint-500/x", "checkpoint-1000/x"], "name one of them: checkpoint-1000, checkp"),
+        (["clip.onnx", "lm.gguf"], "in files of other tools; name one of them: .*clip.onnx, .*lm"),
         (["model.pt"], "holds model.pt and no model.safetensors .* save_pretrained, or rename"),
         (["model-00002-of-00003.safetensors"], r"no index \(model.safetensors.index.json\); down"),
         (["pytorch_model-00001-of-00002.bin"], r"no index \(pytorch_model.bin.index.json\); down"),
