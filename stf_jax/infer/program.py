@@ -61,12 +61,8 @@ class Program:
     @functools.cached_property
     def checksum(self) -> str:
         """A checksum of all weights, the same on any mesh; it identifies the model."""
-        digest = hashlib.sha256()
         with self._on_mesh():
-            for path, leaf in jax.tree_util.tree_leaves_with_path(self._parameters):
-                line = f"{jax.tree_util.keystr(path)} {leaf.shape} {int(_bit_sum(leaf))}\n"
-                digest.update(line.encode())
-        return digest.hexdigest()[:16]
+            return weights_checksum(self._parameters)
 
     @property
     def weights(self) -> nnx.State:
@@ -389,6 +385,15 @@ class Program:
         end = jnp.isin(token, jnp.asarray(self.config.text.eos_ids))
         full = position >= self.config.text.max_positions
         return end | full | (count >= draws.most)
+
+
+def weights_checksum(weights: nnx.State) -> str:
+    """A checksum of all weights, the same on any mesh; call it on the mesh that they lie on."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
+        line = f"{jax.tree_util.keystr(path)} {leaf.shape} {int(_bit_sum(leaf))}\n"
+        digest.update(line.encode())
+    return digest.hexdigest()[:16]
 
 
 @jax.jit

@@ -29,11 +29,11 @@ class Quality:
 
     Attributes:
         agreement: share of the prompts after which both choose the same token.
-        entropy: mean cross entropy, in nats, of the token that it chooses with all tokens.
+        cross_entropy: in nats, of the token that it chooses with all tokens; the mean.
     """
 
     agreement: float
-    entropy: float
+    cross_entropy: float
 
 
 Evaluate: TypeAlias = Callable[[Counts], Quality]
@@ -84,7 +84,7 @@ class Rule:
         """Whether a number will do, beside all tokens."""
         if self.criterion == "agree":
             return quality.agreement == 1
-        return quality.entropy <= dense.entropy * (1 + self.tolerance)
+        return quality.cross_entropy <= dense.cross_entropy * (1 + self.tolerance)
 
 
 def search_greedily(
@@ -109,7 +109,7 @@ def search_greedily(
                     best = 0.0, count
                     break
                 continue
-            value = -quality.entropy + rule.weight * (1 - count / tokens)
+            value = -quality.cross_entropy + rule.weight * (1 - count / tokens)
             if best is None or value > best[0]:
                 best = value, count
         if best is not None:
@@ -156,9 +156,9 @@ def search_sigmoids(
     for number, slope in enumerate(SLOPES, start=1):
         sigmoid = Sigmoid(slope=slope, midpoint=solve_midpoint(slope, budget, layers=layers))
         counts = sigmoid_counts(slope, sigmoid.midpoint, tokens=tokens, layers=layers)
-        entropy = evaluate(counts).entropy
-        if found is None or entropy < found[0]:
-            found = entropy, counts, sigmoid
+        cross_entropy = evaluate(counts).cross_entropy
+        if found is None or cross_entropy < found[0]:
+            found = cross_entropy, counts, sigmoid
         progress(number, len(SLOPES))
     assert found is not None
     return found[1], found[2]

@@ -22,6 +22,7 @@ from stf_jax.data.fit import fit_template
 from stf_jax.data.processors import Processors
 from stf_jax.data.templates import Template
 from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID, expand_images
+from stf_jax.infer.program import weights_checksum
 from stf_jax.infer.prompts import Prompt, pad_prompts, read_pixels
 from stf_jax.models.layers import unstack
 from stf_jax.models.llava import Llava
@@ -75,6 +76,16 @@ def _read_prompt(stored: Stored, processors: Processors, template: Template) -> 
     )
 
 
+def fingerprint(weights: nnx.State, prompts: Sequence[Prompt]) -> str:
+    """Tells weights, their dtypes, texts and images apart, however many are computed at a time."""
+    digest = hashlib.sha256(weights_checksum(weights).encode())
+    digest.update(str([leaf.dtype.name for leaf in jax.tree.leaves(weights)]).encode())
+    for prompt in prompts:
+        for array in (prompt.ids, prompt.load()):
+            digest.update(str(array.shape).encode() + array.tobytes())
+    return digest.hexdigest()[:16]
+
+
 class Calibration:
     """A model and prompts; call it with the numbers of tokens by layer.
 
@@ -105,11 +116,8 @@ class Calibration:
             self._batches.append((*insert(self._state, batch), len(some)))
         self._targets: list[Int[np.ndarray, B]] | None = None
         self.dense = self((self.tokens,) * self.layers)
-        digest = hashlib.sha256(repr(self.dense).encode())
-        for prompt in prompts:
-            digest.update(prompt.ids.tobytes())
-        #: Tells models and calibration prompts apart.
-        self.fingerprint = digest.hexdigest()[:16]
+        #: Of the model and the prompts.
+        self.fingerprint = fingerprint(self._state, prompts)
 
     def __call__(self, counts: Counts) -> Quality:
         """The first call, with all tokens, gives the tokens that are to be predicted."""
@@ -128,7 +136,7 @@ class Calibration:
             lost.append(total - some[np.arange(len(target)), target])
         return Quality(
             agreement=float(np.concatenate(same).mean()),
-            entropy=float(np.concatenate(lost).mean()),
+            cross_entropy=float(np.concatenate(lost).mean()),
         )
 
     def _logits(

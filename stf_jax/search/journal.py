@@ -20,7 +20,7 @@ class Journal:
 
     Args:
         path: of the file, which a kill may have cut in its last line.
-        fingerprint: of the model and the prompts.
+        fingerprint: of the model, its dtype and the prompts.
         measure: gives the quality of a schedule.
 
     Raises:
@@ -56,12 +56,14 @@ class Journal:
     def _read(self, path: Path, fingerprint: str) -> None:
         lines = list(read_jsonl(path, fix=_FIX).values())
         if lines and lines[0] != {"fingerprint": fingerprint}:
-            raise ValueError(f"{path} is of another model or other calibration prompts; {_FIX}")
+            raise ValueError(
+                f"{path} is of another model, another dtype or other calibration prompts; {_FIX}"
+            )
         try:
             for line in lines[1:]:
                 counts = tuple(map(int, line["counts"]))
                 self._known[counts] = Quality(
-                    agreement=float(line["agreement"]), entropy=float(line["entropy"])
+                    agreement=float(line["agreement"]), cross_entropy=float(line["cross_entropy"])
                 )
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is no journal of a search; {_FIX}") from error

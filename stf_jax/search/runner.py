@@ -63,8 +63,8 @@ class Schedule:
     def __str__(self) -> str:
         return (
             f"{self.share:.1%} of the tokens on average; {self.quality.agreement:.1%} of the "
-            f"next tokens as with all; cross entropy {self.quality.entropy:.4f}, with all "
-            f"{self.dense.entropy:.4f}"
+            f"next tokens as with all; cross entropy {self.quality.cross_entropy:.4f}, with all "
+            f"{self.dense.cross_entropy:.4f}"
         )
 
     def to_yaml(self) -> str:
@@ -74,8 +74,8 @@ class Schedule:
             "search": self.how,
             "share": round(self.share, 6),
             "agreement": self.quality.agreement,
-            "entropy": self.quality.entropy,
-            "entropy_of_all": self.dense.entropy,
+            "cross_entropy": self.quality.cross_entropy,
+            "cross_entropy_dense": self.dense.cross_entropy,
             "sigmoid": {**dataclasses.asdict(self.sigmoid), "fitted": self.fitted},
         }
         head = "# For --system gsearch --field schedule=@THIS_FILE\n"
@@ -100,7 +100,7 @@ def search(
     """Searches how many tokens each layer needs, and writes it to a file.
 
     What is measured is kept in a journal beside the file; the same call continues after a kill, and
-    another search of the same model and prompts uses what is known.
+    another search of the same model and prompts uses what is known. `rows` may differ.
 
     Args:
         path: a LLaVA-1.5, as for `stf_jax.load`.

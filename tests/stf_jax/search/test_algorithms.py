@@ -55,7 +55,7 @@ def evaluate(reference_case: Case) -> Callable[[Counts], Quality]:
             right = logits[np.arange(rows), targets]
             lost = np.logaddexp.reduce(logits, axis=1) - right
             same = logits.argmax(axis=1) == targets
-            known[counts] = Quality(agreement=float(same.mean()), entropy=float(lost.mean()))
+            known[counts] = Quality(agreement=float(same.mean()), cross_entropy=float(lost.mean()))
         return known[counts]
 
     return measure
@@ -82,7 +82,7 @@ def test_reference_greedy_search(
         progress=lambda layer, total: done.append((layer, total)),
     )
     np.testing.assert_array_equal(counts, case[f"search.{criterion}.schedule"])
-    found = [[t.layer, t.count, t.quality.agreement, t.quality.entropy] for t in trials]
+    found = [[t.layer, t.count, t.quality.agreement, t.quality.cross_entropy] for t in trials]
     expected = case[f"search.{criterion}.trace"]
     np.testing.assert_array_equal(np.array(found)[:, :3], expected[:, :3])
     np.testing.assert_allclose(np.array(found)[:, 3], expected[:, 3], rtol=1e-4)
@@ -106,7 +106,7 @@ def test_reference_sigmoid_search(
 
         def measure(counts: Counts, tried: list[float] = tried) -> Quality:
             quality = evaluate(counts)
-            tried.append(quality.entropy)
+            tried.append(quality.cross_entropy)
             return quality
 
         counts, sigmoid = search_sigmoids(
@@ -117,14 +117,14 @@ def test_reference_sigmoid_search(
             progress=lambda done, total: None,
         )
         np.testing.assert_allclose(tried, case[f"psigmoid.{budget}.ce"], rtol=1e-4)
-        found = [sigmoid.slope, sigmoid.midpoint, evaluate(counts).entropy]
+        found = [sigmoid.slope, sigmoid.midpoint, evaluate(counts).cross_entropy]
         np.testing.assert_allclose(found, case[f"psigmoid.{budget}.best"], rtol=1e-4)
 
 
 def damage(counts: Counts) -> Quality:
     """A model that suffers from every token that is gone, more in shallow layers."""
     lost = sum((counts[0] - count) / (1 + layer) for layer, count in enumerate(counts))
-    return Quality(agreement=1.0 if lost < 9 else 0.5, entropy=1 + 0.01 * lost)
+    return Quality(agreement=1.0 if lost < 9 else 0.5, cross_entropy=1 + 0.01 * lost)
 
 
 @settings(max_examples=60, deadline=None)
@@ -155,7 +155,7 @@ def test_the_ends_of_the_tolerance() -> None:
     assert search_greedily(damage, rule=everything, **sizes)[0] == (8, 8, 0, 0, 0)
 
     def never(counts: Counts) -> Quality:
-        return Quality(agreement=0.5, entropy=1.0)
+        return Quality(agreement=0.5, cross_entropy=1.0)
 
     nothing = Rule(criterion="agree", step=2)
     assert search_greedily(never, rule=nothing, **sizes)[0] == (8,) * 5

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import stf_jax
@@ -16,10 +18,10 @@ from stf_jax.cli.verbs import read_fields
 from stf_jax.convert.exporter import export_checkpoint
 from stf_jax.convert.importer import import_checkpoint
 from stf_jax.convert.stored_model import load_processors
-from stf_jax.infer.prompts import pad_prompts
+from stf_jax.infer.prompts import Prompt, pad_prompts
 from stf_jax.models.llava import Llava
 from stf_jax.search.algorithms import Counts, Quality, Rule
-from stf_jax.search.calibration import read_prompts
+from stf_jax.search.calibration import fingerprint, read_prompts
 from stf_jax.search.journal import Journal
 from stf_jax.search.runner import journal_path, search
 from tests.stf_jax.train.conftest import build_dataset
@@ -98,8 +100,8 @@ def test_from_weights_to_a_model_that_prunes(
 
 
 def test_a_search_continues_after_a_kill(native: Path, dataset: Path, tmp_path: Path) -> None:
-    """Nothing is measured twice."""
-    rule, out = Rule(criterion="lambda", step=2), tmp_path / "a.yaml"
+    """With fewer rows, as for want of memory: nothing is measured twice, and the same is found."""
+    rule, out = Rule(criterion="lambda", step=2, weight=0.0), tmp_path / "a.yaml"
 
     def stop(done: int, total: int) -> None:
         assert total == LAYERS - 2
@@ -112,17 +114,41 @@ def test_a_search_continues_after_a_kill(native: Path, dataset: Path, tmp_path: 
     before = journal.read_text()
     # As a kill leaves it.
     journal.write_text(before + '{"counts": [16, 1')
-    found = search(native, dataset, out, rule=rule, samples=2)
-    after = journal.read_text()
-    assert after.startswith(before)
-    tried = [json.dumps(json.loads(line)["counts"]) for line in after.splitlines()[1:]]
-    assert len(tried) == len(set(tried))
-    assert found.measured == len(tried) - (before.count("\n") - 1) > 0
-    assert yaml.safe_load(out.read_text())["schedule"] == list(found.counts)
+    found = search(native, dataset, out, rule=rule, samples=2, rows=1)
+    assert journal.read_text().startswith(before)
+    other = tmp_path / "b.yaml"
+    whole = search(native, dataset, other, rule=rule, samples=2)
+    schedules = [yaml.safe_load(path.read_text())["schedule"] for path in (out, other)]
+    assert schedules == [list(whole.counts)] * 2
+    (first, *lines), (first_whole, *lines_whole) = map(read_lines, (journal, journal_path(other)))
+    assert first == first_whole
+    assert len(lines) == len(lines_whole) == whole.measured
+    assert found.measured == len(lines) - (before.count("\n") - 1) > 0
+    for line, expected in zip(lines, lines_whole, strict=True):
+        assert line["counts"] == expected["counts"]
+        assert line["agreement"] == expected["agreement"]
+        assert line["cross_entropy"] == pytest.approx(expected["cross_entropy"], rel=1e-5)
+
+
+def read_lines(journal: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in journal.read_text().splitlines()]
+
+
+def test_another_model_or_other_prompts_have_another_fingerprint() -> None:
+    def make(weight: float, dtype: Any, token: int, pixel: float) -> str:
+        weights = nnx.State({"kernel": nnx.Param(jnp.full(3, weight, dtype))})
+        pixels = np.full((1, 2, 2, 3), pixel, np.float32)
+        return fingerprint(weights, [Prompt(ids=np.array([1, token], np.int32), pixels=pixels)])
+
+    first = (0.0, jnp.float32, 5, 0.5)
+    changed = [(1.0, *first[1:]), (0.0, jnp.bfloat16, 5, 0.5), (0.0, jnp.float32, 6, 0.5)]
+    others = [*changed, (*first[:3], 0.25)]
+    assert make(*first) == make(*first)
+    assert len({make(*one) for one in (first, *others)}) == 5
 
 
 def test_a_journal_of_another_search_is_refused(tmp_path: Path) -> None:
-    path, quality = tmp_path / "journal", Quality(agreement=1.0, entropy=0.5)
+    path, quality = tmp_path / "journal", Quality(agreement=1.0, cross_entropy=0.5)
 
     def measure(counts: Counts) -> Quality:
         calls.append(counts)
@@ -133,7 +159,7 @@ def test_a_journal_of_another_search_is_refused(tmp_path: Path) -> None:
         with Journal(path, fingerprint="a", measure=measure) as journal:
             assert journal((4, 4, 2)) == quality
     assert calls == [(4, 4, 2)]
-    other = "another model or other calibration prompts; give another --out, or delete it"
+    other = "another dtype or other calibration prompts; give another --out, or delete it"
     with pytest.raises(ValueError, match=other):
         Journal(path, fingerprint="b", measure=measure)
     path.write_text('{"fingerprint": "a"}\n{"counts": 3}\n')
