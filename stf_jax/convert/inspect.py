@@ -70,8 +70,8 @@ _KINDS = {
     "llava": "LLaVA-1.5 (PyTorch)",
     "hf": "Llava of transformers (PyTorch)",
     "hf-code": "stf_jax's code for transformers (PyTorch)",
-    "llama": "language model alone (PyTorch)",
-    "clip": "vision tower alone (PyTorch)",
+    "llama": "language model alone",
+    "clip": "vision tower alone",
     "adapter": "stage-1 adapter (PyTorch)",
     "lora": "LoRA adapter (PyTorch)",
 }

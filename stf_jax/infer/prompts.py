@@ -82,7 +82,8 @@ class Prompt:
         """
         pixels, ids = self.load(), self.ids[:end]
         held = int((ids == IMAGE_TOKEN_ID).sum())
-        if self.layout is None and self.budget is not None and held != len(pixels) * self.budget:
+        counted = self.layout is None and self.cached is None
+        if counted and self.budget is not None and held != len(pixels) * self.budget:
             raise ValueError(
                 f"{len(pixels)} images of {self.budget} tokens and {held} placeholders; make the "
                 "two agree"

@@ -177,6 +177,31 @@ def test_a_byte_level_tokenizer_gives_the_ids_that_the_library_gave(
     assert config["chat_template"] == "{{ messages }}"
 
 
+def test_a_tokenizer_of_llama_3_cuts_words_and_puts_a_beginning_as_llama_3_does(
+    make: Make, reference: Path
+) -> None:
+    metadata, _ = byte_level("gpt-2")
+    # A word that is a token, which no merges lead to.
+    metadata["tokenizer.ggml.tokens"].append("zebraic")
+    metadata["tokenizer.ggml.token_type"].append(1)
+    count = len(metadata["tokenizer.ggml.tokens"])
+    sizes = SIZES | {"vocab_size": count}
+    path = write_gguf(
+        make().with_name("tokens.gguf"),
+        draw_tensors(sizes),
+        sizes=sizes,
+        extra=metadata | {"tokenizer.ggml.pre": "llama-bpe"},
+    )
+    source = open_source(path, vision_tower=reference / "clip")
+    tokenizer = load_tokenizer(source.files["tokenizer.json"].parent)
+    words = tokenizer.backend.pre_tokenizer.pre_tokenize_str("I'LL pay 12345!\n\nNow (you)")
+    # Digits in groups of three; a mark before a word belongs to it; letters of any case after '.
+    expected = ["I", "'LL", "Ġpay", "Ġ", "123", "45", "!ĊĊ", "Now", "Ġ(", "you", ")"]
+    assert [word for word, _ in words] == expected
+    assert tokenizer.encode("zebraic") == [count - 1]
+    assert tokenizer.bos_id == 1
+
+
 def test_a_sentencepiece_tokenizer_gives_the_ids_of_its_model(make: Make, reference: Path) -> None:
     from sentencepiece import SentencePieceProcessor
 
