@@ -64,9 +64,7 @@ def add_serve(verbs: Verbs) -> None:
     parser.add_argument(
         "--vision-tower", metavar="DIR", type=path, help="CLIP, for a PyTorch directory"
     )
-    parser.add_argument(
-        "--system", metavar="NAME", help="another system over the weights of a PyTorch directory"
-    )
+    parser.add_argument("--system", metavar="NAME", help="another system over the same weights")
     add_field(parser)
 
 

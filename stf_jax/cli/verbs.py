@@ -112,8 +112,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--system",
         metavar="NAME",
-        help="another system over the weights of a PyTorch directory, such as prumerge over "
-        "LLaVA-1.5's (its own)",
+        help="another system over the same weights, such as prumerge over LLaVA-1.5's (its own)",
     )
     add_field(parser)
     parser.add_argument(

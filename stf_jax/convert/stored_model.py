@@ -6,6 +6,8 @@ from typing import Any
 
 from etils import epath
 
+from stf_jax.convert.infer import new_system
+from stf_jax.convert.mapping import table
 from stf_jax.convert.readers import read_json
 from stf_jax.convert.source import Source, open_source
 from stf_jax.data.processors import Processors, read_processors
@@ -13,6 +15,7 @@ from stf_jax.store.arrays import flatten, place, unflatten
 from stf_jax.store.checkpoint import extra_files, is_native
 from stf_jax.store.run import is_run, open_model
 from stf_jax.systems.base import LlavaConfig, System
+from stf_jax.systems.llava import Llava
 from stf_jax.util.errors import CheckpointError
 from stf_jax.util.files import expand
 
@@ -79,7 +82,8 @@ def open_any(
             in a layout that `stf-jax convert import` reads, recognized by what lies in it; local
             or on gs://.
         vision_tower: a directory with CLIP, for a PyTorch directory that does not lead to one.
-        system: another one over the same weights, such as "prumerge" over LLaVA-1.5's.
+        system: another one over the same weights, such as "prumerge" over LLaVA-1.5's. Over a
+            native checkpoint it is one without weights or tokens of its own.
         fields: of that system, where they are not to be as published.
 
     Raises:
@@ -91,15 +95,12 @@ def open_any(
         if vision_tower is not None:
             raise CheckpointError(f"{path} has its vision tower inside; leave out --vision-tower")
         checkpoint = open_model(path)
+        config, files = checkpoint.config, extra_files(checkpoint.extras)
         if system is not None or fields:
-            raise CheckpointError(
-                f"{path} is a native checkpoint; another system is chosen on import: stf-jax "
-                "convert export it, then convert import --system"
-            )
-        files = extra_files(checkpoint.extras)
+            config = _replace_system(path, config, system, fields)
         return StoredModel(
             path=checkpoint.extras / "hf",
-            config=_with_generation(checkpoint.config, files),
+            config=_with_generation(config, files),
             files=files,
             restore=checkpoint.restore,
             layout=None,
@@ -124,6 +125,42 @@ def load_processors(
         CheckpointError: what is missing, damaged or does not fit, and what to do.
     """
     return open_any(path, vision_tower=vision_tower).processors()
+
+
+def _replace_system(
+    path: epath.Path,
+    config: LlavaConfig,
+    system: str | System | None,
+    fields: Mapping[str, Any] | None,
+) -> LlavaConfig:
+    """A native LLaVA-1.5 under a system that its weights are all of.
+
+    Raises:
+        CheckpointError: another model, a system that needs more, or fields that do not fit.
+    """
+    if system is None or not isinstance(config.system, Llava):
+        raise CheckpointError(
+            f"{path} is a native checkpoint of {config.system.title}; another system, and its "
+            "fields, are for one of LLaVA-1.5: leave out --field, and --system"
+        )
+    if isinstance(system, str):
+        own = {"taps": config.system.taps, "projector_width": config.system.projector_width}
+        fields = {**own, **(fields or {})}
+    try:
+        chosen = new_system(system, fields, vision=config.vision, text=config.text)
+        other = dataclasses.replace(config, system=chosen)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    shapes, wanted = (
+        {entry.native: entry.native_shape for entry in table(each)} for each in (config, other)
+    )
+    if chosen.own_token is not None or shapes != wanted:
+        raise CheckpointError(
+            f"{path} has no weights of {chosen.title}; draw new ones on import: stf-jax convert "
+            f"export {path} OUT --layout llava, then stf-jax convert import OUT MODEL --system "
+            f"{chosen.name}"
+        )
+    return other
 
 
 def _read(source: Source, tree: Mapping[str, Any]) -> dict[str, Any]:

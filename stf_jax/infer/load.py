@@ -40,8 +40,8 @@ def load(
         mesh: from `stf_jax.parallel.sharding.make_mesh`; one device by default.
         vision_tower: a directory with CLIP, for a PyTorch directory that does not lead to one.
         cache_dtype: how keys and values are kept while answering; by default as they are computed.
-        system: another one over the same weights of a PyTorch directory: a name, such as
-            "prumerge" over LLaVA-1.5's, with its published fields; or a whole system.
+        system: another one over the same weights: a name, such as "prumerge" over LLaVA-1.5's, with
+            its published fields; or a whole system.
         fields: of that system, where they are to be otherwise: {"ratio": 0.125}.
 
     Raises:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 import stf_jax
 from stf_jax import Request
 from stf_jax.convert import export_checkpoint, import_checkpoint, inspect_checkpoint
-from stf_jax.convert.stored_model import load_processors
+from stf_jax.convert.stored_model import load_processors, open_any
+from stf_jax.systems.base import LlavaConfig
 from stf_jax.util.errors import CheckpointError
 
 
@@ -132,3 +134,33 @@ def test_what_a_system_has_to_learn_is_not_made_up(
     with pytest.raises(CheckpointError, match=message):
         stf_jax.load(tmp_path / "llava", system=name)
     assert stf_jax.load(tmp_path / "llava", system="fastv").config.system.name == "fastv"
+    native = rf"has no weights of .*convert import OUT MODEL --system {name}$"
+    with pytest.raises(CheckpointError, match=native):
+        stf_jax.load(tmp_path / "n", system=name)
+
+
+def test_a_native_checkpoint_under_another_system(reference: Path, tmp_path: Path) -> None:
+    """LLaVA-1.5's only, and no system that needs more than its weights."""
+    tower, path = reference / "clip", tmp_path / "n"
+    import_checkpoint(reference / "vicuna", path, vision_tower=tower, system="llava")
+    config = load_native(path)
+    fastv = load_native(path, system="fastv", fields={"keep": 3})
+    assert fastv.system.to_dict() == {**config.system.to_dict(), "name": "fastv"} | {
+        "layer": 1,
+        "keep": 3,
+    }
+    for more, message in (
+        ({"system": "voco"}, "has no weights of VoCo-LLaMA; draw new ones on import"),
+        ({"system": "stf"}, "has no weights of "),
+        ({"system": "fastv", "fields": {"keep": 99}}, "keeps .99. of an image's"),
+        ({"fields": {"keep": 3}}, "leave out --field"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            load_native(path, **more)
+    import_checkpoint(reference / "llava-stf", tmp_path / "stf")
+    with pytest.raises(CheckpointError, match="for one of LLaVA-1"):
+        load_native(tmp_path / "stf", system="fastv")
+
+
+def load_native(path: Path, **how: Any) -> LlavaConfig:
+    return open_any(path, **how).config

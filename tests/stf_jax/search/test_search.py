@@ -15,7 +15,6 @@ from safetensors.numpy import load_file, save_file
 import stf_jax
 from stf_jax.cli.main import main
 from stf_jax.cli.verbs import read_fields
-from stf_jax.convert.exporter import export_checkpoint
 from stf_jax.convert.importer import import_checkpoint
 from stf_jax.convert.stored_model import load_processors
 from stf_jax.infer.prompts import Prompt, pad_prompts
@@ -57,17 +56,9 @@ def dataset(native: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_dataset(native, tmp_path_factory.mktemp("corpus"), examples=16, workers=0)
 
 
-@pytest.fixture(scope="module")
-def torch_directory(native: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("exported") / "llava"
-    export_checkpoint(native, path, layout="llava")
-    return path
-
-
 def test_from_weights_to_a_model_that_prunes(
     native: Path,
     dataset: Path,
-    torch_directory: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -89,7 +80,7 @@ def test_from_weights_to_a_model_that_prunes(
     assert len(prompts) == SAMPLES
 
     def next_tokens(**how: Any) -> np.ndarray:
-        network = stf_jax.load(torch_directory, **how).network
+        network = stf_jax.load(native, **how).network
         size, rows = network.config.image_size, len(prompts)
         batch = pad_prompts(prompts, rows=rows, image_size=size, uniform=True)
         return np.asarray(jax.jit(Llava.prefill)(network, batch)[0]).argmax(axis=1)
