@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from stf_jax.config.text import TextConfig
 from stf_jax.convert.mapping import text_entries
 from stf_jax.models.cache import KVCache
 from stf_jax.models.layers import Init
@@ -19,25 +18,9 @@ from stf_jax.models.pruning import PrunedLlama, Schedule
 from tests.stf_jax.systems.reference import Case, fill
 
 
-def text_of(case: Case) -> TextConfig:
-    """The language model of a folder that holds nothing else."""
-    sizes = case.json["sizes"]
-    return TextConfig(
-        vocab_size=sizes["vocab"],
-        width=sizes["hidden"],
-        mlp_width=sizes["intermediate"],
-        layers=sizes["layers"],
-        heads=sizes["heads"],
-        kv_heads=sizes["heads"],
-        head_dim=sizes["hidden"] // sizes["heads"],
-        norm_eps=case.hyper["rms_norm_eps"],
-        rope_theta=case.hyper["rope_theta"],
-    )
-
-
 def decoder_of(case: Case, kind: type[PrunedLlama], schedule: Schedule) -> PrunedLlama:
     """With the folder's weights."""
-    text, tokens = text_of(case), case.json["sizes"]["vision_tokens"]
+    text, tokens = case.decoder_text, case.json["sizes"]["vision_tokens"]
 
     def make() -> PrunedLlama:
         return kind(text, tokens=tokens, schedule=schedule, init=Init(rngs=nnx.Rngs(0)))

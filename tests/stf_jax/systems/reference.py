@@ -89,6 +89,22 @@ class Case:
             rope_theta=sizes["rope_theta"],
         )
 
+    @cached_property
+    def decoder_text(self) -> TextConfig:
+        """The language model of a folder that holds nothing else; its sizes have other names."""
+        sizes = self.json["sizes"]
+        return TextConfig(
+            vocab_size=sizes["vocab"],
+            width=sizes["hidden"],
+            mlp_width=sizes["intermediate"],
+            layers=sizes["layers"],
+            heads=sizes["heads"],
+            kv_heads=sizes["heads"],
+            head_dim=sizes["hidden"] // sizes["heads"],
+            norm_eps=self.hyper["rms_norm_eps"],
+            rope_theta=self.hyper["rope_theta"],
+        )
+
     @property
     def tap(self) -> int:
         """The hidden state that `select_layer` names; LLaVA's is the last but one."""

@@ -26,7 +26,6 @@ from tests.stf_jax.systems.pruned import (
     drops,
     prompt_marks,
     run_stages,
-    text_of,
 )
 from tests.stf_jax.systems.reference import Case, assert_near, find_case
 
@@ -89,7 +88,7 @@ def test_reference_decoding(reference_case: Case) -> None:
     groups, layers = greedy.cache.groups, greedy.cache.layer_groups
     lengths = [int((groups[group].marks.segment > 0).sum()) for group in layers]
     np.testing.assert_array_equal(lengths, case["hand.cache_lengths"])
-    text, length = text_of(case), case["embeds"].shape[1]
+    text, length = case.decoder_text, case["embeds"].shape[1]
     assert system.layer_lengths(vision, text, length=length, images=1) == tuple(lengths)
     ids = np.full(length, IMAGE_TOKEN_ID)
     ids[system.schedule[0] :] = 1
@@ -100,7 +99,7 @@ def test_reference_decoding(reference_case: Case) -> None:
 def test_reference_flops(reference_case: Case) -> None:
     """Of the layers, as exact integers."""
     case = reference_case
-    text, length = text_of(case), case["embeds"].shape[1]
+    text, length = case.decoder_text, case["embeds"].shape[1]
     tokens, vision = case.json["sizes"]["vision_tokens"], VisionConfig.tiny()
     for name, expected in case.hyper["flops"].items():
         counts = case.tensors.get(f"{name}.schedule", np.full(text.layers, tokens))

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
 from stf_jax.convert.mapping import own_entries, table, text_entries
 from stf_jax.data.batch import Batch
@@ -45,17 +44,7 @@ def model_of(case: Case, *, learned: bool = False) -> Llava:
         layers=2,
         heads=2,
     )
-    text = TextConfig(
-        vocab_size=sizes["vocab"],
-        width=sizes["hidden"],
-        mlp_width=sizes["intermediate"],
-        layers=sizes["layers"],
-        heads=sizes["heads"],
-        kv_heads=sizes["heads"],
-        head_dim=sizes["hidden"] // sizes["heads"],
-        norm_eps=hyper["rms_norm_eps"],
-        rope_theta=hyper["rope_theta"],
-    )
+    text = case.decoder_text
     system = ProxyV(
         taps=(1,),
         projector_width=32,

@@ -22,7 +22,6 @@ from tests.stf_jax.systems.pruned import (
     marks_of,
     prompt_marks,
     run_stages,
-    text_of,
 )
 from tests.stf_jax.systems.reference import Case, assert_near, find_case
 
@@ -155,7 +154,7 @@ def test_reference_loss_and_gradients(
     gradients = case.group("train.grad.")
     assert_near(of_features, gradients.pop("image_features"), tolerance=1e-5)
     leaves = flatten(nnx.to_pure_dict(of_state))
-    text = text_of(case)
+    text = case.decoder_text
     found = {}
     for entry in text_entries(text, vocabulary=text.vocab_size):
         if entry.layers is not None:

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
 from stf_jax.convert.mapping import text_entries
 from stf_jax.data.batch import Batch
@@ -36,21 +35,6 @@ def case() -> Case:
     return find_case("videollm_mod")
 
 
-def text_of(case: Case) -> TextConfig:
-    sizes = case.json["sizes"]
-    return TextConfig(
-        vocab_size=sizes["vocab"],
-        width=sizes["hidden"],
-        mlp_width=sizes["intermediate"],
-        layers=sizes["layers"],
-        heads=sizes["heads"],
-        kv_heads=sizes["heads"],
-        head_dim=sizes["hidden"] // sizes["heads"],
-        norm_eps=case.hyper["rms_norm_eps"],
-        rope_theta=case.hyper["rope_theta"],
-    )
-
-
 def paper_system(case: Case) -> VideoLLMMoD:
     return VideoLLMMoD(
         layers=tuple(case.hyper["paper.mod_layers"]),
@@ -68,7 +52,7 @@ def decoder_of(
     case: Case, system: RoutedSystem, make: Callable[..., RoutedLlama], tokens: int, routers: Any
 ) -> RoutedLlama:
     """With the reference's weights, through the table that imports them."""
-    text = text_of(case)
+    text = case.decoder_text
     decoder = nnx.eval_shape(
         lambda: make(system, tokens, text, init=Init(rngs=nnx.Rngs(0)), lora=None)
     )

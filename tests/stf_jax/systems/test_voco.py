@@ -38,26 +38,11 @@ def reference_case() -> Case:
     return find_case("voco")
 
 
-def text_of(case: Case) -> TextConfig:
-    sizes = case.json["sizes"]
-    return TextConfig(
-        vocab_size=sizes["vocab"],
-        width=sizes["hidden"],
-        mlp_width=sizes["intermediate"],
-        layers=sizes["layers"],
-        heads=sizes["heads"],
-        kv_heads=sizes["heads"],
-        head_dim=sizes["hidden"] // sizes["heads"],
-        norm_eps=case.hyper["rms_norm_eps"],
-        rope_theta=case.hyper["rope_theta"],
-    )
-
-
 @pytest.fixture(scope="module")
 def decoder(reference_case: Case) -> VoCoLlama:
     """The language model with the reference's weights."""
     case = reference_case
-    text = text_of(case)
+    text = case.decoder_text
     make = nnx.eval_shape(lambda: decoder_of(case, text))
     entries = text_entries(text, vocabulary=text.vocab_size)
     fill(make, entries, case.group("w."), at="text/")
