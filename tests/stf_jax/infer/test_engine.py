@@ -126,6 +126,7 @@ def test_same_shapes_compile_nothing(compilations: list[str]) -> None:
     warm = [prompt(5 + length, images=1) for length in (16, 24, 32)] + [prompt(50)]
     answers(engine, warm)
     answers(engine, warm, sampling=SAMPLED)
+    answers(engine, warm, sampling=Sampling(temperature=1.0))
     assert compilations  # or the listener hears nothing
     compilations.clear()
     answers(engine, [prompt(37, images=1), *(prompt(n) for n in range(3, 64, 9))], new=35, every=7)

@@ -244,7 +244,9 @@ def test_positions_skip_empty_slots() -> None:
         image_slots=slots,
         pixels=jnp.zeros((1, 2, 4, 4, 3)),
     )
-    marks = marks_of(batch, jnp.array([[False, True, True, False, False, True]]))
+    valid = jnp.array([[False, True, True, False, False, True]])
+    marks = marks_of(batch, valid, tokens_per_image=3)
+    assert marks.image.tolist() == [[-1, 0, 0, 0, -1, -1, 1, 1, 1, -1]]
     assert marks.segment.tolist() == [[1, 0, 1, 1, 1, 2, 0, 0, 2, 2]]
     seen = np.asarray(marks.position)[np.asarray(marks.segment) > 0]
     assert seen.tolist() == [0, 1, 2, 3, 0, 1, 2]

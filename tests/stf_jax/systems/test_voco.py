@@ -460,7 +460,7 @@ def test_a_plan_has_its_vocos() -> None:
     config = named_config("llava_voco_7b")
     assert config.text.vocab_size == TextConfig.vicuna_7b().vocab_size + 1
     behind = config.images_first.tokens(2)
-    prompt = make_prompt(config, 40 + 2 * 576 + len(behind), 2, 576, behind)
+    prompt = make_prompt(config, 40 + 2 * 576 + len(behind), 2, 576, behind, 0)
     assert config.system.held(prompt.ids, config.vision) == (2,)
     assert config.system.split(prompt.ids).prefilled == len(prompt.ids)
 
