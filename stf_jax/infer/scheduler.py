@@ -8,7 +8,7 @@ is: fill free slots, decode on the devices until enough slots are free again, ha
 import dataclasses
 import itertools
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Int
 
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
+from stf_jax.infer.pool import PoolRows
 from stf_jax.infer.program import Program
 from stf_jax.infer.prompts import LEAST_QUESTION, Prompt, bucket, pad_prompts
 from stf_jax.infer.sampling import Sampling
@@ -100,7 +101,7 @@ class Scheduler:
         self._config: Architecture = program.config
         self._state = program.start(slots=room.slots, contexts=room.contexts, new=room.new)
         self._pool = program.pool(rows=room.kept, contexts=room.prefixes)
-        self._rows = _Rows(room.kept)
+        self._rows = PoolRows(room.kept)
         # Requests whose prefix is not in the pool, and those whose is, with its row.
         self._waiting: deque[Ticket] = deque()
         self._ready: deque[tuple[Ticket, int]] = deque()
@@ -348,60 +349,6 @@ class Scheduler:
 
     def _choice(self, tickets: Iterable[Ticket]) -> Choice:
         return choice_of(ticket.sampling for ticket in tickets)
-
-
-class _Rows:
-    """Which prefix lies in which row of the pool, and which row may be used again."""
-
-    def __init__(self, count: int):
-        # The key of each row, the one used longest ago first.
-        self._keys: OrderedDict[int, object] = OrderedDict((row, None) for row in range(count))
-        self._at: dict[object, int] = {}
-        self._pins = dict.fromkeys(range(count), 0)
-        self._filled: set[int] = set()
-
-    @property
-    def held(self) -> int:
-        return len(self._filled)
-
-    def find(self, key: object) -> int | None:
-        return self._at.get(key)
-
-    def filled(self, row: int) -> bool:
-        return row in self._filled
-
-    def fill(self, row: int) -> None:
-        self._filled.add(row)
-
-    def take(self, key: object, *, besides: Iterable[int]) -> int | None:
-        """The row that was used longest ago, for this key; None if all are in use."""
-        busy = {*besides}
-        for row in self._keys:
-            if not self._pins[row] and row not in busy:
-                self.forget(row)
-                self._keys[row], self._at[key] = key, row
-                self._keys.move_to_end(row)
-                return row
-        return None
-
-    def forget(self, row: int) -> None:
-        """Empties a row."""
-        self._at.pop(self._keys[row], None)
-        self._keys[row] = None
-        self._pins[row] = 0
-        self._filled.discard(row)
-
-    def pin(self, row: int) -> None:
-        """A request waits for this row."""
-        self._pins[row] += 1
-        self._keys.move_to_end(row)
-
-    def unpin(self, row: int) -> None:
-        """One request less waits for it. What no other can use makes room first."""
-        self._pins[row] -= 1
-        if not self._pins[row] and isinstance(self._keys[row], int):
-            self.forget(row)
-            self._keys.move_to_end(row, last=False)
 
 
 def shape_of(prompt: Prompt, split: Split, *, uniform: bool) -> tuple[object, ...]:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -25,6 +24,7 @@ from stf_jax.data.tokenizer import IGNORED_LABEL, IMAGE_TOKEN_ID, expand_images
 from stf_jax.infer.program import weights_checksum
 from stf_jax.infer.prompts import Prompt, pad_prompts, read_pixels
 from stf_jax.models.layers import unstack
+from stf_jax.models.llama import take
 from stf_jax.models.llava import Llava
 from stf_jax.models.marks import Marks
 from stf_jax.models.pruning import PrunedLlama
@@ -147,5 +147,4 @@ class Calibration:
         assert isinstance(decoder, PrunedLlama)
         last = (marks.segment > 0).sum(axis=1) - 1
         *_, stage = decoder.stages(x, marks, counts=counts, images=1)
-        hidden = jnp.take_along_axis(stage.x, last[:, None, None], axis=1)
-        return decoder.logits(decoder.norm(hidden))[:, 0]
+        return decoder.logits(decoder.norm(take(stage.x, last))[:, None])[:, 0]

@@ -5,7 +5,6 @@ import dataclasses
 import hmac
 import json
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable
 from importlib.resources import files
 from typing import Any
@@ -20,11 +19,12 @@ from stf_jax.infer.answers import AnswerBuilder
 from stf_jax.infer.model import Model
 from stf_jax.infer.prompts import Prompt
 from stf_jax.infer.sampling import Sampling
+from stf_jax.serve.form import Form
 from stf_jax.serve.limits import BodyLimit
 from stf_jax.serve.metrics import Metrics
 from stf_jax.serve.prompts import Prompts
 from stf_jax.serve.schema import ApiError, ChatRequest, CompletionRequest
-from stf_jax.serve.worker import Piece, Usage, Worker
+from stf_jax.serve.worker import Piece, Worker
 
 _DECODERS = 4
 _PAGE = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
@@ -149,7 +149,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
                 ready.prompts.chat, asked.messages, tokens=asked.image_tokens
             )
         builder = _checked(lambda: builder_of(template, asked.stops))
-        form = _Form(service.name, chat=True)
+        form = Form(service.name, chat=True)
         return await _respond(service, request, asked, prompt, builder, form, came=came)
 
     @app.post("/v1/completions")
@@ -168,7 +168,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
                 model.tokenizer, stop_ids=model.config.text.eos_ids, stops=asked.stops
             )
         )
-        form = _Form(service.name, chat=False)
+        form = Form(service.name, chat=False)
         return await _respond(service, request, asked, prompt, builder, form, came=came)
 
 
@@ -234,68 +234,13 @@ def _describe(service: Service) -> dict[str, Any]:
     }
 
 
-class _Form:
-    """How answers are written, as chat or as text."""
-
-    def __init__(self, model: str, *, chat: bool):
-        self._chat = chat
-        kind = "chat.completion" if chat else "text_completion"
-        name = "chatcmpl" if chat else "cmpl"
-        self._head = {
-            "id": f"{name}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": model,
-        }
-        self._kind = kind
-
-    def whole(self, text: str, reason: str, usage: Usage) -> dict[str, Any]:
-        """An answer in one piece."""
-        said = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
-        choice = {"index": 0, **said, "finish_reason": reason, "logprobs": None}
-        return {
-            **self._head,
-            "object": self._kind,
-            "choices": [choice],
-            "usage": self.usage(usage),
-        }
-
-    def piece(self, text: str | None, reason: str | None, *, first: bool = False) -> dict[str, Any]:
-        """A part of a stream."""
-        if self._chat:
-            said: dict[str, Any] = {"role": "assistant", "content": ""} if first else {}
-            if text:
-                said["content"] = text
-            choice: dict[str, Any] = {"index": 0, "delta": said, "finish_reason": reason}
-        else:
-            choice = {"index": 0, "text": text or "", "finish_reason": reason}
-        kind = f"{self._kind}.chunk" if self._chat else self._kind
-        return {**self._head, "object": kind, "choices": [choice]}
-
-    def last(self, usage: Usage) -> dict[str, Any]:
-        """What a stream ends with, where usage is asked for."""
-        kind = f"{self._kind}.chunk" if self._chat else self._kind
-        return {**self._head, "object": kind, "choices": [], "usage": self.usage(usage)}
-
-    def usage(self, usage: Usage) -> dict[str, Any]:
-        """Tokens, those of images counted."""
-        return {
-            "prompt_tokens": usage.prompt,
-            "completion_tokens": usage.new,
-            "total_tokens": usage.prompt + usage.new,
-            "prompt_tokens_details": {
-                "cached_tokens": usage.cached,
-                "image_tokens": usage.image,
-            },
-        }
-
-
 async def _respond(
     service: Service,
     request: Request,
     asked: ChatRequest | CompletionRequest,
     prompt: Prompt,
     builder: AnswerBuilder,
-    form: _Form,
+    form: Form,
     *,
     came: float,
 ) -> Response:
@@ -345,7 +290,7 @@ async def _stream(
     service: Service,
     first: Piece,
     pieces: AsyncIterator[Piece],
-    form: _Form,
+    form: Form,
     *,
     wants_usage: bool,
 ) -> AsyncIterator[str]:
