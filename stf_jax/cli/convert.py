@@ -80,10 +80,10 @@ def add_convert(verbs: Verbs) -> None:
     parser.add_argument(
         "--layout",
         required=True,
-        choices=("llava-stf", "llava", "hf", "hf-code", "adapter", "lora", "native"),
+        choices=("llava-stf", "llava", "hf", "hf-code", "adapter", "lora", "gguf", "native"),
         help="llava-stf takes models with MBTF, llava all others; "
         "hf is LLaVA-1.5 for transformers, adapter mm_projector.bin alone, lora the adapter of a "
-        "LoRA run as LLaVA and PEFT read it; "
+        "LoRA run as LLaVA and PEFT read it, gguf what llama.cpp runs; "
         "native makes one checkpoint of a run and what it began with",
     )
     parser.add_argument("--dtype", choices=FLOATS, help="of every weight (as it came)")

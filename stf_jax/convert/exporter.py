@@ -1,5 +1,6 @@
 """Native -> PyTorch."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -14,6 +15,7 @@ from typing import Any, get_args
 from etils import epath
 
 from stf_jax.convert.dtypes import FLOATS, Array, DType, FloatName, cast, check_finite
+from stf_jax.convert.gguf_exporter import check_llama_cpp, write_gguf
 from stf_jax.convert.layouts import (
     TRANSFORMERS,
     ExportLayout,
@@ -144,6 +146,10 @@ def export_checkpoint(
             f"vocabulary is {rows}, which would cut tokens off; give {least} or more"
         )
     cast_to = None if dtype is None else FLOATS[dtype]
+    if layout == "gguf":
+        with new_directory(out) as unfinished, _local(unfinished) as local:
+            write_gguf(native.checkpoint, native.hf, local, rows=rows, dtype=cast_to)
+        return
     spelling: PublishedLayout = "adapter" if layout == "lora" else layout
     plan = _plan(native, spelling, rows, cast_to, lora=layout == "lora")
     sidecars = _sidecars(native, spelling, rows, tokens, dtype)
@@ -155,19 +161,27 @@ def export_checkpoint(
             write_lora(native.checkpoint, connector, unfinished, dtype=cast_to)
         elif layout == "adapter":
             write_torch(unfinished / "mm_projector.bin", _read_connector(native, plan))
-        elif "://" in os.fspath(unfinished):
-            # Shards are filled in the order of the parameters, which takes a local file.
-            with tempfile.TemporaryDirectory() as folder:
-                _write_shards(native, plan, layout, epath.Path(folder), shard_bytes)
-                for file in epath.Path(folder).iterdir():
-                    file.copy(unfinished / file.name)
         else:
-            _write_shards(native, plan, layout, unfinished, shard_bytes)
+            # Shards are filled in the order of the parameters, which takes a local file.
+            with _local(unfinished) as local:
+                _write_shards(native, plan, layout, local, shard_bytes)
         # config.json comes last: without it, a directory is not taken for a checkpoint.
         for name in sorted(sidecars, key=lambda name: name == "config.json"):
             target = unfinished / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(sidecars[name])
+
+
+@contextlib.contextmanager
+def _local(directory: epath.Path) -> Iterator[epath.Path]:
+    """A local directory, whose files are copied into this one if it is not local itself."""
+    if "://" not in os.fspath(directory):
+        yield directory
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield epath.Path(folder)
+        for file in epath.Path(folder).iterdir():
+            file.copy(directory / file.name)
 
 
 def _open(source: epath.PathLike) -> Native:
@@ -185,9 +199,10 @@ def _check_layout(native: Native, layout: str) -> None:
     system = native.config.system
     right = system.layout
     config = native.hf / "config.json"
-    if layout in TRANSFORMERS and config.exists() and read_json(config).get("mm_use_im_start_end"):
+    elsewhere = {**dict.fromkeys(TRANSFORMERS, "transformers' Llava"), "gguf": "llama.cpp"}
+    if layout in elsewhere and config.exists() and read_json(config).get("mm_use_im_start_end"):
         raise CheckpointError(
-            "transformers' Llava puts no tokens round an image, as this model has them "
+            f"{elsewhere[layout]} puts no tokens round an image, as this model has them "
             f"(mm_use_im_start_end); use --layout {right}"
         )
     if layout == "hf" and not system.fits_transformers:
@@ -197,7 +212,9 @@ def _check_layout(native: Native, layout: str) -> None:
         )
     if layout == "hf-code":
         compact(native.config)
-    if layout not in (*TRANSFORMERS, "adapter", "lora", right):
+    if layout == "gguf":
+        check_llama_cpp(native.config)
+    if layout not in (*elsewhere, "adapter", "lora", right):
         raise CheckpointError(f"this model is of layout {right}; use --layout {right}")
 
 

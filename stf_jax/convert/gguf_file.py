@@ -31,7 +31,8 @@ _INSTEAD = "take the checkpoint that it was made from"
 # The dtypes that need no package, by the number of their ggml type.
 _PLAIN = {0: FLOATS["float32"], 1: FLOATS["float16"], 30: FLOATS["bfloat16"]}
 
-_NAMES = {
+# llama.cpp's names of layers, and transformers'.
+GGUF_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
@@ -49,7 +50,7 @@ _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 # By how much each rotary frequency is slowed, from Llama 3.1 on. The settings behind it, which the
 # file does not hold, are the same in all of them but for the factor: `RopeScaling`'s defaults.
-_ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS = "rope_freqs.weight"
 
 
 def open_gguf(path: epath.Path) -> Bundle:
@@ -71,7 +72,7 @@ def open_gguf(path: epath.Path) -> Bundle:
             "take a LLaMA without one"
         )
     formats = _find_formats(path, header)
-    tensors = {n: t for n, t in header.tensors.items() if n != _ROPE_FACTORS}
+    tensors = {n: t for n, t in header.tensors.items() if n != ROPE_FACTORS}
     infos = {
         _hf_name(name): TensorInfo(tensor.shape, formats[tensor.kind].dtype)
         for name, tensor in tensors.items()
@@ -173,9 +174,9 @@ def _find_format(path: epath.Path, kind: int, name: str) -> _Format:
 def _hf_name(name: str) -> str:
     """The name that transformers gives a tensor; of one that a LLaMA does not have, its own."""
     if block := _BLOCK.fullmatch(name):
-        return f"model.layers.{block[1]}.{_NAMES.get(block[2], block[2])}.{block[3]}"
+        return f"model.layers.{block[1]}.{GGUF_NAMES.get(block[2], block[2])}.{block[3]}"
     layer, _, kind = name.rpartition(".")
-    return f"{_NAMES.get(layer, layer)}.{kind}"
+    return f"{GGUF_NAMES.get(layer, layer)}.{kind}"
 
 
 def _read(path: epath.Path, tensor: StoredTensor, form: _Format, heads: int | None) -> Array:
@@ -189,6 +190,12 @@ def _read(path: epath.Path, tensor: StoredTensor, form: _Format, heads: int | No
 def _by_halves(array: Array, heads: int) -> Array:
     """Rows of a projection with rotary positions, from pairs of neighbors to pairs of halves."""
     pairs = array.reshape(heads, -1, 2, *array.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(array.shape)
+
+
+def by_neighbors(array: Array, heads: int) -> Array:
+    """The way back: such rows from pairs of halves to pairs of neighbors."""
+    pairs = array.reshape(heads, 2, -1, *array.shape[1:])
     return pairs.swapaxes(1, 2).reshape(array.shape)
 
 
@@ -250,7 +257,7 @@ def _rope_scaling(
     if kind != "none":
         # Another kind than "linear" is refused by who reads the config.
         return {"rope_type": kind, "factor": metadata.get("llama.rope.scaling.factor")}
-    stored = header.tensors.get(_ROPE_FACTORS)
+    stored = header.tensors.get(ROPE_FACTORS)
     if stored is None:
         return None
     factors = _read(path, stored, formats[stored.kind], None).astype(np.float64)
@@ -261,7 +268,7 @@ def _rope_scaling(
     expected = np.asarray(plain / rope_frequencies(text))
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
         raise ValueError(
-            f"{_ROPE_FACTORS} scales positions otherwise than Llama 3, which stf_jax does not "
+            f"{ROPE_FACTORS} scales positions otherwise than Llama 3, which stf_jax does not "
             "compute"
         )
     return {

@@ -12,7 +12,7 @@ from stf_jax.convert.processor import Json, encode_json
 _UNKNOWN, _CONTROL, _USER = 2, 3, 4
 
 # How Llama 3 cuts a text into words; published in its tokenizer.json.
-_LLAMA_3 = (
+LLAMA_3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -96,7 +96,7 @@ def _pre_tokenizer(metadata: Mapping[str, Any]) -> Any:
     if kind == "gpt-2":
         return whole
     if _is_llama_3(metadata):
-        words = pre_tokenizers.Split(tokenizers.Regex(_LLAMA_3), "isolated")
+        words = pre_tokenizers.Split(tokenizers.Regex(LLAMA_3_WORDS), "isolated")
         rest = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         return pre_tokenizers.Sequence([words, rest])
     raise ValueError(

@@ -9,7 +9,7 @@ from stf_jax.systems import connector_prefixes
 # What a directory of PyTorch weights can be; the first three are whole models.
 Layout = Literal["llava-stf", "llava", "hf", "hf-code", "llama", "clip", "adapter", "lora"]
 PublishedLayout = Literal["llava-stf", "llava", "hf", "hf-code", "adapter"]
-ExportLayout = Literal[PublishedLayout, "lora", "native"]
+ExportLayout = Literal[PublishedLayout, "lora", "gguf", "native"]
 
 # Those that transformers loads.
 TRANSFORMERS = ("hf", "hf-code")

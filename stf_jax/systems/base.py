@@ -8,7 +8,7 @@ does not write is LLaVA-1.5's (arXiv 2310.03744).
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jsonargparse
 import numpy as np
@@ -34,6 +34,9 @@ _TEXTS = {"7b": TextConfig.vicuna_7b, "13b": TextConfig.vicuna_13b}
 
 # Tensors of a PyTorch checkpoint: their shapes by canonical name.
 Shapes = Mapping[str, tuple[int, ...]]
+
+# What llama.cpp calls its projectors that compute one of the systems.
+LlamaCppProjector = Literal["mlp", "ldpv2"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -294,6 +297,11 @@ class System:
     def fits_transformers(self) -> bool:
         """Whether `transformers.LlavaForConditionalGeneration` computes this system."""
         return False
+
+    def llama_cpp(self, vision: VisionConfig) -> Mapping[int, LlamaCppProjector]:
+        """The projector of llama.cpp that computes this system, by tokens an image; none: empty."""
+        del vision
+        return {}
 
     # --- In words and in files.
 

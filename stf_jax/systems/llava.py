@@ -1,10 +1,11 @@
 """LLaVA-1.5 (arXiv 2310.03744): every patch of one hidden state is a token."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from stf_jax.config.vision import VisionConfig
-from stf_jax.systems.base import Shapes, System, matrix
+from stf_jax.systems.base import LlamaCppProjector, Shapes, System, matrix
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,3 +42,7 @@ class Llava(System):
     def fits_transformers(self) -> bool:
         """It is what `transformers` calls Llava."""
         return True
+
+    def llama_cpp(self, vision: VisionConfig) -> Mapping[int, LlamaCppProjector]:
+        """Its first projector."""
+        return {vision.patches: "mlp"}

@@ -20,7 +20,7 @@ from stf_jax.config.vision import VisionConfig
 from stf_jax.models.connector import Connector, Tokens
 from stf_jax.models.layers import Init
 from stf_jax.systems.average import average_pooling
-from stf_jax.systems.base import System
+from stf_jax.systems.base import LlamaCppProjector, System
 
 _SCALES_KEY = "matryoshka_vis_token_scale"
 
@@ -80,6 +80,11 @@ class M3(System):
     def hf_code(self, vision: VisionConfig) -> dict[str, Any]:
         """The most tokens; whoever wants fewer changes the number in both configs."""
         return {"kind": self.name, "tokens": self.tokens(vision)}
+
+    def llama_cpp(self, vision: VisionConfig) -> Mapping[int, LlamaCppProjector]:
+        """Of MobileVLM's second projector, the mean over 2x2 patches; its grid is 24 x 24."""
+        quarter: dict[int, LlamaCppProjector] = {144: "ldpv2"} if vision.grid == 24 else {}
+        return {vision.patches: "mlp", **quarter}
 
     @classmethod
     def read_hf(cls, hf: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -200,6 +200,9 @@ def explain_file(
     except OSError as cause:
         raise error(f"{path}: cannot be read ({cause.strerror or cause}); {fix}") from cause
     except ValueError as cause:
+        # One of this kind says all already.
+        if error is not ValueError and isinstance(cause, error):
+            raise
         raise error(f"{path}: {cause}; {fix}") from cause
 
 
