@@ -76,7 +76,9 @@ class Engine:
             raise ValueError(f"slots is {slots}; give 1 to {_MOST_SLOTS}")
         if not prompts:
             return
-        room = self._room(prompts, slots=slots, new=most)
+        room = fit_room(
+            self.config, prompts, slots=slots, new=most, multiple=self.program.row_multiple
+        )
         shortage = (
             f"{room.slots} slots of {max(room.contexts)} positions do not fit into the memory of a "
             "device; give fewer slots, a cache of int8 or a larger mesh"
@@ -101,20 +103,6 @@ class Engine:
     def open(self, room: Room) -> Scheduler:
         """A scheduler that takes requests one by one, as they come."""
         return Scheduler(self.program, room)
-
-    def _room(self, prompts: Sequence[Prompt], *, slots: int, new: int) -> Room:
-        """What these prompts need, and no more."""
-        slots, rows = batch_sizes(slots, multiple=self.program.row_multiple)
-        split = self.config.system.split
-        prefixes = [p.ids[: split(p.ids).prefilled] for p in prompts]
-        return Room(
-            slots=slots,
-            rows=rows,
-            contexts=room_for(self.config, [prompt.ids for prompt in prompts], new),
-            new=bucket(new),
-            kept=rows,
-            prefixes=room_for(self.config, prefixes, 0),
-        )
 
     def _order(self, prompts: Sequence[Prompt]) -> list[int]:
         """Those of like images and length one after the other."""
@@ -152,6 +140,30 @@ def _name_prompts(numbers: Sequence[int], prompts: Sequence[Prompt]) -> str:
     if len(prompts) == 1:
         return "the prompt"
     return f"prompt {name_some([number + 1 for number in numbers])} of {len(prompts)},"
+
+
+def fit_room(
+    config: Architecture, prompts: Sequence[Prompt], *, slots: int, new: int, multiple: int
+) -> Room:
+    """What these prompts need, and no more.
+
+    Args:
+        config: of the model.
+        prompts: one or more.
+        slots: answers in the making at a time, rounded up.
+        new: tokens of an answer.
+        multiple: of the rows, which a mesh splits.
+    """
+    slots, rows = batch_sizes(slots, multiple=multiple)
+    prefixes = [prompt.ids[: config.system.split(prompt.ids).prefilled] for prompt in prompts]
+    return Room(
+        slots=slots,
+        rows=rows,
+        contexts=room_for(config, [prompt.ids for prompt in prompts], new),
+        new=bucket(new),
+        kept=rows,
+        prefixes=room_for(config, prefixes, 0),
+    )
 
 
 def room_for(

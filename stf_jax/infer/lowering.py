@@ -13,8 +13,9 @@ from jaxtyping import PyTree
 
 from stf_jax.data.batch import Batch
 from stf_jax.infer.program import Program
-from stf_jax.infer.slots import Suffixes
-from stf_jax.models.cache import CacheDType
+from stf_jax.infer.scheduler import Room
+from stf_jax.infer.slots import Slots, Suffixes
+from stf_jax.models.cache import CacheDType, KVCache
 from stf_jax.models.layers import unstack
 from stf_jax.models.llava import Llava
 from stf_jax.parallel.sharding import BATCH_AXES, ShardingRules, on_mesh
@@ -31,7 +32,7 @@ class LoweredEngine:
         decode: turns until enough slots are finished.
         parameters: of the model.
         slots: all of them, with their cache.
-        prefixes: those that are kept, as many as one call computes.
+        prefixes: the pool of those that are kept.
     """
 
     prefill: Any
@@ -65,9 +66,7 @@ def lower(
     *,
     batch: Batch,
     questions: Sequence[Suffixes],
-    slots: int,
-    contexts: tuple[int, ...],
-    new: int,
+    room: Room,
 ) -> LoweredEngine:
     """The programs that an engine compiles for arrays of these shapes, with greedy answers.
 
@@ -75,9 +74,7 @@ def lower(
         program: from `abstract_program`.
         batch: of prefixes, host arrays.
         questions: host arrays, of one length or of several.
-        slots: B.
-        contexts: positions of a slot, by group of layers.
-        new: room for the tokens of an answer.
+        room: what the engine holds.
     """
     mesh = program.mesh
     assert mesh is not None
@@ -89,14 +86,8 @@ def lower(
         )
 
     parameters, batch_rows = program._parameters, rows(batch)
-    kept = len(batch.ids)
+    state, prefixes = allocate(program, room)
     with jax.set_mesh(mesh):
-        empty = program._start.eval_shape(parameters, slots=slots, contexts=contexts, new=new)
-        state = _place(empty, mesh)
-        computed = program._prefixes.eval_shape(parameters, batch_rows)
-        prefixes = _place(
-            program._pool.eval_shape(parameters, rows=kept, contexts=computed.sizes), mesh
-        )
         scalar = np.int32(1)
         return LoweredEngine(
             prefill=program._prefixes.lower(parameters, batch_rows),
@@ -114,7 +105,7 @@ def lower(
             decode=program._decode.lower(
                 parameters,
                 state,
-                rows(np.zeros(slots, bool)),
+                rows(np.zeros(room.slots, bool)),
                 scalar,
                 scalar,
                 choice="greedy",
@@ -125,6 +116,23 @@ def lower(
         )
 
 
-def _place(tree: PyTree, mesh: Mesh) -> PyTree:
+def allocate(program: Program, room: Room) -> tuple[Slots, KVCache]:
+    """The slots and the pool that a scheduler begins with.
+
+    Args:
+        program: from `abstract_program`.
+        room: what it holds.
+    """
+    mesh, parameters = program.mesh, program.weights
+    assert mesh is not None
+    with jax.set_mesh(mesh):
+        slots: Slots = program._start.eval_shape(
+            parameters, slots=room.slots, contexts=room.contexts, new=room.new
+        )
+        pool: KVCache = program._pool.eval_shape(parameters, rows=room.kept, contexts=room.prefixes)
+        return _place(slots, mesh), _place(pool, mesh)
+
+
+def _place(tree: PyTree, mesh: Mesh) -> Any:
     """Shapes that went through a trace know the abstract mesh only."""
     return jax.tree.map(lambda leaf: on_mesh(leaf, mesh), tree)

@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.infer.config import InferenceConfig
-from stf_jax.infer.engine import batch_sizes, room_for
+from stf_jax.infer.engine import fit_room
 from stf_jax.infer.lowering import LoweredEngine, abstract_program, lower
 from stf_jax.infer.prompts import LEAST_QUESTION, Prompt, bucket, pad_prompts
 from stf_jax.infer.slots import Suffixes
@@ -48,21 +48,16 @@ def make_inference_plan(request: Request) -> InferencePlan:
     program = abstract_program(
         model, mesh=mesh, dtype=jnp.dtype(dtype), cache_dtype=config.cache_dtype
     )
-    slots, rows = batch_sizes(config.slots, multiple=program.row_multiple)
-    tokens = model.choose_budget(config.tokens)
-    behind = [] if model.images_first is None else model.images_first.tokens(work.images)
-    prefix = work.prompt_tokens + work.images * tokens + len(behind)
-    longest = prefix + max(work.question_tokens) + work.max_new_tokens
-    if longest > model.text.max_positions:
-        raise ValueError(
-            f"the workload makes {longest} positions; {config.architecture} has "
-            f"{model.text.max_positions}; make it smaller"
-        )
-    prompts = [
-        _prompt(model, prefix, work.images, tokens, behind, question=question)
-        for question in sorted(work.question_tokens)
-    ]
-    contexts = room_for(model, [prompts[-1].ids], work.max_new_tokens)
+    prompts = workload_prompts(model, config)
+    longest = len(prompts[-1].ids) + work.max_new_tokens
+    room = fit_room(
+        model,
+        prompts[-1:],
+        slots=config.slots,
+        new=work.max_new_tokens,
+        multiple=program.row_multiple,
+    )
+    slots, rows = room.slots, room.rows
     # A system may prefill the question, too.
     splits = [model.system.split(prompt.ids) for prompt in prompts]
     rests = [len(prompt.ids) - split.start for prompt, split in zip(prompts, splits, strict=True)]
@@ -77,9 +72,7 @@ def make_inference_plan(request: Request) -> InferencePlan:
             uniform=model.system.compacts,
         ),
         questions=[Suffixes.empty(rows, length, slots=slots) for length in lengths],
-        slots=slots,
-        contexts=contexts,
-        new=bucket(work.max_new_tokens),
+        room=room,
     )
     plan = InferencePlan(
         topology=str(topology),
@@ -91,9 +84,9 @@ def make_inference_plan(request: Request) -> InferencePlan:
         dtype=dtype,
         cache_dtype=config.cache_dtype or dtype,
         limit=chip.memory,
-        weights=_bytes(lowered.parameters),
-        cache=_bytes(lowered.slots),
-        prefixes=_bytes(lowered.prefixes),
+        weights=bytes_of(lowered.parameters),
+        cache=bytes_of(lowered.slots),
+        prefixes=bytes_of(lowered.prefixes),
         phases=(),
     )
     inserts = zip(lengths, lowered.inserts, strict=True)
@@ -109,6 +102,27 @@ def make_inference_plan(request: Request) -> InferencePlan:
         if not plan.fits:
             break
     return plan
+
+
+def workload_prompts(model: LlavaConfig, config: InferenceConfig) -> list[Prompt]:
+    """A prompt for each length of a question, the longest last.
+
+    Raises:
+        ValueError: it does not fit into the model.
+    """
+    work, tokens = config.workload, model.choose_budget(config.tokens)
+    behind = [] if model.images_first is None else model.images_first.tokens(work.images)
+    prefix = work.prompt_tokens + work.images * tokens + len(behind)
+    longest = prefix + max(work.question_tokens) + work.max_new_tokens
+    if longest > model.text.max_positions:
+        raise ValueError(
+            f"the workload makes {longest} positions; {config.architecture} has "
+            f"{model.text.max_positions}; make it smaller"
+        )
+    return [
+        _prompt(model, prefix, work.images, tokens, behind, question=question)
+        for question in sorted(work.question_tokens)
+    ]
 
 
 def _compile(phase: Phase, lowered: Any, plan: InferencePlan, topology: Topology) -> Phase:
@@ -158,15 +172,15 @@ def _reads(name: str, lowered: LoweredEngine, mesh: Mesh) -> float:
         if "text/embedding" not in path and (name == "prefill" or path.startswith(LLAMA))
     )
     caches = {
-        "prefill": _bytes(lowered.prefixes),
+        "prefill": bytes_of(lowered.prefixes),
         # Out of the prefixes and into the slots.
-        "insert": 2 * _bytes(lowered.prefixes),
-        "decode": _bytes(lowered.slots),
+        "insert": 2 * bytes_of(lowered.prefixes),
+        "decode": bytes_of(lowered.slots),
     }
     return weights + caches[name]
 
 
-def _bytes(tree: PyTree) -> int:
+def bytes_of(tree: PyTree) -> int:
     """Bytes of an array that one chip holds."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -1,5 +1,6 @@
 """A small model of every system, on one device."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from flax import nnx
 from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
 from stf_jax.data.batch import Batch
+from stf_jax.infer.prompts import bucket
 from stf_jax.models.llava import Llava
 from stf_jax.systems import SYSTEMS
 from stf_jax.systems.base import LlavaConfig
@@ -73,6 +75,24 @@ def batch_of(config: LlavaConfig, *, rows: int = 2, text: int = 7, padding: int 
         questions=jnp.asarray(questions) if asked else None,
         question_lengths=jnp.full((rows, 1), 5, jnp.int32) if asked else None,
     )
+
+
+def cache_bytes(
+    config: LlavaConfig,
+    prompts: Sequence[np.ndarray],
+    layer_groups: Sequence[int],
+    *,
+    new: int,
+    itemsize: int,
+) -> tuple[int, int]:
+    """Bytes of one slot for any of the prompts and `new` tokens: keys and values, and marks."""
+    text, system = config.text, config.system
+    held = zip(*(system.held(ids, config.vision) for ids in prompts), strict=True)
+    sizes = [bucket(max(group) + new) for group in held]
+    layers = [sizes[group] for group in layer_groups]
+    vectors = 2 * text.kv_heads * text.head_dim * itemsize * sum(layers)
+    # Position, segment, kind and image of each; and how many positions the row has dropped.
+    return vectors, sum(4 * 4 * size + 4 for size in sizes)
 
 
 @pytest.fixture(scope="session", params=SYSTEMS)

@@ -14,12 +14,23 @@ from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.infer.engine import Engine
 from stf_jax.infer.prompts import Prompt, pad_prompts
 from stf_jax.infer.sampling import GREEDY
+from stf_jax.infer.scheduler import Room, Scheduler
 from stf_jax.infer.session import Session
 from stf_jax.models.cache import KVCache
 from stf_jax.models.llava import Llava
 from stf_jax.models.marks import Marks
 from stf_jax.systems import SYSTEMS
-from tests.stf_jax.systems.conftest import build, config_of, own_tokens
+from tests.stf_jax.systems.conftest import build, cache_bytes, config_of, own_tokens
+
+
+class Watched(Engine):
+    """Which scheduler it opened last."""
+
+    scheduler: Scheduler
+
+    def open(self, room: Room) -> Scheduler:
+        self.scheduler = super().open(room)
+        return self.scheduler
 
 
 def ask(engine: Engine, prompts: list[Prompt], *, slots: int) -> dict[int, list[int]]:
@@ -43,10 +54,13 @@ INSIDE = ("voco", "proxyv", "videollm_mod", "pmod", "fastv", "pyramiddrop", "gse
 
 @pytest.mark.parametrize("name", [*BEFORE, *INSIDE])
 def test_a_mixed_batch_answers_as_one_at_a_time(name: str, compilations: list[str]) -> None:
-    """Of every budget, images shared, two and none; a second call compiles nothing."""
+    """Of every budget, images shared, two and none; a second call compiles nothing.
+
+    The cache takes what `stf_jax.plan` says, see plan/test_memory.py.
+    """
     assert name in SYSTEMS
     config = config_of(name)
-    engine = Engine(build(config, seed=2))
+    engine = Watched(build(config, seed=2))
     rng = np.random.default_rng(0)
     side = config.image_size
     pixels = rng.standard_normal((3, side, side, 3)).astype(np.float32)
@@ -78,6 +92,15 @@ def test_a_mixed_batch_answers_as_one_at_a_time(name: str, compilations: list[st
     compilations.clear()
     assert ask(engine, prompts, slots=4) == together
     assert not compilations
+    # The arrays that it holds, which are what a plan counts.
+    prefixes = [p.ids[: config.system.split(p.ids).prefilled] for p in prompts]
+    for cache, ids, new in (
+        (engine.scheduler._state.cache, [p.ids for p in prompts], 4),
+        (engine.scheduler._pool, prefixes, 0),
+    ):
+        rows = len(jax.tree.leaves(cache)[0])
+        each = cache_bytes(config, ids, cache.layer_groups, new=new, itemsize=4)
+        assert sum(array.nbytes for array in jax.tree.leaves(cache)) == rows * sum(each)
     for number, prompt in enumerate(prompts):
         assert ask(engine, [prompt], slots=4)[0] == together[number]
     # The images matter, and so does the budget.
