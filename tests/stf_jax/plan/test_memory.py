@@ -14,7 +14,7 @@ from tests.stf_jax.systems.conftest import cache_bytes, config_of
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_the_cache_of_every_system_by_arithmetic(name: str) -> None:
-    """Of slots and of kept prefixes, on a mesh whose chips have a quarter of rows, half of heads."""
+    """Of slots and kept prefixes, on a mesh whose chips have a quarter of rows, half of heads."""
     config = config_of(name)
     work = Workload(images=2, prompt_tokens=9, question_tokens=(70,), max_new_tokens=30)
     prompts = workload_prompts(config, InferenceConfig(workload=work))
