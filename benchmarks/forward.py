@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import transformers
 from flax import nnx
+from machine import print_ceilings
 
 from stf_jax.convert import open_source
 from stf_jax.data.batch import Batch
@@ -284,6 +285,7 @@ def first_token(engine: Engine, prompt: Prompt, _: object = None) -> Any:
 def main() -> None:
     """Builds, checks that both give the same, times, prints."""
     args = parse()
+    print_ceilings(rows=576 + args.text, width=args.width, mlp_width=args.mlp_width)
     torch_model = make_torch(args)
     config, weights = convert_model(torch_model)
     if torch.cuda.is_available():

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from flax import nnx
 from forward import IMAGE_ID, Task, build, convert_model, interleave, make_torch
+from machine import print_ceilings
 
 from stf_jax.data.batch import Batch
 from stf_jax.data.tokenizer import IGNORED_LABEL
@@ -125,6 +126,7 @@ class Theirs:
 def main() -> None:
     """Builds, times, compares the losses, prints."""
     args = parse()
+    print_ceilings(rows=args.rows * (576 + args.text), width=args.width, mlp_width=args.mlp_width)
     torch_model = make_torch(args)
     config, weights = convert_model(torch_model)
     if torch.cuda.is_available():
