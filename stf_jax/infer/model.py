@@ -114,28 +114,10 @@ class Model:
             ValueError: a template that is unknown or does not fit the tokenizer, an empty prompt,
                 one that is too long, or more or fewer `<image>` than images.
         """
-        if isinstance(requests, Request | str):
-            raise TypeError("generate takes a list: write generate([Request(prompt=...)])")
-        given: Sequence[object] = requests
-        for request in given:
-            if not isinstance(request, Request):
-                raise TypeError(
-                    f"generate takes a list of Request, not of {type(request).__name__}: write "
-                    "generate([Request(prompt=..., images=...)])"
-                )
-        if not requests:
-            return []
         form = fit_template(template, self.tokenizer)
-        tokens = self.config.choose_budget(tokens)
-        prompts = []
-        for number, request in enumerate(requests, start=1):
-            try:
-                prompts.append(self._prompt(request, form, tokens, allow_urls=allow_urls))
-            except ValueError as error:
-                if len(requests) == 1:
-                    raise
-                kind = ImageError if isinstance(error, ImageError) else ValueError
-                raise kind(f"request {number} of {len(requests)}: {error}") from error
+        prompts = self.make_prompts(requests, template=form, allow_urls=allow_urls, tokens=tokens)
+        if not prompts:
+            return []
         answers = dict(
             self.answer(
                 prompts,
@@ -148,6 +130,48 @@ class Model:
             )
         )
         return [answers[number] for number in range(len(prompts))]
+
+    def make_prompts(
+        self,
+        requests: Sequence[Request],
+        *,
+        template: Template,
+        allow_urls: bool = False,
+        tokens: int | None = None,
+    ) -> list[Prompt]:
+        """What `answer` takes, of each request.
+
+        Args:
+            requests: as for `generate`, and likewise the others.
+            template: from `fit_template`.
+            allow_urls: likewise.
+            tokens: likewise.
+
+        Raises:
+            ImageError: an image that cannot be used.
+            TypeError: no list of requests.
+            ValueError: as `generate`.
+        """
+        if isinstance(requests, Request | str):
+            raise TypeError("this takes a list: write [Request(prompt=...)]")
+        given: Sequence[object] = requests
+        for request in given:
+            if not isinstance(request, Request):
+                raise TypeError(
+                    f"this takes a list of Request, not of {type(request).__name__}: write "
+                    "[Request(prompt=..., images=...)]"
+                )
+        tokens = self.config.choose_budget(tokens)
+        prompts = []
+        for number, request in enumerate(requests, start=1):
+            try:
+                prompts.append(self._prompt(request, template, tokens, allow_urls=allow_urls))
+            except ValueError as error:
+                if len(requests) == 1:
+                    raise
+                kind = ImageError if isinstance(error, ImageError) else ValueError
+                raise kind(f"request {number} of {len(requests)}: {error}") from error
+        return prompts
 
     def encode_images(
         self,

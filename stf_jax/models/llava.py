@@ -139,13 +139,25 @@ class Llava(nnx.Module):
         What stands in `ids` behind them is padding. Positions continue from what the slots before
         hold, some of which may be empty.
         """
+        hidden, cache = self.read(ids, start=start, lengths=lengths, cache=cache)
+        return self.text.logits(take(hidden, lengths - 1)[:, None])[:, 0], cache
+
+    def read(
+        self,
+        ids: Int[Array, "B T"],
+        *,
+        start: Int[Array, "B"],
+        lengths: Int[Array, "B"],
+        cache: KVCache,
+    ) -> tuple[Float[Array, "B T H"], KVCache]:
+        """As `extend`: the hidden state of every token, which `text.logits` takes."""
         index = jnp.arange(ids.shape[1], dtype=jnp.int32)
         positions = cache.next_position(start)[:, None] + index
         marks = Marks.text(positions, (index < lengths[:, None]).astype(jnp.int32))
         hidden, cache = self.text.extend(
             self.text.embed(ids), marks=marks, slots=start[:, None] + index, cache=cache
         )
-        return self.text.logits(take(hidden, lengths - 1)[:, None])[:, 0], cache
+        return hidden, cache
 
     def _encode_images(self, batch: Batch) -> Tokens:
         """Of each image by itself: [B*I, K, H].

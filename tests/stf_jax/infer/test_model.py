@@ -39,7 +39,7 @@ def test_one_stop_string_needs_no_list(model: Model) -> None:
 
 def test_requests_are_a_list(model: Model) -> None:
     for one in (Request(prompt="What?"), "What?"):
-        with pytest.raises(TypeError, match=r"takes a list: write generate\(\[Request"):
+        with pytest.raises(TypeError, match=r"takes a list: write \[Request"):
             model.generate(one)
 
 
