@@ -20,7 +20,7 @@ from stf_jax.plan.chips import Topology
 from stf_jax.plan.client import plan
 from stf_jax.plan.request import Plan
 from stf_jax.systems import named_config
-from stf_jax.systems.base import check_divisible
+from stf_jax.systems.mesh import check_divisible
 from stf_jax.train.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent

@@ -17,8 +17,9 @@ from stf_jax.config.vision import VisionConfig
 from stf_jax.convert.hf_config import section
 from stf_jax.convert.mapping import own_entries
 from stf_jax.systems import SYSTEMS, get_system, system_from_dict
-from stf_jax.systems.base import LlavaConfig, Shapes, System
+from stf_jax.systems.base import LlavaConfig, System
 from stf_jax.systems.older import upgrade_fusion
+from stf_jax.systems.shapes import Shapes
 from stf_jax.util.errors import CheckpointError
 
 KEY = "mm_system"

@@ -23,7 +23,8 @@ from stf_jax.parallel.hosts import BatchLayout
 from stf_jax.parallel.sharding import BATCH_AXES, ShardingRules
 from stf_jax.store.arrays import flatten
 from stf_jax.store.run import CONFIG, is_run
-from stf_jax.systems.base import System, check_divisible
+from stf_jax.systems.base import System
+from stf_jax.systems.mesh import check_divisible
 from stf_jax.train.config import TrainConfig
 from stf_jax.train.step import make_loss
 from stf_jax.train.validation import HeldOutLoss, sum_losses

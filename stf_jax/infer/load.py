@@ -15,7 +15,8 @@ from stf_jax.infer.model import Model
 from stf_jax.models.cache import CacheDType
 from stf_jax.models.llava import Llava
 from stf_jax.parallel.sharding import ShardingRules
-from stf_jax.systems.base import LlavaConfig, System, check_divisible
+from stf_jax.systems.base import LlavaConfig, System
+from stf_jax.systems.mesh import check_divisible
 
 DTypeName = Literal["float32", "float16", "bfloat16"]
 

@@ -19,7 +19,8 @@ from stf_jax.models.cache import CacheDType, KVCache
 from stf_jax.models.layers import unstack
 from stf_jax.models.llava import Llava
 from stf_jax.parallel.sharding import BATCH_AXES, ShardingRules, on_mesh
-from stf_jax.systems.base import LlavaConfig, check_divisible
+from stf_jax.systems.base import LlavaConfig
+from stf_jax.systems.mesh import check_divisible
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,8 @@ from stf_jax.models.layers import Init, Linear, Remat, RMSNorm, apply_layers
 from stf_jax.models.llama import DecoderLayer
 from stf_jax.models.loop import Inputs, KeyValue
 from stf_jax.models.marks import IMAGE, Marks, causal
-from stf_jax.models.selection import gather_order
+from stf_jax.models.selection import gather_order, take_rows
+from stf_jax.models.weights import LINEAR, SAME, Entry, Transform, make_entry, transpose
 
 # Kinds beside those of `stf_jax.models.marks`: a proxy, and the token that ends an image.
 PROXY, NEWLINE = 3, 4
@@ -92,7 +93,7 @@ class Crops:
         there = jnp.arange(images) < begins.sum(axis=1, keepdims=True)
 
         def at_start(array: Int[Array, "B T"]) -> Int[Array, "B I"]:
-            return jnp.take_along_axis(array, starts, axis=1)
+            return take_rows(array, starts)
 
         def spread(array: Int[Array, "B I"], count: int, *, step: int) -> Int[Array, "B I*count"]:
             each = jnp.tile(jnp.arange(count, dtype=jnp.int32), images)
@@ -124,12 +125,12 @@ class Crops:
 
     def take(self, x: Float[Array, "B T H"]) -> Float[Array, "B I*N H"]:
         """The full tokens of a row."""
-        return jnp.take_along_axis(x, self.index[..., None], axis=1)
+        return take_rows(x, self.index)
 
     def put(self, x: Float[Array, "B T H"], full: Float[Array, "B I*N H"]) -> Float[Array, "B T H"]:
         """The row with these full tokens."""
-        slots = self.slots[..., None]
-        return jnp.where(slots >= 0, jnp.take_along_axis(full, jnp.maximum(slots, 0), axis=1), x)
+        taken = take_rows(full, jnp.maximum(self.slots, 0))
+        return jnp.where(self.slots[..., None] >= 0, taken, x)
 
 
 def shrink_matrix(side: int, factor: int) -> Float[np.ndarray, "P N"]:
@@ -265,17 +266,17 @@ def run_proxied(
     size = made.shape[1]
     seen, order = None, None
     if rest is not None:
-        x, marks = jnp.take_along_axis(x, rest[..., None], axis=1), marks.take(rest)
+        x, marks = take_rows(x, rest), marks.take(rest)
         seen = make_inputs(crops.marks.take(crops.index))
         # Keys are those of full tokens, of proxies, and of the rest.
         behind = jnp.minimum(crops.others, rest.shape[1] - 1) + crops.index.shape[1] + count
-        order = jnp.where(crops.slots < 0, behind, crops.slots)[..., None, None]
+        order = jnp.where(crops.slots < 0, behind, crops.slots)
     own = make_inputs(crops.proxies.join(marks))
 
     def in_order(array: Float[Array, "B S G D"]) -> Float[Array, "B T G D"]:
         if order is None:
             return array[:, count:]
-        return jnp.take_along_axis(array, order, axis=1)
+        return take_rows(array, order)
 
     def step(carry: tuple[Array, Array], pair: ProxiedLayer) -> tuple[Any, KeyValue | None]:
         (x, full), layer, key_marks = carry, pair.layer, None
@@ -304,3 +305,63 @@ def run_proxied(
         carry, more = apply_layers(step, carry, layers, remat=remat)
         kept += more
     return carry[0][:, count:], kept
+
+
+def _join() -> Transform:
+    """A linear layer over two vectors one after the other: [F, 2*C] <-> [C, 2, F]."""
+
+    def native(tensor: np.ndarray) -> np.ndarray:
+        halves = transpose(tensor).reshape(2, -1, len(tensor))
+        return np.ascontiguousarray(halves.swapaxes(0, 1))
+
+    def torch(array: np.ndarray) -> np.ndarray:
+        return transpose(array.swapaxes(0, 1).reshape(-1, array.shape[-1]))
+
+    return Transform(native, torch)
+
+
+_JOIN = _join()
+
+
+def vision_mlp_entries(name: str, *, width: int, hidden: int, layers: int) -> tuple[Entry, ...]:
+    """The VisionMLPs of some layers.
+
+    Args:
+        name: what their tensors begin with in PyTorch, with {} for the layer.
+        width: H.
+        hidden: between their linear layers.
+        layers: how many.
+    """
+    return tuple(
+        make_entry(
+            f"text/vision_mlp/{native}",
+            f"{name}{torch}.weight",
+            shape,
+            to,
+            transform,
+            layers=layers,
+        )
+        for native, torch, shape, to, transform in (
+            ("context/kernel", "context_proj", (hidden, width), (width, hidden), LINEAR),
+            ("input/kernel", "input_proj", (hidden, width), (width, hidden), LINEAR),
+            ("join/kernel", "proj.0", (hidden, 2 * hidden), (hidden, 2, hidden), _JOIN),
+            ("output/kernel", "proj.2", (width, hidden), (hidden, width), LINEAR),
+            ("norm/scale", "layernorm_post", (width,), (width,), SAME),
+        )
+    )
+
+
+def learned_entries(name: str, *, count: int, width: int, hidden: int) -> tuple[Entry, ...]:
+    """Learned queries.
+
+    Args:
+        name: what their tensors begin with in PyTorch.
+        count: P.
+        width: H.
+        hidden: of queries and keys.
+    """
+    queries, key = (count, hidden), (hidden, width)
+    return (
+        make_entry("text/proxies/queries", f"{name}proxyv_tokens", queries, queries, SAME),
+        make_entry("text/proxies/key/kernel", f"{name}Wk.weight", key, key[::-1], LINEAR),
+    )

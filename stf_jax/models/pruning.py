@@ -28,7 +28,7 @@ from stf_jax.models.llama import DecoderLayer, Llama, take
 from stf_jax.models.loop import KeyValue, run_layers
 from stf_jax.models.lora import LoRAConfig
 from stf_jax.models.marks import ANSWER, IMAGE, Marks, Rule, visible
-from stf_jax.models.selection import gather_order, rank
+from stf_jax.models.selection import gather_order, rank, take_rows
 
 # (layer, tokens of an image from this layer on), layers ascending from 1 on.
 Schedule: TypeAlias = tuple[tuple[int, int], ...]
@@ -240,13 +240,13 @@ class PrunedLlama(Llama):
         if size is None:
             return dataclasses.replace(stage, marks=marks, scores=scores)
         index = gather_order(marks.segment >= 0, size)
-        x = jnp.take_along_axis(stage.x, index[..., None], axis=1)
+        x = take_rows(stage.x, index)
         return dataclasses.replace(
             stage,
             x=x,
             read=x,
             marks=marks.take(index),
-            scoring=jnp.take_along_axis(stage.scoring, index, axis=1),
+            scoring=take_rows(stage.scoring, index),
             dropped=stage.dropped + gone.sum(axis=1, dtype=jnp.int32),
             scores=scores,
         )
@@ -277,10 +277,10 @@ class PrunedLlama(Llama):
             layer, x = nnx.merge(graph, frozen(state)), frozen(x)
             index = gather_order(scoring, most)
             rows = marks.take(index)
-            read = jnp.take_along_axis(x, index[..., None], axis=1)
+            read = take_rows(x, index)
             query = layer.project(read, self.inputs(rows).angles)[0]
             key = layer.project(x, self.inputs(marks).angles)[1] if key is None else frozen(key)
-            weights = jnp.take_along_axis(scoring, index, axis=1)
+            weights = take_rows(scoring, index)
             return attention_received(
                 query, key, weights=weights, queries=rows, keys=marks, rule=self.rule
             )

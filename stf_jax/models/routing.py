@@ -26,7 +26,7 @@ from stf_jax.models.llama import DecoderLayer, Llama, take
 from stf_jax.models.loop import Angles, Inputs, KeyValue
 from stf_jax.models.lora import LoRAConfig
 from stf_jax.models.marks import IMAGE, Marks
-from stf_jax.models.selection import gather_order, hide, rank
+from stf_jax.models.selection import gather_order, hide, rank, take_rows
 from stf_jax.models.weights import Entry, Transform, make_entry
 
 
@@ -147,11 +147,6 @@ class Candidates:
         groups = jnp.where(vision, marks.image if per_image else marks.segment, -1)
         same = groups[:, :, None] == groups[:, None, :]
         return cls(vision=vision, groups=groups, sizes=same.sum(axis=2, dtype=jnp.int32))
-
-
-def take_rows(x: Float[Array, "B T *C"], index: Int[Array, "B S"]) -> Float[Array, "B S *C"]:
-    """The positions at `index` of each row."""
-    return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
 # Hidden states, keys and values of each layer, groups of layers, and the group of each.

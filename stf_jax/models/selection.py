@@ -4,7 +4,7 @@ Several images and several sequences may share a row; each group is ranked by it
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from stf_jax.models.marks import Marks
 
@@ -24,6 +24,11 @@ def rank(scores: Float[Array, "B T"], groups: Int[Array, "B T"]) -> Int[Array, "
 def gather_order(kept: Bool[Array, "B T"], size: int) -> Int[Array, "B S"]:
     """The indices of what is kept, in order, then of some that is not: S = `size` of them."""
     return jnp.argsort(~kept, axis=1, stable=True)[:, :size].astype(jnp.int32)
+
+
+def take_rows(x: Shaped[Array, "B T *C"], index: Int[Array, "B S"]) -> Shaped[Array, "B S *C"]:
+    """The positions at `index` of each row."""
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
 def hide(marks: Marks, kept: Bool[Array, "B T"]) -> Marks:

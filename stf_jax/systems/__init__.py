@@ -4,13 +4,15 @@
 `average.py` its baseline; `random.py` and `downsample.py` are controls.
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from stf_jax.config.parse import parse
 from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
 from stf_jax.systems.average import Average
-from stf_jax.systems.base import LlavaConfig, System, parse, published_models
+from stf_jax.systems.base import LlavaConfig, System
 from stf_jax.systems.downsample import Downsample
 from stf_jax.systems.fastv import FastV
 from stf_jax.systems.gsearch import GSearch
@@ -27,6 +29,9 @@ from stf_jax.systems.videollm_mod import VideoLLMMoD
 from stf_jax.systems.vistog import VisToG
 from stf_jax.systems.voco import VoCo
 from stf_jax.systems.vqtoken import VQToken
+
+# The language models that named sizes ("llava_stf_7b") are over.
+_TEXTS = {"7b": TextConfig.vicuna_7b, "13b": TextConfig.vicuna_13b}
 
 # In the order of tables.
 SYSTEMS: Mapping[str, type[System]] = {
@@ -97,6 +102,22 @@ def config_from_dict(tree: Mapping[str, Any]) -> LlavaConfig:
         raise ValueError(f"not a model config: {error}") from error
 
 
+def published_models() -> Iterator[tuple[str, LlavaConfig]]:
+    """Every system over CLIP ViT-L/14-336 and Vicuna, by the name of its size."""
+    vision = VisionConfig.clip_l_336()
+    for system in SYSTEMS.values():
+        for size, make in _TEXTS.items():
+            text = make()
+            if system.own_token is not None:
+                text = dataclasses.replace(text, vocab_size=text.vocab_size + 1)
+            yield (
+                f"{system.family}_{size}",
+                LlavaConfig(
+                    vision=vision, text=text, system=system.for_model(vision=vision, text=text)
+                ),
+            )
+
+
 def named_config(name: str) -> LlavaConfig:
     """A published size, such as "llava_stf_7b", or "tiny".
 
@@ -105,7 +126,7 @@ def named_config(name: str) -> LlavaConfig:
     """
     if name == "tiny":
         return tiny_config()
-    models = dict(published_models(SYSTEMS))
+    models = dict(published_models())
     if name not in models:
         raise ValueError(f"architecture {name!r} is not one of {', '.join([*models, 'tiny'])}")
     return models[name]

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
 from stf_jax.models.weights import LINEAR, Transform
-from stf_jax.systems.base import Shapes, Variant, matrix
+from stf_jax.systems.base import Variant
+from stf_jax.systems.shapes import Shapes, matrix
 from stf_jax.systems.stf import STF, MBTFConfig, mixer_fields, spatial_token_fusion
 
 
@@ -43,9 +44,9 @@ class Average(STF):
     }
 
     @classmethod
-    def for_model(cls, *, vision: VisionConfig, text: TextConfig) -> "Average":
+    def proportions(cls, vision: VisionConfig, text: TextConfig) -> dict[str, Any]:
         """LLaVA-1.5's projector."""
-        return cls(taps=(vision.layers - 1,), projector_width=text.width)
+        return {}
 
     @classmethod
     def variants(cls, *, vision: VisionConfig, text: TextConfig) -> Mapping[str, Variant]:

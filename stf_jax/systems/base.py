@@ -6,19 +6,15 @@ does not write is LLaVA-1.5's (arXiv 2310.03744).
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, TypeVar
 
-import jsonargparse
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Int
 
 from stf_jax.config.checks import check_positive
 from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
-from stf_jax.config.yaml import plain
 from stf_jax.data.batch import ClipLayout
 from stf_jax.data.templates import ImagesFirst
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
@@ -28,15 +24,12 @@ from stf_jax.models.layers import Init
 from stf_jax.models.llama import Llama
 from stf_jax.models.lora import LoRAConfig
 from stf_jax.models.weights import LINEAR, Entry, Transform, mlp_entries
-
-# The language models that named sizes ("llava_stf_7b") are over.
-_TEXTS = {"7b": TextConfig.vicuna_7b, "13b": TextConfig.vicuna_13b}
-
-# Tensors of a PyTorch checkpoint: their shapes by canonical name.
-Shapes = Mapping[str, tuple[int, ...]]
+from stf_jax.systems.shapes import Shapes, matrix
 
 # What llama.cpp calls its projectors that compute one of the systems.
 LlamaCppProjector = Literal["mlp", "ldpv2"]
+
+_System = TypeVar("_System", bound="System")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,9 +74,16 @@ class System:
             )
 
     @classmethod
-    def for_model(cls, *, vision: VisionConfig, text: TextConfig) -> "System":
+    def for_model(cls: type[_System], *, vision: VisionConfig, text: TextConfig) -> _System:
         """The system with its published proportions, for a tower and a language model."""
-        return cls(taps=(vision.layers - 1,), projector_width=text.width)
+        fields: dict[str, Any] = {"taps": (vision.layers - 1,), "projector_width": text.width}
+        return cls(**fields | cls.proportions(vision, text))
+
+    @classmethod
+    def proportions(cls, vision: VisionConfig, text: TextConfig) -> dict[str, Any]:
+        """The fields that follow from the sizes of a tower and a language model."""
+        del vision, text
+        return {}
 
     @classmethod
     def variants(cls, *, vision: VisionConfig, text: TextConfig) -> Mapping[str, "Variant"]:
@@ -266,7 +266,17 @@ class System:
         del vision
         rows, _ = matrix(shapes, "mm_projector.0.weight")
         taps = [] if "taps" in given else [selected()]
-        return {"taps": taps, "projector_width": rows}
+        return {"taps": taps, "projector_width": rows, **cls.own_fields(shapes)}
+
+    @classmethod
+    def own_fields(cls, shapes: Shapes) -> dict[str, Any]:
+        """Of those, what is no field of LLaVA-1.5.
+
+        Raises:
+            ValueError: weights that fit no model of this system.
+        """
+        del shapes
+        return {}
 
     @classmethod
     def read_hf(cls, hf: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -397,85 +407,3 @@ class LlavaConfig:
             "text": dataclasses.asdict(self.text),
             "system": self.system.to_dict(),
         }
-
-
-def published_models(systems: Mapping[str, type[System]]) -> Iterator[tuple[str, LlavaConfig]]:
-    """Every system over CLIP ViT-L/14-336 and Vicuna, by the name of its size."""
-    vision = VisionConfig.clip_l_336()
-    for system in systems.values():
-        for size, make in _TEXTS.items():
-            text = make()
-            if system.own_token is not None:
-                text = dataclasses.replace(text, vocab_size=text.vocab_size + 1)
-            yield (
-                f"{system.family}_{size}",
-                LlavaConfig(
-                    vision=vision, text=text, system=system.for_model(vision=vision, text=text)
-                ),
-            )
-
-
-def parse(cls: type, tree: Mapping[str, Any]) -> Any:
-    """A config dataclass from plain values, strictly.
-
-    Raises:
-        ValueError: an unknown or mistyped key, or a value that does not fit.
-    """
-    parser = _parser_of(cls)
-    try:
-        parsed = parser.parse_object({"config": dict(tree)})
-        return parser.instantiate(parsed)["config"]
-    except (jsonargparse.ArgumentError, TypeError) as error:
-        raise ValueError(plain(str(error).replace("config.", ""))) from error
-    except ValueError as error:
-        # An optional section's own refusal comes wrapped.
-        raise ValueError(str(error.__cause__ or error)) from error
-
-
-@functools.cache
-def _parser_of(cls: type) -> jsonargparse.ArgumentParser:
-    """Making one takes as long as parsing with it."""
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, "config")
-    return parser
-
-
-def matrix(shapes: Shapes, name: str) -> tuple[int, int]:
-    """Rows and columns of a weight.
-
-    Raises:
-        ValueError: there is none of that name, or it is no matrix.
-    """
-    if name not in shapes:
-        raise ValueError(f"there is no {name}: a projector of type mlp2x_gelu is expected")
-    if len(shapes[name]) != 2:
-        raise ValueError(f"{name} has shape {shapes[name]}; a matrix is expected")
-    rows, columns = shapes[name]
-    return rows, columns
-
-
-def check_divisible(config: LlavaConfig, mesh: Mesh | AbstractMesh) -> None:
-    """Refuses a mesh that does not divide the model.
-
-    Raises:
-        ValueError: lists every size that does not divide, and by which axis.
-    """
-    text, vision = config.text, config.vision
-    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-    sizes = [
-        ("text.width", text.width, "fsdp", fsdp),
-        ("vision.width", vision.width, "fsdp", fsdp),
-        ("vocabulary (pad it on import)", text.padded_vocab_size, "tensor", tensor),
-        ("text.heads", text.heads, "tensor", tensor),
-        ("text.kv_heads", text.kv_heads, "tensor", tensor),
-        ("text.mlp_width", text.mlp_width, "tensor", tensor),
-        ("vision.heads", vision.heads, "tensor", tensor),
-        ("vision.mlp_width", vision.mlp_width, "tensor", tensor),
-        *(
-            (f"system.{name}", size, "tensor", tensor)
-            for name, size in config.system.tensor_sizes().items()
-        ),
-    ]
-    wrong = [f"{name} {size} by {axis} {by}" for name, size, axis, by in sizes if size % by]
-    if wrong:
-        raise ValueError(f"the mesh does not divide the model: {', '.join(wrong)}")

@@ -5,7 +5,7 @@ cheapest way to fewer tokens: the tower's arithmetic falls, too.
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from stf_jax.config.checks import check_positive
 from stf_jax.config.text import TextConfig
@@ -32,10 +32,10 @@ class Downsample(System):
         check_positive(self, "side")
 
     @classmethod
-    def for_model(cls, *, vision: VisionConfig, text: TextConfig) -> "Downsample":
+    def proportions(cls, vision: VisionConfig, text: TextConfig) -> dict[str, Any]:
         """Half the side, rounded down to whole patches: a quarter of the tokens."""
         side = max(vision.grid // 2, 1) * vision.patch_size
-        return cls(taps=(vision.layers - 1,), projector_width=text.width, side=side)
+        return {"side": side}
 
     def check(self, vision: VisionConfig, text: TextConfig) -> None:
         """The side is a whole number of patches, no more than the tower was trained with."""

@@ -49,14 +49,12 @@ class FastV(PruningSystem):
         check_positive(self, "layer", "keep")
 
     @classmethod
-    def for_model(cls, *, vision: VisionConfig, text: TextConfig) -> "FastV":
+    def proportions(cls, vision: VisionConfig, text: TextConfig) -> dict[str, Any]:
         """Half of the tokens after layer 2, where there are more layers."""
-        return cls(
-            taps=(vision.layers - 1,),
-            projector_width=text.width,
-            layer=min(cls.layer, max(text.layers - 1, 1)),
-            keep=max(vision.patches // 2, 1),
-        )
+        return {
+            "layer": min(cls.layer, max(text.layers - 1, 1)),
+            "keep": max(vision.patches // 2, 1),
+        }
 
     def stages(self, vision: VisionConfig) -> Schedule:
         """One drop."""

@@ -15,7 +15,7 @@ sigmoid whose mean is half of the tokens.
 """
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -65,13 +65,9 @@ class GSearch(PruningSystem):
     family: ClassVar[str] = "llava_gsearch"
 
     @classmethod
-    def for_model(cls, *, vision: VisionConfig, text: TextConfig) -> "GSearch":
+    def proportions(cls, vision: VisionConfig, text: TextConfig) -> dict[str, Any]:
         """The default for this number of tokens and layers."""
-        return cls(
-            taps=(vision.layers - 1,),
-            projector_width=text.width,
-            schedule=default_schedule(vision.patches, text.layers),
-        )
+        return {"schedule": default_schedule(vision.patches, text.layers)}
 
     def check(self, vision: VisionConfig, text: TextConfig) -> None:
         """A number for each layer, of which none is above the one before."""

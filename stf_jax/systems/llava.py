@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from stf_jax.config.vision import VisionConfig
-from stf_jax.systems.base import LlamaCppProjector, Shapes, System, matrix
+from stf_jax.systems.base import LlamaCppProjector, System
+from stf_jax.systems.shapes import Shapes, matrix
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

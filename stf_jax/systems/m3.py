@@ -48,11 +48,11 @@ class M3(System):
             raise ValueError(f"scales {self.scales} must be one or more numbers, each once")
 
     @classmethod
-    def for_model(cls, *, vision: VisionConfig, text: TextConfig) -> "M3":
+    def proportions(cls, vision: VisionConfig, text: TextConfig) -> dict[str, Any]:
         """All patches, then sides of a half, a quarter, an eighth and one, where they divide."""
         sides = [vision.grid // part for part in (1, 2, 4, 8) if vision.grid % part == 0]
         scales = tuple(dict.fromkeys(side**2 for side in [*sides, 1]))
-        return cls(taps=(vision.layers - 1,), projector_width=text.width, scales=scales)
+        return {"scales": scales}
 
     def check(self, vision: VisionConfig, text: TextConfig) -> None:
         """Every scale is a grid of whole windows."""

@@ -16,7 +16,7 @@ in its bfloat16. Its code computes layers of other routers (deep_all, softmax); 
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -30,12 +30,11 @@ from stf_jax.models.llama import DecoderLayer
 from stf_jax.models.lora import LoRAConfig
 from stf_jax.models.routing import Depths, RoutedLlama, Routing, router_entries
 from stf_jax.models.weights import Entry
-from stf_jax.systems.base import Shapes
-from stf_jax.systems.videollm_mod import RoutedSystem
+from stf_jax.systems.routed import RoutedSystem
+from stf_jax.systems.shapes import Shapes
 
 _SCHEDULE = re.compile(r"(shiftedcos|shiftedlinear)_decay_(\d+\.\d+)_(\d+\.\d+)")
 _GATE = re.compile(r"tanh_(\d+(?:\.\d+)?)_(\d+(?:\.\d+)?)")
-_ROUTER = re.compile(r"model\.layers\.(\d+)\.router\.router\.weight")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(?!router\.)")
 # Keys of config.json of the released code.
 _LAYERS, _NORM = "mod_target_layers", "mod_weight_norm"
@@ -62,6 +61,7 @@ class PMoD(RoutedSystem):
     name: ClassVar[str] = "pmod"
     title: ClassVar[str] = "p-MoD"
     family: ClassVar[str] = "llava_pmod"
+    router: ClassVar[str] = "model.layers.{}.router.router"
     model_type: ClassVar[str] = "pmod_llava_llama"
     architecture: ClassVar[str] = "PmodLlavaLlamaForCausalLM"
     published_keys: ClassVar = (_LAYERS, _NORM, *_FIXED, _INDICES, _INIT)
@@ -91,9 +91,9 @@ class PMoD(RoutedSystem):
             raise ValueError(f"schedule {self.schedule} leaves every layer dense; give a lower one")
 
     @classmethod
-    def for_model(cls, *, vision: VisionConfig, text: TextConfig) -> "PMoD":
+    def proportions(cls, vision: VisionConfig, text: TextConfig) -> dict[str, Any]:
         """The published schedule over the layers of the language model."""
-        return cls(taps=(vision.layers - 1,), projector_width=text.width, depth=max(text.layers, 2))
+        return {"depth": max(text.layers, 2)}
 
     def check(self, vision: VisionConfig, text: TextConfig) -> None:
         """The schedule runs over the layers of this language model."""
@@ -126,8 +126,7 @@ class PMoD(RoutedSystem):
     def decoder_weights(self, vision: VisionConfig, text: TextConfig) -> tuple[Entry, ...]:
         """The released names; new ones are zero."""
         del vision
-        name = "model.layers.{}.router.router"
-        return router_entries(name, text, self.depths.layers, bias=True, start="zeros")
+        return router_entries(self.router, text, self.depths.layers, bias=True, start="zeros")
 
     def rename(self, name: str) -> str:
         """A routed layer stands beside its router, a level deeper."""
@@ -137,24 +136,10 @@ class PMoD(RoutedSystem):
         return f"{layer[0]}decoder_layer.{name[layer.end() :]}"
 
     @classmethod
-    def recognizes(cls, shapes: Shapes, vision: VisionConfig) -> bool:
-        """It has routers."""
-        del vision
-        return any(_ROUTER.fullmatch(name) for name in shapes)
-
-    @classmethod
-    def fields_of(
-        cls,
-        shapes: Shapes,
-        vision: VisionConfig,
-        *,
-        selected: Callable[[], int],
-        given: Mapping[str, Any],
-    ) -> dict[str, Any]:
+    def own_fields(cls, shapes: Shapes) -> dict[str, Any]:
         """The last layer is routed in every schedule, so its router tells the depth."""
-        fields = super().fields_of(shapes, vision, selected=selected, given=given)
-        routed = [int(name[1]) for name in map(_ROUTER.fullmatch, shapes) if name]
-        return fields | ({"depth": max(routed) + 1} if routed else {})
+        routed = cls.routed_layers(shapes)
+        return {"depth": routed[-1] + 1} if routed else {}
 
     @classmethod
     def read_hf(cls, hf: Mapping[str, Any]) -> dict[str, Any] | None:

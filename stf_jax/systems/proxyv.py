@@ -19,12 +19,11 @@ begin with the deviation 0.02 of all learned tokens here; released: 1 / sqrt(4 `
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -47,12 +46,15 @@ from stf_jax.models.proxies import (
     VisionMLP,
     by_position,
     grow_matrix,
+    learned_entries,
     run_proxied,
     shrink_matrix,
+    vision_mlp_entries,
 )
 from stf_jax.models.selection import gather_order
-from stf_jax.models.weights import LINEAR, SAME, Entry, Transform, make_entry, transpose
-from stf_jax.systems.base import Shapes, System, matrix
+from stf_jax.models.weights import SAME, Entry, make_entry
+from stf_jax.systems.base import System
+from stf_jax.systems.shapes import Shapes, matrix
 
 _NEWLINE = "image_newline"
 _MLP, _LEARNED = "model.vision_mlp_layers.{}.", "model.proxyv_initializer."
@@ -97,16 +99,14 @@ class ProxyV(System):
             raise ValueError(f"ProxyV.start is {self.start}; give the number of a layer, from 0 on")
 
     @classmethod
-    def for_model(cls, *, vision: VisionConfig, text: TextConfig) -> "ProxyV":
+    def proportions(cls, vision: VisionConfig, text: TextConfig) -> dict[str, Any]:
         """Two fifths of the layers without proxies, and the released width of a VisionMLP."""
         sides = [side for side in (4, 2) if vision.grid % side == 0 and vision.grid > side]
-        return cls(
-            taps=(vision.layers - 1,),
-            projector_width=text.width,
-            start=text.layers * 2 // 5,
-            reduce=sides[0] if sides else 1,
-            mlp_width=text.width // (4 if text.width >= 1024 else 2),
-        )
+        return {
+            "start": text.layers * 2 // 5,
+            "reduce": sides[0] if sides else 1,
+            "mlp_width": text.width // (4 if text.width >= 1024 else 2),
+        }
 
     def check(self, vision: VisionConfig, text: TextConfig) -> None:
         """The layers reach to the first with proxies, and a cell is a whole number of patches."""
@@ -201,38 +201,11 @@ class ProxyV(System):
         width, hidden, layers = text.width, self.mlp_width, text.layers - self.start
         if not layers:
             return ()
-        entries = [
-            make_entry(
-                f"text/vision_mlp/{native}",
-                f"{_MLP}{torch}.weight",
-                shape,
-                to,
-                transform,
-                layers=layers,
-            )
-            for native, torch, shape, to, transform in (
-                ("context/kernel", "context_proj", (hidden, width), (width, hidden), LINEAR),
-                ("input/kernel", "input_proj", (hidden, width), (width, hidden), LINEAR),
-                ("join/kernel", "proj.0", (hidden, 2 * hidden), (hidden, 2, hidden), _JOIN),
-                ("output/kernel", "proj.2", (width, hidden), (hidden, width), LINEAR),
-                ("norm/scale", "layernorm_post", (width,), (width,), SAME),
-            )
-        ]
+        entries = vision_mlp_entries(_MLP, width=width, hidden=hidden, layers=layers)
         if self.learned:
-            queries = (self.proxies(vision), hidden)
-            entries += [
-                make_entry(
-                    "text/proxies/queries", f"{_LEARNED}proxyv_tokens", queries, queries, SAME
-                ),
-                make_entry(
-                    "text/proxies/key/kernel",
-                    f"{_LEARNED}Wk.weight",
-                    (hidden, width),
-                    (width, hidden),
-                    LINEAR,
-                ),
-            ]
-        return tuple(entries)
+            count = self.proxies(vision)
+            entries += learned_entries(_LEARNED, count=count, width=width, hidden=hidden)
+        return entries
 
     @classmethod
     def recognizes(cls, shapes: Shapes, vision: VisionConfig) -> bool:
@@ -240,26 +213,18 @@ class ProxyV(System):
         return f"{_MLP.format(0)}input_proj.weight" in shapes
 
     @classmethod
-    def fields_of(
-        cls,
-        shapes: Shapes,
-        vision: VisionConfig,
-        *,
-        selected: Callable[[], int],
-        given: Mapping[str, Any],
-    ) -> dict[str, Any]:
+    def own_fields(cls, shapes: Shapes) -> dict[str, Any]:
         """The width of the VisionMLPs, who makes proxies, and by the layers' number where to start.
 
         By how much proxies are fewer is no weight, but for learned ones.
         """
         if _NEWLINE not in shapes:
             raise ValueError(f"there is no {_NEWLINE}: these are no weights of ProxyV")
-        fields = super().fields_of(shapes, vision, selected=selected, given=given)
         name = f"{_MLP}input_proj.weight"
         if name.format(0) not in shapes:
-            return fields
-        fields["mlp_width"], _ = matrix(shapes, name.format(0))
-        fields["learned"] = f"{_LEARNED}Wk.weight" in shapes
+            return {}
+        width, _ = matrix(shapes, name.format(0))
+        fields = {"mlp_width": width, "learned": f"{_LEARNED}Wk.weight" in shapes}
         layers = _count(shapes, "model.layers.{}.input_layernorm.weight")
         if layers:
             fields["start"] = layers - _count(shapes, name)
@@ -286,22 +251,6 @@ class ProxyV(System):
 def _count(shapes: Shapes, name: str) -> int:
     """How many layers have a tensor of this name."""
     return next(number for number in range(len(shapes) + 1) if name.format(number) not in shapes)
-
-
-def _join() -> Transform:
-    """A linear layer over two vectors one after the other: [F, 2*C] <-> [C, 2, F]."""
-
-    def native(tensor: np.ndarray) -> np.ndarray:
-        halves = transpose(tensor).reshape(2, -1, len(tensor))
-        return np.ascontiguousarray(halves.swapaxes(0, 1))
-
-    def torch(array: np.ndarray) -> np.ndarray:
-        return transpose(array.swapaxes(0, 1).reshape(-1, array.shape[-1]))
-
-    return Transform(native, torch)
-
-
-_JOIN = _join()
 
 
 class ProxyVConnector(Connector):

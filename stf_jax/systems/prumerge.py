@@ -16,7 +16,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
 from stf_jax.models.connector import ClassAttention, Connector, Tokens, VisionFeatures
 from stf_jax.models.layers import Init
+from stf_jax.models.selection import take_rows
 from stf_jax.systems.base import System, Variant
 
 # In float32 on every platform: a TPU would round what it multiplies to bfloat16.
@@ -76,13 +77,9 @@ class PruMerge(System):
             raise ValueError(f"PruMerge.neighbors is {self.neighbors}; give 0 or more")
 
     @classmethod
-    def for_model(cls, *, vision: VisionConfig, text: TextConfig) -> "PruMerge":
+    def proportions(cls, vision: VisionConfig, text: TextConfig) -> dict[str, Any]:
         """As many neighbors as published, where there are as many patches."""
-        return cls(
-            taps=(vision.layers - 1,),
-            projector_width=text.width,
-            neighbors=min(cls.neighbors, vision.patches - 1),
-        )
+        return {"neighbors": min(cls.neighbors, vision.patches - 1)}
 
     @classmethod
     def variants(cls, *, vision: VisionConfig, text: TextConfig) -> Mapping[str, Variant]:
@@ -284,7 +281,7 @@ def _align(
     )
     if not full or system.order == "raster":
         by = jnp.argsort(jnp.where(valid, order, -1), axis=1, stable=True)
-        index, valid = (jnp.take_along_axis(array, by, axis=1) for array in (index, valid))
+        index, valid = (take_rows(array, by) for array in (index, valid))
     return Kept(index=index, valid=valid, full=full)
 
 
@@ -322,22 +319,20 @@ def merge(
     weighted = scores[..., None] * x
     index, rows = kept.index, kept.index.shape[1]
 
-    def take(array: Float[Array, "B P C"]) -> Float[Array, "B M C"]:
-        return jnp.take_along_axis(array, index[..., None], axis=1)
-
     dropped = _einsum("bp,bpc->bc", rest.astype(x.dtype), weighted)
-    tokens = take(x)
+    tokens = take_rows(x, index)
     if neighbors:
         # A patch that is kept twice is a neighbor of itself, so the kept ones are candidates by
         # row, and the dropped ones by patch.
         wide = keys.astype(jnp.float32)
         norm = jnp.linalg.norm(wide, axis=-1, keepdims=True)
         units = wide / jnp.maximum(norm, 1e-12)
-        chosen = take(units)
+        chosen = take_rows(units, index)
         likeness = _einsum("bmc,bnc->bmn", chosen, jnp.concatenate([chosen, units], axis=1))
         itself = jnp.eye(rows, rows + patches, dtype=bool)
         candidate = jnp.concatenate([kept.valid, rest], axis=1)[:, None] & ~itself
         nearest = jax.lax.top_k(jnp.where(candidate, likeness, -jnp.inf), neighbors)[1]
         merged = jax.nn.one_hot(nearest, rows + patches, dtype=x.dtype).sum(axis=2) * candidate
-        tokens += _einsum("bmn,bnc->bmc", merged, jnp.concatenate([take(weighted), weighted], 1))
+        both = jnp.concatenate([take_rows(weighted, index), weighted], axis=1)
+        tokens += _einsum("bmn,bnc->bmc", merged, both)
     return jnp.concatenate([tokens, dropped[:, None]], axis=1)

@@ -72,16 +72,14 @@ class PyramidDrop(PruningSystem):
             raise ValueError(f"PyramidDrop.ratios are {self.ratios}; give parts from 0 to 1")
 
     @classmethod
-    def for_model(cls, *, vision: VisionConfig, text: TextConfig) -> "PyramidDrop":
+    def proportions(cls, vision: VisionConfig, text: TextConfig) -> dict[str, Any]:
         """The published stages by their depth: a quarter of the layers each."""
         layers = dict.fromkeys(text.layers * part // 4 for part in (1, 2, 3))
         drops = [(layer, ratio) for layer, ratio in zip(layers, cls.ratios, strict=False) if layer]
-        return cls(
-            taps=(vision.layers - 1,),
-            projector_width=text.width,
-            layers=tuple(layer for layer, _ in drops),
-            ratios=tuple(ratio for _, ratio in drops),
-        )
+        return {
+            "layers": tuple(layer for layer, _ in drops),
+            "ratios": tuple(ratio for _, ratio in drops),
+        }
 
     def stages(self, vision: VisionConfig) -> Schedule:
         """Its counts are parts of what an image begins with."""

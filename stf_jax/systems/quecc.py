@@ -38,7 +38,8 @@ from stf_jax.models.weights import (
     norm_entries,
     transpose,
 )
-from stf_jax.systems.base import Shapes, System, matrix
+from stf_jax.systems.base import System
+from stf_jax.systems.shapes import Shapes, matrix
 from stf_jax.systems.stf import check_window, spatial_token_fusion
 
 _PREFIX = "mm_projector.0."
@@ -85,16 +86,12 @@ class QueCC(System):
         check_positive(self, "stride", "heads", "question_length")
 
     @classmethod
-    def for_model(cls, *, vision: VisionConfig, text: TextConfig) -> "QueCC":
+    def proportions(cls, vision: VisionConfig, text: TextConfig) -> dict[str, Any]:
         """The published taps by their depth, and the published window where it divides."""
         last = vision.layers - 1
         taps = (vision.layers // 2, vision.layers * 2 // 3, last - 1, last)
         stride = next(side for side in (4, 2, 1) if vision.grid % side == 0)
-        return cls(
-            taps=tuple(dict.fromkeys(sorted(max(tap, 1) for tap in taps))),
-            projector_width=text.width,
-            stride=stride,
-        )
+        return {"taps": tuple(dict.fromkeys(sorted(max(tap, 1) for tap in taps))), "stride": stride}
 
     def check(self, vision: VisionConfig, text: TextConfig) -> None:
         """The window divides the grid, and the heads the width."""

@@ -38,10 +38,10 @@ class Random(System):
             raise ValueError(f"Random.seed is {self.seed}; give 0 or more")
 
     @classmethod
-    def for_model(cls, *, vision: VisionConfig, text: TextConfig) -> "Random":
+    def proportions(cls, vision: VisionConfig, text: TextConfig) -> dict[str, Any]:
         """A quarter of the patches, as the published systems keep."""
         quarter = max(vision.patches // 4, 1)
-        return cls(taps=(vision.layers - 1,), projector_width=text.width, keep=quarter)
+        return {"keep": quarter}
 
     def check(self, vision: VisionConfig, text: TextConfig) -> None:
         """There are enough patches."""

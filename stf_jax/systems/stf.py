@@ -27,7 +27,8 @@ from stf_jax.config.vision import VisionConfig
 from stf_jax.models.connector import Connector, VisionFeatures
 from stf_jax.models.layers import MLP, Init, gelu
 from stf_jax.models.weights import Entry, Transform, mlp_entries, windows
-from stf_jax.systems.base import Shapes, System, Variant, matrix
+from stf_jax.systems.base import System, Variant
+from stf_jax.systems.shapes import Shapes, matrix
 
 # The hidden states that LLaVA-STF mixes, in the order of concatenation.
 STF_TAPS = (23, 21, 18, 15, 12, 9, 6, 3)
@@ -84,17 +85,17 @@ class STF(System):
             raise ValueError(f"{len(self.taps)} taps need mbtf to mix them; without it, give one")
 
     @classmethod
-    def for_model(cls, *, vision: VisionConfig, text: TextConfig) -> "STF":
+    def proportions(cls, vision: VisionConfig, text: TextConfig) -> dict[str, Any]:
         """The released proportions: 4 and 16 tower widths, the last block but one and every third.
 
         A tower of 24 layers gets `STF_TAPS`.
         """
         last = vision.layers - 1
-        return cls(
-            taps=(last, *reversed(range(3, last, 3))),
-            mbtf=MBTFConfig(mlp_width=4 * vision.width),
-            projector_width=16 * vision.width,
-        )
+        return {
+            "taps": (last, *reversed(range(3, last, 3))),
+            "mbtf": MBTFConfig(mlp_width=4 * vision.width),
+            "projector_width": 16 * vision.width,
+        }
 
     @classmethod
     def variants(cls, *, vision: VisionConfig, text: TextConfig) -> Mapping[str, Variant]:

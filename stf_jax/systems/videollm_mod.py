@@ -19,8 +19,6 @@ predicts counts so much.
 
 import dataclasses
 import math
-import re
-from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -29,50 +27,14 @@ from jaxtyping import Array, Float, Int
 
 from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
-from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.models.layers import Init
 from stf_jax.models.llama import DecoderLayer
 from stf_jax.models.lora import LoRAConfig
 from stf_jax.models.marks import IMAGE, Marks
 from stf_jax.models.routing import Depths, RoutedLlama, Routing, router_entries
 from stf_jax.models.weights import Entry
-from stf_jax.systems.base import Shapes, System
-
-_ROUTER = re.compile(r"model\.layers\.(\d+)\.router\.weight")
-
-
-class RoutedSystem(System):
-    """LLaVA-1.5 whose language model has routed layers: what these hold and cost."""
-
-    @property
-    def depths(self) -> Depths:
-        """Which layers choose, and how many tokens go through each."""
-        raise NotImplementedError
-
-    def held(self, ids: Int[np.ndarray, "T"], vision: VisionConfig) -> tuple[int, ...]:
-        """All in dense layers, all text and the chosen vision tokens in the others."""
-        each = self.tokens(vision)
-        images = int((ids == IMAGE_TOKEN_ID).sum()) // each
-        return self.depths.held(len(ids), images=images, tokens_per_image=each)
-
-    @property
-    def compacts(self) -> bool:
-        """Routed layers hold less."""
-        return True
-
-    def layer_lengths(
-        self, vision: VisionConfig, text: TextConfig, *, length: int, images: int
-    ) -> tuple[int, ...]:
-        """All in dense layers, all text and the chosen vision tokens in the others."""
-        each = self.tokens(vision)
-        return self.depths.lengths(text.layers, length=length, images=images, tokens_per_image=each)
-
-    def decoder_flops(
-        self, vision: VisionConfig, text: TextConfig, *, length: int, images: int
-    ) -> float:
-        """The scores."""
-        del length
-        return 2.0 * len(self.depths.layers) * images * self.tokens(vision) * text.width
+from stf_jax.systems.routed import RoutedSystem
+from stf_jax.systems.shapes import Shapes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,6 +54,7 @@ class VideoLLMMoD(RoutedSystem):
     name: ClassVar[str] = "videollm_mod"
     title: ClassVar[str] = "VideoLLM-MoD"
     family: ClassVar[str] = "llava_videollm_mod"
+    router: ClassVar[str] = "model.layers.{}.router"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,13 +68,9 @@ class VideoLLMMoD(RoutedSystem):
             raise ValueError(f"layers {self.layers} must be one or more numbers from 0, ascending")
 
     @classmethod
-    def for_model(cls, *, vision: VisionConfig, text: TextConfig) -> "VideoLLMMoD":
+    def proportions(cls, vision: VisionConfig, text: TextConfig) -> dict[str, Any]:
         """Every odd layer."""
-        return cls(
-            taps=(vision.layers - 1,),
-            projector_width=text.width,
-            layers=tuple(range(1, text.layers, 2)),
-        )
+        return {"layers": tuple(range(1, text.layers, 2))}
 
     def check(self, vision: VisionConfig, text: TextConfig) -> None:
         """The language model has these layers."""
@@ -138,27 +97,13 @@ class VideoLLMMoD(RoutedSystem):
     def decoder_weights(self, vision: VisionConfig, text: TextConfig) -> tuple[Entry, ...]:
         """A router for each of the layers; there are no published names."""
         del vision
-        return router_entries("model.layers.{}.router", text, self.layers)
+        return router_entries(self.router, text, self.layers)
 
     @classmethod
-    def recognizes(cls, shapes: Shapes, vision: VisionConfig) -> bool:
-        """It has routers."""
-        del vision
-        return any(_ROUTER.fullmatch(name) for name in shapes)
-
-    @classmethod
-    def fields_of(
-        cls,
-        shapes: Shapes,
-        vision: VisionConfig,
-        *,
-        selected: Callable[[], int],
-        given: Mapping[str, Any],
-    ) -> dict[str, Any]:
+    def own_fields(cls, shapes: Shapes) -> dict[str, Any]:
         """The routers tell which layers are routed."""
-        fields = super().fields_of(shapes, vision, selected=selected, given=given)
-        layers = sorted(int(name[1]) for name in map(_ROUTER.fullmatch, shapes) if name)
-        return fields | ({"layers": layers} if layers else {})
+        layers = cls.routed_layers(shapes)
+        return {"layers": layers} if layers else {}
 
 
 def _keep(tokens: Int[np.ndarray, "N"], ratio: float) -> Int[np.ndarray, "N"]:

@@ -11,7 +11,6 @@ semantic tokens have no positions and see each other; the grouping layer is Grou
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -26,7 +25,8 @@ from stf_jax.models.connector import Connector, Tokens, VisionFeatures
 from stf_jax.models.keys import StepKey
 from stf_jax.models.layers import Init, LayerNorm, Linear, gelu
 from stf_jax.models.weights import SAME, Entry, linear_entries, make_entry, norm_entries
-from stf_jax.systems.base import Shapes, System
+from stf_jax.systems.base import System
+from stf_jax.systems.shapes import Shapes
 
 _PREFIX = "mm_grouping."
 _TOKENS = f"{_PREFIX}semantic_tokens"
@@ -65,10 +65,10 @@ class VisToG(System):
                 raise ValueError(f"VisToG.{name} is {getattr(self, name)}; give more than 0")
 
     @classmethod
-    def for_model(cls, *, vision: VisionConfig, text: TextConfig) -> "VisToG":
+    def proportions(cls, vision: VisionConfig, text: TextConfig) -> dict[str, Any]:
         """No more groups than a quarter of the patches."""
         tokens = min(cls.semantic_tokens, max(vision.patches // 4, 1))
-        return cls(taps=(vision.layers - 1,), projector_width=text.width, semantic_tokens=tokens)
+        return {"semantic_tokens": tokens}
 
     def check(self, vision: VisionConfig, text: TextConfig) -> None:
         """There are as many patches as groups."""
@@ -146,20 +146,12 @@ class VisToG(System):
         return _TOKENS in shapes
 
     @classmethod
-    def fields_of(
-        cls,
-        shapes: Shapes,
-        vision: VisionConfig,
-        *,
-        selected: Callable[[], int],
-        given: Mapping[str, Any],
-    ) -> dict[str, Any]:
+    def own_fields(cls, shapes: Shapes) -> dict[str, Any]:
         """How many, and which grouping, follow from the weights."""
         if _TOKENS not in shapes:
             raise ValueError(f"there is no {_TOKENS}: these are no weights of VisToG")
         full = f"{_PREFIX}norm_tokens.weight" in shapes
         return {
-            **super().fields_of(shapes, vision, selected=selected, given=given),
             "semantic_tokens": shapes[_TOKENS][0],
             "grouping": "full" if full else "assign",
         }

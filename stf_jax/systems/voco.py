@@ -16,7 +16,7 @@ behind them; a new image comes in front, so everything is computed again.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -35,8 +35,9 @@ from stf_jax.models.llama import Llama, take
 from stf_jax.models.loop import run_layers
 from stf_jax.models.lora import LoRAConfig
 from stf_jax.models.marks import Marks, Rule, causal
-from stf_jax.models.selection import gather_order, hide
-from stf_jax.systems.base import Shapes, System
+from stf_jax.models.selection import gather_order, hide, take_rows
+from stf_jax.systems.base import System
+from stf_jax.systems.shapes import Shapes
 
 # What stands before a sequence's first voco; and from its first voco to its last.
 BEFORE, VOCO = 3, 4
@@ -77,11 +78,9 @@ class VoCo(System):
         check_positive(self, "count")
 
     @classmethod
-    def for_model(cls, *, vision: VisionConfig, text: TextConfig) -> "VoCo":
+    def proportions(cls, vision: VisionConfig, text: TextConfig) -> dict[str, Any]:
         """The token is the last of the vocabulary."""
-        return cls(
-            taps=(vision.layers - 1,), projector_width=text.width, token_id=text.vocab_size - 1
-        )
+        return {"token_id": text.vocab_size - 1}
 
     def check(self, vision: VisionConfig, text: TextConfig) -> None:
         """The vocabulary has a row for the token."""
@@ -145,18 +144,10 @@ class VoCo(System):
         return True
 
     @classmethod
-    def fields_of(
-        cls,
-        shapes: Shapes,
-        vision: VisionConfig,
-        *,
-        selected: Callable[[], int],
-        given: Mapping[str, Any],
-    ) -> dict[str, Any]:
+    def own_fields(cls, shapes: Shapes) -> dict[str, Any]:
         """The token is the last of the vocabulary, where nothing names it."""
-        fields = super().fields_of(shapes, vision, selected=selected, given=given)
         table = shapes.get("model.embed_tokens.weight")
-        return fields if table is None else fields | {"token_id": table[0] - 1}
+        return {} if table is None else {"token_id": table[0] - 1}
 
     @classmethod
     def read_hf(cls, hf: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -238,9 +229,8 @@ class VoCoLlama(Llama):
             group = SlotGroup(
                 marks=hide(marks, stays).take(order), dropped=(~stays).sum(axis=1, dtype=jnp.int32)
             )
-            at = order[:, :, None, None]
             keys, values = (
-                [jnp.take_along_axis(array, at, axis=1) for array in arrays]
+                [take_rows(array, order) for array in arrays]
                 for arrays in zip(*(pair for pair in pairs if pair is not None), strict=True)
             )
             return self.norm(take(x, last)), KVCache.of(keys, values, [group], dtype=cache_dtype)

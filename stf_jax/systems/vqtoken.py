@@ -14,7 +14,6 @@ released code draws them anew each time. Dropout of VQ-Attn is left out, as in a
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -35,6 +34,7 @@ from stf_jax.models.clustering import (
 )
 from stf_jax.models.connector import Connector, Tokens
 from stf_jax.models.layers import MLP, Init, LayerNorm, Linear, PackedAttention
+from stf_jax.models.selection import take_rows
 from stf_jax.models.weights import (
     SAME,
     Entry,
@@ -43,7 +43,8 @@ from stf_jax.models.weights import (
     make_entry,
     norm_entries,
 )
-from stf_jax.systems.base import Shapes, System, matrix
+from stf_jax.systems.base import System
+from stf_jax.systems.shapes import Shapes, matrix
 
 _ATTENTION, _NEWLINE = "cross_attention.", "image_newline"
 _LAYER = f"{_ATTENTION}transformer_decoder.layers.0."
@@ -95,15 +96,13 @@ class VQToken(System):
             )
 
     @classmethod
-    def for_model(cls, *, vision: VisionConfig, text: TextConfig) -> "VQToken":
+    def proportions(cls, vision: VisionConfig, text: TextConfig) -> dict[str, Any]:
         """An image is a clip of one frame; no more clusters than a quarter of its patches."""
-        return cls(
-            taps=(vision.layers - 1,),
-            projector_width=text.width,
-            clusters=min(cls.clusters, max(vision.patches // 4, 1)),
-            images="clip",
-            attention_width=min(cls.attention_width, 4 * text.width),
-        )
+        return {
+            "clusters": min(cls.clusters, max(vision.patches // 4, 1)),
+            "images": "clip",
+            "attention_width": min(cls.attention_width, 4 * text.width),
+        }
 
     def check(self, vision: VisionConfig, text: TextConfig) -> None:
         """One frame has as many patches as there are clusters, and the heads divide the width."""
@@ -189,20 +188,10 @@ class VQToken(System):
         return f"{_ATTENTION}to_q_proj.weight" in shapes
 
     @classmethod
-    def fields_of(
-        cls,
-        shapes: Shapes,
-        vision: VisionConfig,
-        *,
-        selected: Callable[[], int],
-        given: Mapping[str, Any],
-    ) -> dict[str, Any]:
+    def own_fields(cls, shapes: Shapes) -> dict[str, Any]:
         """The weights tell one width; clusters, heads and the path are no weights."""
         inner, _ = matrix(shapes, f"{_LAYER}linear1.weight")
-        return {
-            **super().fields_of(shapes, vision, selected=selected, given=given),
-            "attention_width": inner,
-        }
+        return {"attention_width": inner}
 
 
 class VQTokenConnector(Connector):
@@ -238,7 +227,7 @@ class VQTokenConnector(Connector):
         if clips is not None:
             frames = clips.shape[1] * clips.shape[2]
             index = self._reshape(clips, rows, frames)
-            taken = jnp.take_along_axis(images, jnp.maximum(index, 0)[..., None, None], axis=1)
+            taken = take_rows(images, jnp.maximum(index, 0))
             shape = (rows * clips.shape[1], clips.shape[2])
             present = self._reshape(clips, *shape) >= 0
             parts.append(self.reduce_clips(self._reshape(taken, *shape, patches, width), present))
@@ -311,7 +300,7 @@ def quantize(
         mask: whether there is a token.
         order: the tokens that clusters begin with.
     """
-    start = jnp.take_along_axis(units, order[..., None], axis=1)
+    start = take_rows(units, order)
     if not system.adaptive:
         used = jnp.ones((1, system.clusters), bool)
         labels, _ = find_clusters(units, mask, start, used, steps=system.steps)
@@ -337,8 +326,7 @@ def align(
 ) -> tuple[Float[Array, "M R H"], Bool[Array, "M R"]]:
     """The first `length` rows at the end of `rows` slots, and which slots hold one."""
     number = place(rows, length)
-    index = jnp.maximum(number, 0)[..., None]
-    return jnp.take_along_axis(values, index, axis=1), number >= 0
+    return take_rows(values, jnp.maximum(number, 0)), number >= 0
 
 
 class VQAttention(nnx.Module):
@@ -383,7 +371,7 @@ class VQAttention(nnx.Module):
 
         def repeat(x: Float[Array, "M _ C"], length: Int[Array, "M"]) -> Float[Array, "M R C"]:
             index = jnp.maximum(number, 0) % jnp.maximum(length, 1)[:, None]
-            return jnp.take_along_axis(x, index[..., None], axis=1)
+            return take_rows(x, index)
 
         x = self.query(repeat(labels, frames), out=self.rules.tokens)
         memory = repeat(codebook, clusters)

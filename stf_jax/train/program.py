@@ -17,7 +17,8 @@ from stf_jax.models.llava import Llava
 from stf_jax.parallel.hosts import BatchLayout
 from stf_jax.parallel.sharding import ShardingRules
 from stf_jax.store.arrays import flatten
-from stf_jax.systems.base import LlavaConfig, check_divisible
+from stf_jax.systems.base import LlavaConfig
+from stf_jax.systems.mesh import check_divisible
 from stf_jax.train.config import TrainConfig
 from stf_jax.train.optimizer import Parameters, make_optimizer, split_trained
 from stf_jax.train.step import Loss, Step, TrainState, init_state, make_loss, make_step

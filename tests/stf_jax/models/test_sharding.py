@@ -29,7 +29,8 @@ from stf_jax.parallel.sharding import BATCH_AXES, ShardingRules, make_mesh
 from stf_jax.store.arrays import flatten, unflatten
 from stf_jax.systems import tiny_config
 from stf_jax.systems.average import Average
-from stf_jax.systems.base import LlavaConfig, check_divisible
+from stf_jax.systems.base import LlavaConfig
+from stf_jax.systems.mesh import check_divisible
 from stf_jax.systems.stf import STF, MBTFConfig
 
 pytestmark = pytest.mark.portable
