@@ -170,13 +170,13 @@ def train_stage(stage: int, variant: DemoVariant, settings: Settings, out: Path)
     }
     file = folder / f"stage{stage}.yaml"
     file.write_text(yaml.safe_dump(tree, sort_keys=False))
-    _show("train", file)
+    show("train", file)
     if train(TrainConfig.load(file)) == "interrupted":
         raise Interrupted
     return run_folder
 
 
-def claim(out: Path, settings: Settings) -> None:
+def claim(out: Path, settings: Any) -> None:
     """Notes the settings in a new folder; in an old one they must be the same.
 
     Raises:
@@ -198,7 +198,7 @@ def claim(out: Path, settings: Settings) -> None:
 def _draw(out: Path, settings: Settings) -> None:
     if (out / SCENES).is_dir():
         return
-    _say(f"Drawing {settings.train_scenes} scenes to train on, {settings.held_out_scenes} not")
+    say(f"Drawing {settings.train_scenes} scenes to train on, {settings.held_out_scenes} not")
     write_corpus(
         out / SCENES,
         train=settings.train_scenes,
@@ -211,8 +211,8 @@ def _import(variant: DemoVariant, out: Path, *, seed: int) -> None:
     start = out / variant.name / "start"
     if start.is_dir():
         return
-    _say(f"\n== {variant.title}")
-    _show("convert", "import", LANGUAGE, start, "--vision-tower", TOWER, "--dtype", "float32")
+    say(f"\n== {variant.title}")
+    show("convert", "import", LANGUAGE, start, "--vision-tower", TOWER, "--dtype", "float32")
     import_checkpoint(
         LANGUAGE, start, vision_tower=TOWER, system=variant.system, seed=seed, dtype="float32"
     )
@@ -238,12 +238,12 @@ def _build(out: Path, model: Path) -> None:
         common: tuple[object, ...] = ("--images", images, "--model", model)
         common += ("--template", template, "--sequence-length", TEXT.max_positions, "--workers", 1)
         with count_progress(f"Checking {name}") as progress:
-            _show("data", "check", *files, *common)
+            show("data", "check", *files, *common)
             report = check(files, progress=progress, **shared)
         if not report.clean:
             raise DemoError(report.render())
         with count_progress(f"Building {name}") as progress:
-            _show("data", "build", *files, dataset, *common)
+            show("data", "build", *files, dataset, *common)
             build(files, dataset, progress=progress, **shared)
 
 
@@ -252,7 +252,7 @@ def _export(variant: str, out: Path) -> None:
     if best.is_dir():
         return
     layout: Any = open_model(trained).config.system.layout
-    _show("convert", "export", trained, best, "--layout", layout)
+    show("convert", "export", trained, best, "--layout", layout)
     export_checkpoint(trained, best, layout=layout)
 
 
@@ -271,9 +271,11 @@ def command(*arguments: object) -> str:
     return shlex.join([*name, *map(str, arguments)])
 
 
-def _show(*arguments: object) -> None:
-    _say(f"$ {command(*arguments)}")
+def show(*arguments: object) -> None:
+    """Prints a command before what it would do is done."""
+    say(f"$ {command(*arguments)}")
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A line on standard error."""
     sys.stderr.write(f"{text}\n")

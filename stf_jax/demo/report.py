@@ -83,7 +83,7 @@ def write_report(results: Results, questions: Sequence[HeldOut], out: Path) -> N
     settings, variants = results.settings, all_variants(VISION, TEXT)
     text = _TEXT.format(
         verdict=results.verdict,
-        table=_markdown(*_cells(results)),
+        table=markdown(*_cells(results)),
         examples=_examples(questions),
         guessed=100 * _chance(questions),
         narrow=TEXT.width,
@@ -107,11 +107,15 @@ def write_report(results: Results, questions: Sequence[HeldOut], out: Path) -> N
 
 def show_table(results: Results) -> None:
     """The table of the report, on the terminal."""
-    header, rows = _cells(results)
+    show_rows(*_cells(results))
+
+
+def show_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on the terminal, whose first column names what the others are about."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in header:
         heading = name.replace(" ", "\n")
-        table.add_column(heading, justify="left" if name == "variant" else "right")
+        table.add_column(heading, justify="left" if name == header[0] else "right")
     for row in rows:
         table.add_row(*row)
     # In a pipe, where it takes 80 characters for the width, rich would cut the columns.
@@ -140,7 +144,7 @@ def _cells(results: Results) -> tuple[list[str], list[list[str]]]:
             variant.title,
             str(variant.cost.vision_tokens),
             *(f"{100 * variant.scores[kind].accuracy:.1f}" for kind in KINDS),
-            _with_interval(variant.scores["all"]),
+            with_interval(variant.scores["all"]),
             f"{variant.cost.total_flops / 1e6:.1f}",
             f"{variant.cost.language_flops / 1e6:.1f}",
             f"{1000 * variant.cost.seconds:.2f}",
@@ -151,12 +155,14 @@ def _cells(results: Results) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def _with_interval(score: Score) -> str:
+def with_interval(score: Score) -> str:
+    """In per cent, with its interval."""
     low, high = score.interval
     return f"{100 * score.accuracy:.1f} ({100 * low:.1f}-{100 * high:.1f})"
 
 
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -1,0 +1,296 @@
+"""The demo over real weights: CLIP and SmolLM2 out of two packages, emoji out of a third.
+
+    pictures/        images, LLaVA's JSON, held-out questions
+    data/            the same as a TFDS dataset, by `stf-jax data build`
+    start            by `stf-jax convert import`: tower, language model, and the projector that this
+                     package brings, or a new one
+    trained          by `stf-jax train`: the projector learns; tower and language model are frozen
+    scores.json      of each model: the likelihood of every answer to the held-out questions
+
+What is there already is not done again, so that a run that was stopped continues.
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from stf_jax.convert import import_checkpoint
+from stf_jax.convert.stored_model import load_processors
+from stf_jax.data.builder import build
+from stf_jax.data.validator import check
+from stf_jax.demo.evaluation import Score
+from stf_jax.demo.experiment import DemoError, Interrupted, claim, read_metrics, say, show
+from stf_jax.demo.packages import IMAGES as IMAGE_CREDIT
+from stf_jax.demo.packages import LANGUAGE, TOWER
+from stf_jax.demo.pictures import (
+    CONVERSATIONS,
+    IMAGES,
+    KINDS,
+    Question,
+    read_held_out,
+    write_pictures,
+)
+from stf_jax.eval.choices import Choice, ChoiceScorer
+from stf_jax.infer.load import load
+from stf_jax.infer.model import Model, Request
+from stf_jax.train.config import TrainConfig
+from stf_jax.train.loop import train
+from stf_jax.util.files import read_json, write_json
+from stf_jax.util.progress import count_progress
+
+# An adapter as LLaVA's stage 1 writes it; `docs/demo.md` says how it was made.
+PROJECTOR = Path(__file__).parent / "data" / "projector"
+SYSTEM, TEMPLATE = "average", "chatml"
+PICTURES, SCORES = "pictures", "scores.json"
+RATE = 1e-3
+# Of a row: 49 vision tokens, and what is asked about an image.
+_LENGTH = 192
+_TOLD = 5  # answers that are shown as soon as they are there
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RealSettings:
+    """How large a run is.
+
+    Attributes:
+        singles: images of one emoji to train on.
+        groups: images of several.
+        held_out_singles: images of one to ask about.
+        held_out_groups: images of several.
+        steps: of training.
+        rows: of a batch.
+        seed: of what is shown and asked, of new weights and the order of the examples.
+
+    Raises:
+        ValueError: `seed` is negative.
+    """
+
+    singles: int = 540
+    groups: int = 160
+    held_out_singles: int = 140
+    held_out_groups: int = 60
+    steps: int = 120
+    rows: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; give 0 or more")
+
+    @classmethod
+    def by_name(cls, size: str, *, seed: int = 0) -> "RealSettings":
+        """The settings of size "quick", "default" or "full"."""
+        if size == "quick":
+            return cls(
+                singles=6, groups=2, held_out_singles=3, held_out_groups=1, steps=2, rows=4,
+                seed=seed,
+            )  # fmt: skip
+        return cls(seed=seed)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The answers of one model.
+
+    Attributes:
+        name: of its folder.
+        title: in tables and plots.
+        chosen: the number of the most likely answer to each held-out question.
+        blind: likewise, where every image is white.
+        seconds: of a question with its image, up to the likelihoods of its answers.
+    """
+
+    name: str
+    title: str
+    chosen: Sequence[int]
+    blind: Sequence[int]
+    seconds: float
+
+    def scores(self, questions: Sequence[Question], *, blind: bool = False) -> dict[str, Score]:
+        """The score of each kind of question, and of "all" questions."""
+        chosen = self.blind if blind else self.chosen
+        right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
+        for question, number in zip(questions, chosen, strict=True):
+            right[question.kind].append(question.choices[number] == question.answer)
+        right["all"] = [hit for hits in right.values() for hit in hits]
+        return {
+            kind: Score(right=sum(hits), questions=len(hits))
+            for kind, hits in right.items()
+            if hits
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RealResults:
+    """All that the report says."""
+
+    settings: RealSettings
+    questions: Sequence[Question]
+    models: Sequence[Asked]
+    steps: Sequence[dict[str, Any]]  # of metrics.jsonl
+
+
+def run_real(settings: RealSettings, out: Path) -> RealResults:
+    """Runs the experiment in the folder `out`, or continues the one that is there.
+
+    Raises:
+        DemoError: `out` holds a run of other settings.
+        Interrupted: and it can be called again.
+        ValueError: a package is not installed.
+    """
+    claim(out, settings)
+    for credit in (LANGUAGE.credit, TOWER.credit, IMAGE_CREDIT):
+        say(credit)
+    if not (out / PICTURES).is_dir():
+        say("Drawing images of emoji, with questions whose answers are known")
+        write_pictures(
+            out / PICTURES,
+            singles=settings.singles,
+            groups=settings.groups,
+            held_out_singles=settings.held_out_singles,
+            held_out_groups=settings.held_out_groups,
+            seed=settings.seed,
+        )
+    questions = read_held_out(out / PICTURES)
+    models = []
+    if PROJECTOR.is_dir():
+        shipped = import_start(out / "shipped", projector=PROJECTOR, seed=settings.seed)
+        models.append(ask(shipped, "shipped", "trained before", questions, out))
+        _tell(models[-1], questions)
+    start = import_start(out / "start", projector=None, seed=settings.seed)
+    trained = train_projector(start, settings, out)
+    models.append(ask(trained, "trained", "trained here", questions, out))
+    return RealResults(
+        settings=settings, questions=questions, models=models, steps=read_metrics(trained)
+    )
+
+
+def _tell(asked: Asked, questions: Sequence[Question]) -> None:
+    """The first answers, while the rest goes on."""
+    for question, number in [*zip(questions, asked.chosen, strict=True)][:_TOLD]:
+        answer = question.choices[number]
+        right = "" if answer == question.answer else f" (it is {question.answer})"
+        say(f"{question.image}: {question.text} {answer}{right}")
+
+
+def import_start(out: Path, *, projector: Path | None, seed: int) -> Path:
+    """Imports tower and language model, with a projector that was trained or a new one."""
+    if out.is_dir():
+        return out
+    language, tower = LANGUAGE.path, TOWER.path
+    assert language is not None
+    assert tower is not None
+    if projector is None:
+        show("convert", "import", language, out, "--vision-tower", tower, "--system", SYSTEM)
+        import_checkpoint(language, out, vision_tower=tower, system=SYSTEM, seed=seed)
+    else:
+        show("convert", "import", projector, out, "--base", language, "--vision-tower", tower)
+        import_checkpoint(projector, out, base=language, vision_tower=tower, dtype="float32")
+    return out
+
+
+def train_projector(start: Path, settings: RealSettings, out: Path) -> Path:
+    """Trains the projector alone; the folder of the run.
+
+    Raises:
+        Interrupted: and it can be called again.
+    """
+    dataset, trained = out / "data", out / "trained"
+    _build(dataset, start, out)
+    tree: dict[str, Any] = {
+        "model": str(start),
+        "out": str(trained),
+        "stage": "pretrain",
+        "steps": settings.steps,
+        "remat": "none",
+        "dtype": "float32",
+        "mesh": None,
+        "log_every": 10,
+        "seed": settings.seed,
+        "data": {
+            "datasets": [{"path": str(dataset)}],
+            "template": TEMPLATE,
+            "image_mode": "pad",
+            "features": "cached",
+            "sequence_length": _LENGTH,
+            "batch_size": settings.rows,
+            "images_per_row": 1,
+            "packing": "single",
+            "seed": settings.seed,
+            "workers": 0,
+        },
+        "optimizer": {"learning_rate": RATE},
+        "checkpoint": {"every": 50, "keep": 1},
+    }
+    file = out / "train.yaml"
+    file.write_text(yaml.safe_dump(tree, sort_keys=False))
+    show("train", file)
+    if train(TrainConfig.load(file)) == "interrupted":
+        raise Interrupted
+    return trained
+
+
+def ask(path: Path, name: str, title: str, questions: Sequence[Question], out: Path) -> Asked:
+    """The answers of a model, which `out`/NAME-scores.json keeps."""
+    file = out / f"{name}-{SCORES}"
+    if not file.is_file():
+        model = load(path, dtype="float32")
+        scorer = ChoiceScorer(model, template=TEMPLATE)
+        images = out / PICTURES / IMAGES
+        with count_progress(f"Asking the model {title}") as progress:
+            start = time.perf_counter()
+            chosen = _choose(scorer, questions, lambda q: images / q.image, progress)
+            seconds = (time.perf_counter() - start) / len(questions)
+        white = Image.new("RGB", (_side(model),) * 2, "white")
+        with count_progress("Asking it about a white image") as progress:
+            blind = _choose(scorer, questions, lambda _: white, progress)
+        write_json(file, {"chosen": chosen, "blind": blind, "seconds": seconds})
+    return Asked(name=name, title=title, **read_json(file))
+
+
+def _choose(
+    scorer: ChoiceScorer, questions: Sequence[Question], image: Any, progress: Any
+) -> list[int]:
+    choices = [
+        Choice(
+            request=Request(prompt=question.text, images=image(question)), answers=question.choices
+        )
+        for question in questions
+    ]
+    return [int(np.argmax(score)) for score in scorer.score(choices, progress=progress)]
+
+
+def _side(model: Model) -> int:
+    return model.config.image_size
+
+
+def _build(dataset: Path, model: Path, out: Path) -> None:
+    if dataset.is_dir():
+        return
+    processors = load_processors(model)
+    files, images = [out / PICTURES / CONVERSATIONS], out / PICTURES / IMAGES
+    shared: dict[str, Any] = {
+        "images": images,
+        "tokenizer": processors.tokenizer,
+        "image_processor": processors.image_processor,
+        "tokens_per_image": processors.tokens_per_image,
+        "template": TEMPLATE,
+        "sequence_length": _LENGTH,
+        "workers": 1,
+    }
+    common: tuple[object, ...] = ("--images", images, "--model", model, "--template", TEMPLATE)
+    common += ("--sequence-length", _LENGTH, "--workers", 1)
+    with count_progress("Checking") as progress:
+        show("data", "check", *files, *common)
+        report = check(files, progress=progress, **shared)
+    if not report.clean:
+        raise DemoError(report.render())
+    with count_progress("Building") as progress:
+        show("data", "build", *files, dataset, *common)
+        build(files, dataset, progress=progress, **shared)

@@ -1,0 +1,282 @@
+"""The report over real weights: what was asked, what was answered, and what nobody had to see."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from stf_jax.demo.evaluation import Score
+from stf_jax.demo.packages import IMAGES as IMAGE_CREDIT
+from stf_jax.demo.packages import LANGUAGE, TOWER
+from stf_jax.demo.pictures import IMAGES, KINDS, Question
+from stf_jax.demo.real import PICTURES, RATE, Asked, RealResults
+from stf_jax.demo.report import machine, markdown, with_interval
+from stf_jax.store.run import open_model
+from stf_jax.util.files import write_json
+
+REPORT = "report.md"
+# Wong 2011: the color-blind can distinguish them.
+_COLORS = {"shipped": "#0072B2", "trained": "#56B4E9", "blind": "#999999"}
+_SHOWN = 8  # images in the figure with answers
+
+_TEXT = """# Real weights, real images: {tokens} vision tokens
+
+{verdict}
+
+{table}
+
+Right answers in per cent, with their 95 % interval (Wilson). Every question is a closed choice: the
+model's answer is the one of the two or four given that it finds most likely. Chance is one in so
+many. "Blind" is the same model with a white image in place of the real one. "Most common" always
+gives the answer that is right most often among the held-out questions of a kind.
+
+![Accuracy](accuracy.png)
+
+![Answers](answers.png)
+
+## What was done
+
+- Language model: {language}.
+- Vision tower: {tower}.
+- Images: {images}.
+
+Tower and language model stay as their makers trained them. Only the projector between them learns:
+AvgPool's, which shows an image in {tokens} tokens instead of {patches}. It was trained for
+{steps} steps of {rows} conversations, at a peak learning rate of {rate:g}, on {singles} images of
+one emoji and up to {groups} of several. Held-out images have names of which no image was trained on.
+
+| kind | for example |
+| --- | --- |
+{examples}
+
+![Loss](loss.png)
+
+## Where it ran
+
+{machine}. Seed {seed}. `results.json` has the numbers of the table, and
+`*-scores.json` has every answer.
+"""
+
+
+def write_real_report(results: RealResults, out: Path) -> None:
+    """Writes results.json, report.md and its figures into the folder of the run."""
+    settings, config = results.settings, open_model(out / results.models[0].name).config
+    write_json(out / "results.json", to_json(results), indent=1)
+    for name, figure in (
+        ("accuracy", _draw_accuracy(results)),
+        ("answers", _draw_answers(results, out)),
+        ("loss", _draw_loss(results)),
+    ):
+        figure.savefig(out / f"{name}.png", dpi=120)
+    text = _TEXT.format(
+        verdict=verdict(results),
+        table=markdown(*table(results)),
+        tokens=config.tokens_per_image,
+        patches=config.vision.patches,
+        language=LANGUAGE.credit,
+        tower=TOWER.credit,
+        images=IMAGE_CREDIT,
+        steps=settings.steps,
+        rows=settings.rows,
+        rate=RATE,
+        singles=settings.singles,
+        groups=settings.groups,
+        examples="\n".join(f"| {kind} | {_example(results, kind)} |" for kind in _kinds(results)),
+        machine=machine(),
+        seed=settings.seed,
+    )
+    (out / REPORT).write_text(text, encoding="utf-8")
+
+
+def verdict(results: RealResults) -> str:
+    """Of the best model: which kinds it answers better than it does without seeing, and chance."""
+    best = max(results.models, key=lambda model: model.scores(results.questions)["all"].right)
+    seen, blind = (best.scores(results.questions, blind=is_blind) for is_blind in (False, True))
+    shown = [
+        kind
+        for kind in _kinds(results)
+        if seen[kind].interval[0] > max(blind[kind].accuracy, chance(results.questions, kind))
+    ]
+    rest = [kind for kind in _kinds(results) if kind not in shown]
+    ours = seen["all"]
+    text = (
+        f"The model {best.title} answers {100 * ours.accuracy:.1f} % of {ours.questions} questions "
+        f"about images that nothing was trained on; blind it answers "
+        f"{100 * blind['all'].accuracy:.1f} %."
+    )
+    if shown:
+        text += f" By more than the interval it beats chance and itself blind on {_join(shown)}."
+    if rest:
+        text += f" Of {_join(rest)} nothing is shown."
+    return text
+
+
+def example(results: RealResults, out: Path) -> tuple[Path, str, Path]:
+    """A held-out image, a question about it, and the model that answers most."""
+    question = results.questions[0]
+    best = max(results.models, key=lambda model: model.scores(results.questions)["all"].right)
+    return out / PICTURES / IMAGES / question.image, question.text, out / best.name
+
+
+def chance(questions: Sequence[Question], kind: str) -> float:
+    """The expected share of right answers for one that is drawn among those given."""
+    return float(
+        np.mean([1 / len(question.choices) for question in questions if question.kind == kind])
+    )
+
+
+def most_common(questions: Sequence[Question], kind: str) -> float:
+    """The share of the most common answer."""
+    answers = Counter(question.answer for question in questions if question.kind == kind)
+    return max(answers.values()) / sum(answers.values())
+
+
+def table(results: RealResults) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: each model seeing and blind, chance, and the most common answer."""
+    kinds, questions = _kinds(results), results.questions
+    rows = []
+    for model in results.models:
+        for is_blind in (False, True):
+            scores = model.scores(questions, blind=is_blind)
+            title = f"{model.title}, blind" if is_blind else model.title
+            rows.append([title, *(with_interval(scores[kind]) for kind in [*kinds, "all"])])
+    for title, share in (("chance", chance), ("most common", most_common)):
+        shares = [share(questions, kind) for kind in kinds]
+        counts = [sum(question.kind == kind for question in questions) for kind in kinds]
+        mean = float(np.average(shares, weights=counts))
+        rows.append([title, *(f"{100 * value:.1f}" for value in [*shares, mean])])
+    return ["model", *kinds, "all"], rows
+
+
+def to_json(results: RealResults) -> dict[str, object]:
+    """Every number of the table."""
+
+    def scores_of(model: Asked, *, blind: bool) -> dict[str, object]:
+        scores = model.scores(results.questions, blind=blind)
+        return {
+            kind: dataclasses.asdict(score)
+            | {"accuracy": score.accuracy, "interval": score.interval}
+            for kind, score in scores.items()
+        }
+
+    return {
+        "verdict": verdict(results),
+        "settings": dataclasses.asdict(results.settings),
+        "models": {
+            model.name: {
+                "title": model.title,
+                "seconds": model.seconds,
+                "seeing": scores_of(model, blind=False),
+                "blind": scores_of(model, blind=True),
+            }
+            for model in results.models
+        },
+        "chance": {kind: chance(results.questions, kind) for kind in _kinds(results)},
+        "losses": [step["loss"] for step in results.steps],
+    }
+
+
+def _kinds(results: RealResults) -> list[str]:
+    asked = {question.kind for question in results.questions}
+    return [kind for kind in KINDS if kind in asked]
+
+
+def _join(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def _example(results: RealResults, kind: str) -> str:
+    question = next(question for question in results.questions if question.kind == kind)
+    return f"{question.text} {question.answer}"
+
+
+def _draw_accuracy(results: RealResults) -> Figure:
+    figure = Figure(figsize=(9, 4.4), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    kinds = [*_kinds(results), "all"]
+    best = results.models[0]
+    bars: list[tuple[str, str, dict[str, Score]]] = [
+        (model.title, _COLORS[model.name], model.scores(results.questions))
+        for model in results.models
+    ]
+    blind = best.scores(results.questions, blind=True)
+    bars.append((f"{best.title}, blind", _COLORS["blind"], blind))
+    width = 0.8 / len(bars)
+    for number, (title, color, scores) in enumerate(bars):
+        heights = np.array([100 * scores[kind].accuracy for kind in kinds])
+        ends = 100 * np.array([scores[kind].interval for kind in kinds]).T
+        places = np.arange(len(kinds)) + (number - (len(bars) - 1) / 2) * width
+        axes.bar(
+            places, heights, width, yerr=np.abs(ends - heights), capsize=3, color=color, label=title
+        )
+    for place, kind in enumerate(kinds[:-1]):
+        level = 100 * chance(results.questions, kind)
+        label = "chance" if place == 0 else None
+        axes.plot([place - 0.45, place + 0.45], [level] * 2, color="black", ls="--", label=label)
+    axes.set(
+        title="Closed choices about held-out images",
+        xlabel="kind of question",
+        ylabel="right answers (%), with 95 % interval",
+        ylim=(0, 105),
+    )
+    axes.set_xticks(range(len(kinds)), kinds)
+    figure.legend(loc="outside lower center", ncols=len(bars) + 1, frameon=False)
+    return figure
+
+
+def _draw_loss(results: RealResults) -> Figure:
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    losses = [step["loss"] for step in results.steps]
+    axes.plot(range(1, len(losses) + 1), losses, color=_COLORS["trained"], linewidth=1.2)
+    axes.set(
+        title="The projector learns; tower and language model are frozen",
+        xlabel="step",
+        ylabel="loss (nats a token)",
+        ylim=(0, None),
+    )
+    return figure
+
+
+def _draw_answers(results: RealResults, out: Path) -> Figure:
+    """Some held-out images, and what the first model answers to a question about each."""
+    model, first = results.models[0], dict[str, int]()
+    for number, question in enumerate(results.questions):
+        first.setdefault(question.image, number)
+    # As many of each kind as can be.
+    by_kind = [
+        [number for number in first.values() if results.questions[number].kind == kind]
+        for kind in _kinds(results)
+    ]
+    turns = max(map(len, by_kind), default=0)
+    mixed = [numbers[turn] for turn in range(turns) for numbers in by_kind if turn < len(numbers)]
+    chosen = mixed[:_SHOWN]
+    columns = min(4, len(chosen))
+    lines = -(-len(chosen) // columns)
+    figure = Figure(figsize=(2.9 * columns, 3.4 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False)
+    figure.suptitle(f"Held-out images, and answers of the model {model.title} (wrong ones in red)")
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, number in zip(grid.flat, chosen, strict=False):
+        _draw_answer(axes, results.questions[number], model.chosen[number], out)
+    return figure
+
+
+def _draw_answer(axes: Axes, question: Question, chosen: int, out: Path) -> None:
+    with Image.open(out / PICTURES / IMAGES / question.image) as image:
+        axes.imshow(image)
+    lead, _, rest = question.text.partition(":")
+    answer = question.choices[chosen]
+    axes.set_title(f"{lead}:\n{rest.strip()}", fontsize=8)
+    is_right = answer == question.answer
+    said = answer if is_right else f"{answer} (it is {question.answer})"
+    color = "black" if is_right else "#D55E00"
+    axes.text(0.5, -0.06, said, ha="center", va="top", color=color, transform=axes.transAxes)
