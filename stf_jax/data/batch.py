@@ -35,7 +35,10 @@ class Batch:
         image_slots: index into the row's image tokens, -1 where text is: I*K of its images, behind
             them those of its clips, where the system joins frames.
         pixels: images, channels last, zeros where a row has fewer than I; normalized for the model,
-            8-bit values on their way into a training step.
+            8-bit values on their way into a training step. Of no height and width where `features`
+            stand in their place.
+        features: of the images, where a frozen tower has computed them before:
+            `VisionFeatures.pack`.
         questions: ids of what each image is asked, where the system reads it.
         question_lengths: of these, without padding; 1 or more.
         clips: the images that are the frames of each clip, where the system joins them; -1 behind
@@ -51,6 +54,7 @@ class Batch:
     segments: Int[Array, "B T"]
     image_slots: Int[Array, "B T"]
     pixels: Float[Array, "B I height width 3"] | UInt8[Array, "B I height width 3"]
+    features: Float[Array, "B I N C"] | None = None
     questions: Int[Array, "B I Q"] | None = None
     question_lengths: Int[Array, "B I"] | None = None
     clips: Int[Array, "B C F"] | None = None

@@ -37,6 +37,9 @@ class DataConfig:
       datasets: what is trained on.
       template: of the conversations; LLaVA-1.5 uses "plain" in its first stage, "v1" in its second.
       image_mode: "pad" to a square (second stage), or "crop" the middle (first stage).
+      features: of the frozen tower: "computed" from pixels in every step, or once and "cached" on
+        disk; see docs/training.md.
+      features_directory: where those are kept; null is beside each dataset, in `PATH.features`.
       fast_images: pixels in about two thirds of the time, off from the recipe's by 0.5 to 1.5 of
         255 on average; see `ImageProcessor.fast`.
       sequence_length: T, tokens in a row; a longer example is cut.
@@ -59,6 +62,8 @@ class DataConfig:
     datasets: tuple[DatasetSource, ...] = ()
     template: str = "v1"
     image_mode: Mode = "pad"
+    features: Literal["computed", "cached"] = "computed"
+    features_directory: str | None = None
     fast_images: bool = False
     sequence_length: int = 2048
     batch_size: int = 128
@@ -86,6 +91,10 @@ class DataConfig:
             problems.append(f"packing is {self.packing!r}; it must be packed, grouped or single")
         if self.image_mode not in ("pad", "crop"):
             problems.append(f"image_mode is {self.image_mode!r}; it must be pad or crop")
+        if self.features not in ("computed", "cached"):
+            problems.append(f"features is {self.features!r}; it must be computed or cached")
+        if self.features_directory is not None:
+            object.__setattr__(self, "features_directory", expand(self.features_directory))
         if self.clip_frames > self.images_per_row:
             problems.append(
                 f"clip_frames is {self.clip_frames}, and images_per_row {self.images_per_row} has "

@@ -5,30 +5,27 @@ for step in data.batches(start_step=resumed_at):
     train(step.batch)
 """
 
+import contextlib
 import dataclasses
-import gc
 import hashlib
 import itertools
 import logging
-import signal
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
-import grain
 import numpy as np
-from absl import flags
-from PIL import Image
 
 from stf_jax.data.batch import Batch, ClipLayout
 from stf_jax.data.config import DataConfig
 from stf_jax.data.conversation import render_prompt
 from stf_jax.data.dataset import Dataset, DatasetError
+from stf_jax.data.features import ImageFeatures
 from stf_jax.data.fit import fit_template
 from stf_jax.data.images import ImageProcessor
 from stf_jax.data.index import Index
 from stf_jax.data.planner import Planner
-from stf_jax.data.pool import end_with_parent
+from stf_jax.data.prefetch import read_ahead
 from stf_jax.data.question import check_prompt
 from stf_jax.data.rows import Lost, Row, RowMaker, RowSource
 from stf_jax.data.templates import Template
@@ -36,11 +33,6 @@ from stf_jax.data.tokenizer import Tokenizer
 from stf_jax.data.visuals import clip_array
 
 _log = logging.getLogger(__name__)
-
-# Rows that a worker keeps ready; each may hold tens of megabytes of pixels.
-_ROWS_AHEAD = 2
-# Of at most 16 MB each, for a worker.
-_IMAGE_BLOCKS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,6 +172,20 @@ class TrainingData:
         self.lost: dict[str, str] = {}
 
     @property
+    def datasets(self) -> Sequence[Dataset]:
+        """The datasets of the mixture, in the config's order."""
+        return self._maker.datasets
+
+    @property
+    def image_processor(self) -> ImageProcessor:
+        """The image processor, with the mode that the config asks for."""
+        return self._maker.image_processor
+
+    def read_features(self, features: Sequence[ImageFeatures]) -> None:
+        """Has batches hold features, of each dataset in their order, in place of pixels."""
+        self._maker = dataclasses.replace(self._maker, features=features)
+
+    @property
     def fingerprint(self) -> str:
         """Identifies the datasets, wherever they lie, and the examples that are used."""
         digest = hashlib.sha256("".join(self._prints).encode())
@@ -254,36 +260,27 @@ class TrainingData:
     def _iterate(self, source: RowSource) -> Generator[TrainingStep, None, None]:
         rows: list[tuple[Row, np.ndarray]] = []
         step = source.start_step
-        iterator: Any = iter(_prefetch(source, self.config.workers))
-        try:
-            for row in _replace_missing(iterator):
+        with contextlib.closing(read_ahead(source, workers=self.config.workers)) as rows_ahead:
+            for row in rows_ahead:
                 rows.append(row)
                 if len(rows) < len(source.batch_rows):
                     continue
                 yield self._collate(rows, step)
                 rows = []
                 step += 1
-        finally:
-            iterator.close()
-            # Grain's iterators refer to each other and to the last rows' shared memory.
-            del iterator
-            gc.collect()
 
-    def _collate(self, rows_and_squares: list[tuple[Row, np.ndarray]], step: int) -> TrainingStep:
-        rows = [row for row, _ in rows_and_squares]
-        side = self._maker.image_processor.image_size
-        shape = (len(rows), self.config.images_per_row, side, side, 3)
-        pixels: Any = np.zeros(shape, np.uint8)
-        for number, (_, squares) in enumerate(rows_and_squares):
-            pixels[number, : len(squares)] = squares
-        text: dict[str, Any] = {
+    def _collate(self, rows_and_images: list[tuple[Row, np.ndarray]], step: int) -> TrainingStep:
+        rows = [row for row, _ in rows_and_images]
+        count = len(rows), self.config.images_per_row
+        arrays: dict[str, Any] = {
             name: np.stack([getattr(row, name) for row in rows])
             for name in ("ids", "labels", "positions", "segments", "image_slots")
         }
+        arrays |= self._collate_images([images for _, images in rows_and_images])
         if self._maker.question_length:
-            text |= _collate_questions(rows, *shape[:2], self._maker.question_length)
+            arrays |= _collate_questions(rows, *count, self._maker.question_length)
         if (layout := self._maker.layout) is not None:
-            text["clips"] = clip_array(
+            arrays["clips"] = clip_array(
                 [row.clips for row in rows],
                 clips=self.config.images_per_row // layout.frames,
                 frames=layout.frames,
@@ -293,9 +290,29 @@ class TrainingData:
         return TrainingStep(
             step=step,
             example_ids=tuple(row.contents.example_ids for row in rows),
-            batch=Batch(**text, pixels=pixels),
+            batch=Batch(**arrays),
             lost=lost,
         )
+
+    def _collate_images(self, images: Sequence[np.ndarray]) -> dict[str, Any]:
+        """The pixels of each row's images; or their features, and pixels of no size."""
+        count = len(images), self.config.images_per_row
+        if not self._maker.features:
+            side = self.image_processor.image_size
+            pixels = np.zeros((*count, side, side, 3), np.uint8)
+            for number, squares in enumerate(images):
+                pixels[number, : len(squares)] = squares
+            return {"pixels": pixels}
+        store = self._maker.features[0]
+        features = np.empty((*count, *store.shape), store.bits)
+        for number, stored in enumerate(images):
+            features[number, : len(stored)] = stored
+            # As the tower sees what is not there.
+            features[number, len(stored) :] = store.blank
+        return {
+            "pixels": np.zeros((*count, 0, 0, 3), np.uint8),
+            "features": features.view(store.dtype),
+        }
 
     def _count_missing(self, lost: tuple[Lost, ...]) -> None:
         for example in lost:
@@ -321,44 +338,6 @@ def _collate_questions(rows: Sequence[Row], count: int, images: int, length: int
             questions[number, image, : len(ids)] = ids
             lengths[number, image] = len(ids)
     return {"questions": questions, "question_lengths": lengths}
-
-
-def _prefetch(source: RowSource, workers: int) -> Any:
-    dataset = grain.MapDataset.source(source).to_iter_dataset(
-        # Threads on top of the processes would only add to what lies ready.
-        grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    )
-    if workers == 0:
-        return dataset
-    if not flags.FLAGS.is_parsed():
-        # Grain asks for its flags, which only a program with an absl main has parsed.
-        flags.FLAGS.mark_as_parsed()
-    return dataset.mp_prefetch(
-        grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_ROWS_AHEAD),
-        worker_init_fn=_start_worker,
-    )
-
-
-def _replace_missing(iterator: Iterator[Any]) -> Iterator[Any]:
-    try:
-        yield from iterator
-    except RuntimeError as error:
-        if "Worker process was terminated unexpectedly" not in str(error):
-            raise
-        raise ChildProcessError(
-            "a worker process was killed, perhaps for want of memory; "
-            "use fewer data.workers and start again"
-        ) from error
-
-
-def _start_worker(worker: int, workers: int) -> None:
-    # A scheduler that stops a run signals all its processes; the run itself ends its workers, after
-    # its last checkpoint.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    end_with_parent()
-    # Memory of images is used again, not given back and fetched anew for each.
-    Image.core.set_blocks_max(_IMAGE_BLOCKS)  # type: ignore[attr-defined]
 
 
 def _open(

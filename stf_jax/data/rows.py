@@ -13,6 +13,7 @@ from stf_jax.data.encoding import (
     expand_conversation,
     expand_visuals,
 )
+from stf_jax.data.features import ImageFeatures
 from stf_jax.data.images import ImageError, ImageProcessor
 from stf_jax.data.planner import Planner
 from stf_jax.data.question import encode_question
@@ -79,6 +80,7 @@ class RowMaker:
       strict_labels: the PyTorch reference's labels.
       images_per_row: I.
       layout: of clips, where the system joins their frames.
+      features: of the images of each dataset, where they are read in place of pixels.
     """
 
     datasets: Sequence[Dataset]
@@ -93,9 +95,12 @@ class RowMaker:
     question_length: int = 0
     images_per_row: int = 0
     layout: ClipLayout | None = None
+    features: Sequence[ImageFeatures] = ()
 
     def make(self, examples: np.ndarray) -> tuple[Row, np.ndarray]:
         """The row of these examples, and its images uint8 [images, size, size, 3].
+
+        Where features are read, they are its images: the bits of [images, N, C].
 
         One that cannot be read, or an image of which cannot, is left out whole: a conversation
         about an image that is not there would teach guessing. The others move up; the free places
@@ -103,7 +108,7 @@ class RowMaker:
         """
         encoded: list[EncodedConversation] = []
         visuals: list[int] = []
-        squares: list[np.ndarray] = []
+        images: list[np.ndarray] = []
         names: list[str] = []
         lost: list[Lost] = []
         for example in examples.tolist():
@@ -114,18 +119,22 @@ class RowMaker:
                 stored = self.datasets[dataset][number]
                 name = f"{self.names[dataset]}{stored.id}"
                 conversation, shown = self._encode(stored)
-                seen = [self._square(data) for data in stored.images[: conversation.num_images]]
+                seen = self._see(dataset, number, stored.images[: conversation.num_images])
             except (DatasetError, ImageError) as error:
                 lost.append(Lost(id=name, reason=str(error)))
                 continue
             encoded.append(conversation)
             visuals += shown
-            squares += seen
+            images += seen
             names.append(name)
         contents = RowContents(example_ids=tuple(names), lost=tuple(lost))
         row = self._assemble(encoded, visuals, contents)
+        if images:
+            return row, np.stack(images)
+        if self.features:
+            return row, self.features[0].blank[None][:0]
         side = self.image_processor.image_size
-        return row, np.stack(squares) if squares else np.zeros((0, side, side, 3), np.uint8)
+        return row, np.zeros((0, side, side, 3), np.uint8)
 
     def _encode(self, stored: Stored) -> tuple[EncodedConversation, tuple[int, ...]]:
         """The conversation, and its visuals where the system joins frames."""
@@ -150,8 +159,11 @@ class RowMaker:
             max_length=length,
         )
 
-    def _square(self, data: bytes) -> np.ndarray:
-        return self.image_processor.square(self.image_processor.load(data))
+    def _see(self, dataset: int, example: int, images: Sequence[bytes]) -> list[np.ndarray]:
+        if self.features:
+            store = self.features[dataset]
+            return [store.read(example, place, data) for place, data in enumerate(images)]
+        return [self.image_processor.square(self.image_processor.load(data)) for data in images]
 
     def _assemble(
         self,

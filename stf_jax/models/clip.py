@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from stf_jax.config.vision import VisionConfig
 from stf_jax.models.attention import attention
-from stf_jax.models.connector import ClassAttention, VisionFeatures
+from stf_jax.models.connector import Architecture, ClassAttention, VisionFeatures
 from stf_jax.models.layers import (
     MLP,
     Init,
@@ -140,6 +140,12 @@ class VisionTower(nnx.Module):
             lambda init: VisionLayer(config, init=init), max(taps), init=init
         )
         self.next_layer = NextLayer(config, init=init) if captures else None
+
+    @classmethod
+    def of(cls, config: Architecture, *, init: Init) -> "VisionTower":
+        """The tower of a model, as far as its system reads it."""
+        system = config.system
+        return cls(config.vision, taps=system.taps, captures=system.captures, init=init)
 
     def __call__(
         self,

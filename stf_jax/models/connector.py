@@ -1,9 +1,11 @@
 """What lies between the vision tower and the language model: what it takes, and what it gives."""
 
 import dataclasses
+import itertools
 from typing import Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -48,6 +50,36 @@ class VisionFeatures:
     taps: tuple[Float[Array, "B P C"], ...]
     class_attention: ClassAttention | None = None
     extra: Float[Array, "B E C"] | None = None
+
+    def pack(self) -> Float[Array, "B N C"]:
+        """One array of all but `extra`: the taps, then the class token's query, then the keys."""
+        parts = [*self.taps]
+        if self.class_attention is not None:
+            parts += [self.class_attention.query[:, None], self.class_attention.keys]
+        return jnp.concatenate(parts, axis=1)
+
+    @classmethod
+    def unpack(
+        cls, packed: Float[Array, "B N C"], *, taps: int, captures: bool
+    ) -> "VisionFeatures":
+        """What `pack` made one array of.
+
+        Args:
+            packed: the array.
+            taps: M.
+            captures: whether `class_attention` is in it.
+        """
+        # The class token has a query and a key beside those of the patches.
+        patches = (packed.shape[1] - 2) // (taps + 1) if captures else packed.shape[1] // taps
+        ends = [patches * number for number in range(taps + 1)]
+        end = ends[-1]
+        attention = None
+        if captures:
+            attention = ClassAttention(query=packed[:, end], keys=packed[:, end + 1 :])
+        return cls(
+            taps=tuple(packed[:, first:last] for first, last in itertools.pairwise(ends)),
+            class_attention=attention,
+        )
 
 
 @jax.tree_util.register_dataclass

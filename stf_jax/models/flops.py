@@ -48,13 +48,14 @@ def training(
     rows: int,
     length: int,
     images: int,
+    tower: bool = True,
 ) -> Flops:
     """Of one training step; adapters, which are small, are not counted.
 
     A backward pass takes as many FLOPs for the gradient of its inputs, and as many again for that
     of its weights where they are trained. The tower has none but for extra tokens. A system that
     trains several budgets runs the language model once for each, over rows of the same length. What
-    layers drop is hidden in training, and counted.
+    layers drop is hidden in training, and counted. Without `tower`, features are read from disk.
     """
     vision, text = config.vision, config.text
     weights, attention = _text(config, length)
@@ -62,7 +63,7 @@ def training(
     passes = 3 if stage == "finetune" else 2
     views = len(config.system.training_budgets(vision))
     return Flops(
-        vision=rows * images * (_vision(config) + _extra(config)),
+        vision=rows * images * (_vision(config) + _extra(config)) * tower,
         connector=rows * images * _connector(config) * 3,
         text=rows
         * (views * (weights * passes + attention * 3 + added) + images * _question(config)),

@@ -13,7 +13,7 @@ from stf_jax.data.batch import Batch
 from stf_jax.data.tokenizer import IGNORED_LABEL
 from stf_jax.models.cache import CacheDType, KVCache
 from stf_jax.models.clip import VisionTower
-from stf_jax.models.connector import Architecture, Tokens
+from stf_jax.models.connector import Architecture, Tokens, VisionFeatures
 from stf_jax.models.layers import Init, Remat
 from stf_jax.models.llama import take
 from stf_jax.models.lora import LoRAConfig
@@ -22,13 +22,22 @@ from stf_jax.parallel.sharding import ShardingRules, on_mesh
 
 
 class Llava(nnx.Module):
-    """CLIP tower -> connector -> LLaMA, which has adapters where `lora` is given."""
+    """CLIP tower -> connector -> LLaMA, which has adapters where `lora` is given.
 
-    def __init__(self, config: Architecture, *, init: Init, lora: LoRAConfig | None = None):
+    Without a tower it has no `vision`, and takes batches with `features` only.
+    """
+
+    def __init__(
+        self,
+        config: Architecture,
+        *,
+        init: Init,
+        lora: LoRAConfig | None = None,
+        tower: bool = True,
+    ):
         self.config, self.rules = config, init.rules
-        self.vision = VisionTower(
-            config.vision, taps=config.system.taps, captures=config.system.captures, init=init
-        )
+        if tower:
+            self.vision = VisionTower.of(config, init=init)
         self.connector = config.system.connector(config.vision, config.text, init=init)
         self.text = config.system.decoder(config.vision, config.text, init=init, lora=lora)
 
@@ -41,12 +50,13 @@ class Llava(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         lora: LoRAConfig | None = None,
         training: bool = False,
+        tower: bool = True,
     ) -> "Llava":
         """The model with shapes, dtypes and, on a mesh, shardings in place of arrays."""
 
         def make() -> "Llava":
             init = Init(rngs=nnx.Rngs(0), rules=rules, dtype=dtype, training=training)
-            return cls(config, init=init, lora=lora)
+            return cls(config, init=init, lora=lora, tower=tower)
 
         model = nnx.eval_shape(make)
         if rules != ShardingRules.none():
@@ -164,7 +174,14 @@ class Llava(nnx.Module):
 
         The tower is frozen in every stage: no gradient reaches its weights.
         """
-        flat, question = self._split_images(batch.pixels), self._read_questions(batch)
+        question = self._read_questions(batch)
+        if batch.features is not None:
+            system, packed = self.config.system, self._split_images(batch.features)
+            features = VisionFeatures.unpack(
+                packed, taps=len(system.taps), captures=system.captures
+            )
+            return self.connector(features, question)
+        flat = self._split_images(batch.pixels)
         extra = self.connector.extra_tokens()
         if extra is None:
             return self.connector(jax.lax.stop_gradient(self.vision(flat)), question)

@@ -164,7 +164,8 @@ class BatchLayout:
 
         def place_leaf(leaf: np.ndarray) -> jax.Array:
             # [b, A, ...] -> [A, b, ...]
-            parts = leaf.reshape(-1, self.micro_batches, *leaf.shape[1:]).swapaxes(0, 1)
+            split = (len(leaf) // self.micro_batches, self.micro_batches, *leaf.shape[1:])
+            parts = leaf.reshape(split).swapaxes(0, 1)
             sharding = self._sharding(leaf.ndim)
             if sharding is None:
                 return jax.device_put(parts)

@@ -48,6 +48,7 @@ def make_plan(request: Request) -> Plan:
         rows=data.batch_size,
         length=data.sequence_length,
         images=data.images_per_row,
+        tower=data.features == "computed",
     )
     known = Plan(
         topology=str(topology),

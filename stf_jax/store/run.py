@@ -46,6 +46,7 @@ FILES = (CONFIG, CHECKPOINTS, METRICS, TENSORBOARD)
 FREE = (
     "model", "out", "mesh", "remat", "nonfinite", "checkpoint", "log_every", "profile",
     "validation", "data.workers", "data.max_lost", "data.datasets",
+    "data.features_directory",
 )  # fmt: skip
 
 

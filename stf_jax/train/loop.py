@@ -36,6 +36,7 @@ from stf_jax.systems import named_config
 from stf_jax.systems.base import LlavaConfig
 from stf_jax.train.checkpoint import Checkpoints
 from stf_jax.train.config import TrainConfig
+from stf_jax.train.features import CachedFeatures
 from stf_jax.train.interruption import Interruption
 from stf_jax.train.metrics import MetricsLog, StepRecord
 from stf_jax.train.optimizer import Parameters, schedule
@@ -74,6 +75,7 @@ def train(config: TrainConfig) -> Ending:
     processors = read_processors(first.extras / "hf", files, config=first.config)
     data = _open_data(config.data, processors)
     held_out = _open_held_out(config, processors)
+    features = _open_features(config, first, data, held_out)
     steps = config.steps or data.num_steps(config.epochs)
     mesh = _mesh(config)
     with contextlib.ExitStack() as stack:
@@ -115,7 +117,16 @@ def train(config: TrainConfig) -> Ending:
             step = program.compile()
             loss = None if held_out is None else program.compile_loss()
         checkpoints.wait()
-        _say(first_screen(config, first, data, held_out, program, step, steps=steps, start=start))
+        _say(
+            first_screen(
+                config, first, data, held_out, features, program, step, steps=steps, start=start
+            )
+        )
+        if features is not None and not features.compute(
+            workers=config.data.workers, is_ended=interruption.has_come
+        ):
+            _say("interrupted while features were computed; start it again to continue")
+            return "interrupted"
         log = stack.enter_context(
             contextlib.closing(
                 MetricsLog(
@@ -307,12 +318,17 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     validation = config.validation and dataclasses.replace(
         config.validation, dataset=os.fspath(absolute(config.validation.dataset))
     )
+    features = config.data.features_directory
     return dataclasses.replace(
         config,
         validation=validation,
         model=os.fspath(absolute(config.model)),
         out=os.fspath(absolute(config.out)),
-        data=dataclasses.replace(config.data, datasets=datasets),
+        data=dataclasses.replace(
+            config.data,
+            datasets=datasets,
+            features_directory=None if features is None else os.fspath(absolute(features)),
+        ),
     )
 
 
@@ -334,6 +350,23 @@ def _open_held_out(config: TrainConfig, processors: Processors) -> TrainingData 
     source = DatasetSource(path=config.validation.dataset)
     held_out = dataclasses.replace(config.data, datasets=(source,), packing="packed")
     return _open_data(held_out, processors)
+
+
+def _open_features(
+    config: TrainConfig,
+    first: NativeCheckpoint,
+    data: TrainingData,
+    held_out: TrainingData | None,
+) -> CachedFeatures | None:
+    """Has both read features, where the config says so; what is missing is computed later."""
+    if config.data.features == "computed":
+        return None
+    parts = [data, *([] if held_out is None else [held_out])]
+    directory = config.data.features_directory
+    features = CachedFeatures.open(first, parts, dtype=config.dtype, directory=directory)
+    for part in parts:
+        features.attach(part)
+    return features
 
 
 def _check_out(out: epath.Path) -> None:
@@ -431,6 +464,7 @@ def _flops(config: TrainConfig, model: LlavaConfig) -> float:
         rows=data.batch_size,
         length=data.sequence_length,
         images=data.images_per_row,
+        tower=data.features == "computed",
     ).total
 
 

@@ -20,6 +20,7 @@ from stf_jax.store.arrays import flatten
 from stf_jax.systems.base import LlavaConfig
 from stf_jax.systems.mesh import check_divisible
 from stf_jax.train.config import TrainConfig
+from stf_jax.train.features import check_cacheable, packed_shape
 from stf_jax.train.optimizer import Parameters, make_optimizer, split_trained
 from stf_jax.train.step import Loss, Step, TrainState, init_state, make_loss, make_step
 
@@ -121,8 +122,8 @@ def make_program(
         image_processor: of the vision tower; CLIP's by default.
 
     Raises:
-        ValueError: the mesh does not divide the model or the batch, or the model has fewer
-            positions than a row.
+        ValueError: the mesh does not divide the model or the batch, the model has fewer positions
+            than a row, or its features cannot be cached.
     """
     if config.data.sequence_length > model.text.max_positions:
         raise ValueError(
@@ -134,10 +135,13 @@ def make_program(
     layout = BatchLayout(mesh=mesh, rows=config.data.batch_size, micro_batches=config.micro_batches)
     rules = ShardingRules.none() if mesh is None else ShardingRules.default()
     lora = config.lora if config.stage == "lora" else None
-    network = Llava.abstract(model, rules=rules, lora=lora, training=True)
+    tower = config.data.features == "computed"
+    if not tower:
+        check_cacheable(model)
+    network = Llava.abstract(model, rules=rules, lora=lora, training=True, tower=tower)
     # For a held-out loss: nothing is drawn at random.
     quiet = None if lora is None else dataclasses.replace(lora, dropout=0.0)
-    noiseless = Llava.abstract(model, rules=rules, lora=quiet)
+    noiseless = Llava.abstract(model, rules=rules, lora=quiet, tower=tower)
     normalize = (image_processor or ImageProcessor()).normalize
     parameters = flatten(nnx.to_pure_dict(nnx.state(network, nnx.Param)))
     trained, frozen = split_trained(parameters, config.stage)
@@ -175,13 +179,15 @@ def _on(leaf: Any, dtype: Any, mesh: Mesh | None) -> Any:
 def _batch(config: TrainConfig, model: LlavaConfig) -> Batch:
     """One row, for its shapes."""
     text: Any = jax.ShapeDtypeStruct((1, config.data.sequence_length), jnp.int32)
-    side = model.image_size
-    shape = (1, config.data.images_per_row, side, side, 3)
-    pixels: Any = jax.ShapeDtypeStruct(shape, jnp.uint8)
+    images, side = (1, config.data.images_per_row), model.image_size
+    features: Any = None
+    if config.data.features == "cached":
+        side = 0
+        features = jax.ShapeDtypeStruct((*images, *packed_shape(model)), jnp.dtype(config.dtype))
+    pixels: Any = jax.ShapeDtypeStruct((*images, side, side, 3), jnp.uint8)
     questions: Any = None
     lengths: Any = None
     if model.question_length:
-        images = (1, config.data.images_per_row)
         questions = jax.ShapeDtypeStruct((*images, model.question_length), jnp.int32)
         lengths = jax.ShapeDtypeStruct(images, jnp.int32)
     clips: Any = None
@@ -196,6 +202,7 @@ def _batch(config: TrainConfig, model: LlavaConfig) -> Batch:
         segments=text,
         image_slots=text,
         pixels=pixels,
+        features=features,
         questions=questions,
         question_lengths=lengths,
         clips=clips,

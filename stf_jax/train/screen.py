@@ -11,6 +11,7 @@ from stf_jax.models.lora import is_adapter
 from stf_jax.store.checkpoint import NativeCheckpoint
 from stf_jax.store.run import CHECKPOINTS, TrainedCheckpoint
 from stf_jax.train.config import TrainConfig
+from stf_jax.train.features import CachedFeatures
 from stf_jax.train.optimizer import Parameters
 from stf_jax.train.program import TrainProgram
 
@@ -22,6 +23,7 @@ def first_screen(
     first: NativeCheckpoint,
     data: TrainingData,
     held_out: TrainingData | None,
+    features: CachedFeatures | None,
     program: TrainProgram,
     compiled: Any,
     *,
@@ -39,6 +41,7 @@ def first_screen(
         "data": _data(plan),
         "left out": _left_out(plan),
         "validation": "" if held_out is None else _validation(config, held_out),
+        "features": "" if features is None else features.describe(),
         "batch": _batch(config, plan),
         "steps": f"{steps:,}" + ("" if config.steps else f", {config.epochs} epoch(s)"),
         "mesh": _mesh(program),

@@ -95,7 +95,7 @@ def make_step(
         trained: Parameters, frozen: Parameters, keys: Parameters, batch: Batch
     ) -> tuple[Array, Array]:
         leaves = {path: leaf.astype(dtype) for path, leaf in {**trained, **frozen}.items()} | keys
-        batch = dataclasses.replace(batch, pixels=normalize_pixels(batch.pixels))
+        batch = _normalize(batch, normalize_pixels)
         return nnx.merge(graph, unflatten(leaves)).loss(batch, remat=remat)
 
     def step(state: TrainState, frozen: Parameters, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -165,7 +165,7 @@ def make_loss(
         network = nnx.merge(graph, unflatten(leaves))
 
         def micro(carry: tuple[Array, Array], rows: Batch) -> tuple[tuple[Array, Array], None]:
-            rows = dataclasses.replace(rows, pixels=normalize_pixels(rows.pixels))
+            rows = _normalize(rows, normalize_pixels)
             total, count = network.loss(rows)
             return (carry[0] + total, carry[1] + count), None
 
@@ -173,6 +173,13 @@ def make_loss(
         return jax.lax.scan(micro, nothing, batch, unroll=len(batch.ids) == 1)[0]
 
     return jax.jit(loss)
+
+
+def _normalize(batch: Batch, normalize_pixels: Callable[[Array], Array]) -> Batch:
+    """The batch with the model's pixels; with features there are none."""
+    if batch.features is not None:
+        return batch
+    return dataclasses.replace(batch, pixels=normalize_pixels(batch.pixels))
 
 
 def init_state(parameters: Parameters, optimizer: optax.GradientTransformation) -> TrainState:

@@ -59,14 +59,19 @@ def explain_full_disk(path: epath.PathLike) -> Iterator[None]:
         raise full_disk_error(path) from error
 
 
-def _say_free(path: epath.PathLike) -> str:
+def free_bytes(path: epath.PathLike) -> int | None:
+    """What is free below a path, which need not be there yet; None where nobody can tell."""
     if "://" in os.fspath(path):
-        return ""
+        return None
     folder = Path(path).absolute()
     try:
         while not folder.exists():
             folder = folder.parent
-        free = shutil.disk_usage(folder).free
+        return shutil.disk_usage(folder).free
     except OSError:
-        return ""
-    return f" ({free / 1e9:.2f} GB are free)"
+        return None
+
+
+def _say_free(path: epath.PathLike) -> str:
+    free = free_bytes(path)
+    return "" if free is None else f" ({free / 1e9:.2f} GB are free)"
