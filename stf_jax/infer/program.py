@@ -57,6 +57,7 @@ class Program:
         )
         self._resume = jax.jit(self._resume_requests, static_argnames="choice", donate_argnums=1)
         self._decode = jax.jit(self._decode_steps, static_argnames="choice", donate_argnums=1)
+        self._clear = jax.jit(_clear_slots, donate_argnums=0)
 
     @functools.cached_property
     def checksum(self) -> str:
@@ -182,6 +183,11 @@ class Program:
                 choice=choice,
             )
 
+    def clear(self, slots: Slots, which: Bool[np.ndarray, "B"]) -> Slots:
+        """Zeroes the cache of slots that nobody has; what is not finite would reach who is next."""
+        with self._on_mesh():
+            return self._clear(slots, self._place(which))
+
     def _prefix_caches(self, parameters: nnx.State, batch: Batch) -> KVCache:
         return self._model(parameters).prefill(batch, cache_dtype=self.cache_dtype)[1]
 
@@ -217,6 +223,7 @@ class Program:
             last=integers,
             positions=integers,
             finished=jnp.ones(slots, bool, out_sharding=rows),
+            finite=jnp.ones(slots, bool, out_sharding=rows),
             draws=Draws(
                 temperature=reals,
                 top_k=integers,
@@ -267,6 +274,7 @@ class Program:
             last=put(slots.last, begun.last),
             positions=put(slots.positions, begun.positions),
             finished=put(slots.finished, begun.finished),
+            finite=put(slots.finite, begun.finite),
             draws=jax.tree.map(put, slots.draws, begun.draws),
             cache=slots.cache.insert(
                 questions.slots, begun.cache, spec=self._rules.cache, marks=self._rules.tokens
@@ -301,6 +309,7 @@ class Program:
             last=first,
             positions=positions,
             finished=self._ends(first, positions, none + 1, draws),
+            finite=_are_finite(logits),
             draws=draws,
             cache=cache,
         )
@@ -341,6 +350,7 @@ class Program:
                 last=jnp.where(going, chosen, slots.last),
                 positions=positions,
                 finished=slots.finished | self._ends(chosen, positions, counts, slots.draws),
+                finite=slots.finite & _are_finite(logits),
                 draws=slots.draws,
                 cache=cache,
             )
@@ -385,6 +395,15 @@ class Program:
         end = jnp.isin(token, jnp.asarray(self.config.text.eos_ids))
         full = position >= self.config.text.max_positions
         return end | full | (count >= draws.most)
+
+
+def _are_finite(logits: Float[Array, "B V"]) -> Bool[Array, "B"]:
+    """Whether all are, by row: a value of the cache that is not finite makes these NaN."""
+    return jnp.isfinite(logits.max(axis=-1))
+
+
+def _clear_slots(slots: Slots, which: Bool[Array, "B"]) -> Slots:
+    return dataclasses.replace(slots, finite=slots.finite | which, cache=slots.cache.clear(which))
 
 
 def weights_checksum(weights: nnx.State) -> str:

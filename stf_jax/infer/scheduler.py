@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
@@ -106,6 +106,8 @@ class Scheduler:
         self._waiting: deque[Ticket] = deque()
         self._ready: deque[tuple[Ticket, int]] = deque()
         self._free, self._taken = deque(range(room.slots)), dict[int, Ticket]()
+        # Slots in which something is not finite.
+        self._spoiled = set[int]()
         self._numbers = itertools.count()
         self._readers = ThreadPoolExecutor(_READERS)
         self._lock = threading.Lock()
@@ -189,9 +191,11 @@ class Scheduler:
         )
         # The host reads the next images while the devices decode.
         progress += self._prefill()
-        tokens, counts, finished = jax.device_get(
-            (self._state.tokens, self._state.counts, self._state.finished)
+        state = self._state
+        tokens, counts, finished, finite = jax.device_get(
+            (state.tokens, state.counts, state.finished, state.finite)
         )
+        self._spoiled = set(np.flatnonzero(~finite).tolist())
         for slot, ticket in list(self._taken.items()):
             new = tokens[slot, len(ticket.ids) : counts[slot]]
             ticket.ids += new.tolist()
@@ -200,6 +204,11 @@ class Scheduler:
             if ticket.finished:
                 self._release(slot)
         return progress
+
+    def clear(self, slots: Collection[int]) -> None:
+        """Zeroes free slots; for those whose last answer was not finite."""
+        which = np.isin(np.arange(self.room.slots), [*slots])
+        self._state = self._program.clear(self._state, which)
 
     def _release(self, slot: int) -> None:
         del self._taken[slot]
@@ -233,6 +242,8 @@ class Scheduler:
                 break
             chosen = [(*self._ready.popleft(), self._free.popleft()) for _ in range(count)]
             tickets = [ticket for ticket, _, _ in chosen]
+            if spoiled := self._spoiled & {slot for _, _, slot in chosen}:
+                self.clear(spoiled)
             self._state = self._program.insert(
                 self._state,
                 self._pool,

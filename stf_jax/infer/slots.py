@@ -74,6 +74,7 @@ class Slots:
         last: the newest token, which the cache does not hold yet.
         positions: where that token will stand.
         finished: the answer is complete, or the slot was never taken.
+        finite: whether all logits so far were, since the slot was taken or cleared.
         draws: how each answer's tokens are chosen, and how many there may be.
         cache: of everything before `last`.
     """
@@ -83,6 +84,7 @@ class Slots:
     last: Int[Array, "B"]
     positions: Int[Array, "B"]
     finished: Bool[Array, "B"]
+    finite: Bool[Array, "B"]
     draws: Draws
     cache: KVCache
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from stf_jax.models.attention import platform
 from stf_jax.models.marks import Marks, Rule, causal, visible
@@ -246,20 +246,30 @@ class KVCache:
     ) -> "KVCache":
         """With `rows` where the rows `at` begin; rows beyond B are dropped.
 
-        `rows` may have fewer slots: the later ones are empty then, and zero. What stood there might
-        not be finite, and zero times that is no zero.
+        `rows` may have fewer slots: the later ones are empty then. What stood there is hidden, and
+        has to be finite, since zero times what is not is no zero; see `clear`.
         """
 
         def put(old: Array, new: Array) -> Array:
-            if old.ndim > 1:
-                axis = 1 if old.ndim == 2 else 2
-                room = [(0, 0)] * old.ndim
-                room[axis] = (0, old.shape[axis] - new.shape[axis])
-                new = jnp.pad(new, room)
-            return old.at[at].set(new, mode="drop", out_sharding=marks if old.ndim < 3 else spec)
+            if old.ndim < 3:
+                if old.ndim == 2:
+                    # Whole rows, so that nothing sees what stood in the later slots.
+                    new = jnp.pad(new, ((0, 0), (0, old.shape[1] - new.shape[1])))
+                return old.at[at].set(new, mode="drop", out_sharding=marks)
+            return old.at[at, :, : new.shape[2]].set(new, mode="drop", out_sharding=spec)
 
         inserted: KVCache = jax.tree.map(put, self, rows)
         return inserted
+
+    def clear(self, which: Bool[Array, "B"]) -> "KVCache":
+        """With nothing but zeros in these rows."""
+
+        def zero(array: Array) -> Array:
+            rows = which.reshape(-1, *[1] * (array.ndim - 1))
+            return jnp.where(rows, jnp.zeros((), array.dtype), array)
+
+        cleared: KVCache = jax.tree.map(zero, self)
+        return cleared
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

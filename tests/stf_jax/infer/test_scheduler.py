@@ -111,6 +111,19 @@ def test_an_image_that_cannot_be_read_stops_no_other(engine: Engine) -> None:
         answers(engine, [shown(14, 0), bad])
 
 
+def test_what_is_not_finite_reaches_nobody_later(engine: Engine) -> None:
+    spoiled = dataclasses.replace(shown(100, 7), image_key=7)
+    spoiled.pixels[:] = np.nan  # type: ignore[index]
+    scheduler = engine.open(room(slots=1, rows=1))
+    asked = [spoiled, shown(14, 0), spoiled, prompt(16)]
+    tickets = [scheduler.submit(one, sampling=GREEDY, most=6) for one in asked]
+    drain(scheduler)
+    scheduler.close()
+    for ticket, one in zip(tickets, asked, strict=True):
+        assert ticket.finished
+        assert one is spoiled or ticket.ids == answers(engine, [one], new=6)[0]
+
+
 def test_a_second_round_compiles_nothing(engine: Engine, compilations: list[str]) -> None:
     def ask() -> list[list[int]]:
         scheduler = engine.open(room())
