@@ -156,7 +156,7 @@ def _replace_system(
     )
     if chosen.own_token is not None or shapes != wanted:
         raise CheckpointError(
-            f"{path} has no weights of {chosen.title}; draw new ones on import: stf-jax convert "
+            f"{path} has not all weights of {chosen.title}; import it for that: stf-jax convert "
             f"export {path} OUT --layout llava, then stf-jax convert import OUT MODEL --system "
             f"{chosen.name}"
         )

@@ -236,7 +236,7 @@ def _from_file(path: Path, sampling: FrameSampling, name: str) -> Clip:
         step = 1 / float(rate) if rate else 0.0
         stated = _read_duration(stream.metadata.get("DURATION"))
         short = stated is not None and times and times[-1] - times[0] + 2 * step < stated
-        lacks = len(every) < stream.frames
+        lacks = len(every) < stream.frames or (not every and stream.duration)
         if short or lacks or (packets and packets[-1].is_corrupt):
             raise ClipError(f"{name}: cut short; fetch it again")
 
@@ -282,6 +282,9 @@ def _open(path: Path, name: str) -> Iterator[tuple[Any, Any]]:
                 # The cover of a record is no video.
                 covers = av.stream.Disposition.attached_pic
                 streams = [s for s in container.streams.video if not s.disposition & covers]
+                if not container.streams.video and not container.streams.audio:
+                    # Within the table of an MP4, say.
+                    raise ClipError(f"{name}: cut short; fetch it again")
                 if not streams:
                     raise ClipError(f"{name}: there is no video in it; leave it out")
                 yield container, streams[0]
@@ -290,6 +293,8 @@ def _open(path: Path, name: str) -> Iterator[tuple[Any, Any]]:
             f"{name}: no video in a container that is read ({', '.join(CONTAINERS)}), or damaged; "
             "fetch it again or convert it"
         ) from error
+    except av.error.EOFError as error:
+        raise ClipError(f"{name}: cut short; fetch it again") from error
     except (av.FFmpegError, OSError) as error:
         raise ClipError(f"{name}: cannot be read ({first_line(error)}); fetch it again") from error
 

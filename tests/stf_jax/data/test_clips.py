@@ -91,6 +91,12 @@ def make_bad(folder: Path, path: Path) -> dict[str, tuple[Any, str]]:
     """What cannot be used, and what is said of it."""
     for name in ("clip.mp4", "clip.mkv", "clip.avi"):
         (path / name).write_bytes((folder / name).read_bytes()[:-800])
+    # Its table of frames stands at the end.
+    whole = write_video(path / "late.mp4", frames()).read_bytes()
+    start = whole.index(b"moov") - 4
+    (path / "late.mp4").write_bytes(whole[:start])
+    for left in (300, 400):
+        (path / f"table{left}.mp4").write_bytes(whole[: start + left])
     (path / "text.mp4").write_text("this is no video at all\n" * 20)
     (path / "playlist.mp4").write_text(
         f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{folder / 'clip.mp4'}\n#EXT-X-ENDLIST\n"
@@ -107,6 +113,9 @@ def make_bad(folder: Path, path: Path) -> dict[str, tuple[Any, str]]:
         "cut mp4": (path / "clip.mp4", "cut short; fetch it again"),
         "cut mkv": (path / "clip.mkv", "cut short; fetch it again"),
         "cut avi": (path / "clip.avi", "cut short; fetch it again"),
+        "late mp4": (path / "late.mp4", "or damaged; fetch it again"),
+        "no stream": (path / "table300.mp4", "table300.mp4: cut short; fetch it again"),
+        "no frames": (path / "table400.mp4", "table400.mp4: cut short; fetch it again"),
         "text": (path / "text.mp4", "text.mp4: no video in a container that is read"),
         "playlist": (path / "playlist.mp4", "playlist.mp4: no video in a container"),
         "empty": (path / "empty.mp4", "the file is empty; fetch it again"),

@@ -134,7 +134,7 @@ def test_what_a_system_has_to_learn_is_not_made_up(
     with pytest.raises(CheckpointError, match=message):
         stf_jax.load(tmp_path / "llava", system=name)
     assert stf_jax.load(tmp_path / "llava", system="fastv").config.system.name == "fastv"
-    native = rf"has no weights of .*convert import OUT MODEL --system {name}$"
+    native = rf"has not all weights of .*convert import OUT MODEL --system {name}$"
     with pytest.raises(CheckpointError, match=native):
         stf_jax.load(tmp_path / "n", system=name)
 
@@ -150,8 +150,8 @@ def test_a_native_checkpoint_under_another_system(reference: Path, tmp_path: Pat
         "keep": 3,
     }
     for more, message in (
-        ({"system": "voco"}, "has no weights of VoCo-LLaMA; draw new ones on import"),
-        ({"system": "stf"}, "has no weights of "),
+        ({"system": "voco"}, "has not all weights of VoCo-LLaMA; import it for that"),
+        ({"system": "stf"}, "has not all weights of "),
         ({"system": "fastv", "fields": {"keep": 99}}, "keeps .99. of an image's"),
         ({"fields": {"keep": 3}}, "leave out --field"),
     ):
