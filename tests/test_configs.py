@@ -108,8 +108,10 @@ def test_no_more_images_than_a_row_can_hold(path: Path) -> None:
     config = TrainConfig.load(path)
     if config.architecture is None:
         return
-    tokens = named_config(config.architecture).tokens_per_image
-    assert config.data.images_per_row * tokens <= config.data.sequence_length
+    model, data = named_config(config.architecture), config.data
+    layout = model.clip_layout(data.clip_frames) if data.clip_frames else None
+    each, tokens = (1, model.tokens_per_image) if layout is None else (layout.frames, layout.tokens)
+    assert data.images_per_row // each * tokens <= data.sequence_length
 
 
 @pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.stem)
@@ -125,6 +127,7 @@ def test_the_recipe(path: Path) -> None:
     assert config.data.image_mode == ("crop" if first else "pad")
     rates = {"pretrain": 1e-3, "finetune": 2e-5, "lora": 1e-4}
     own = {"prumerge-7b-lora": 2e-4, "proxyv-7b-pretrain": 3e-4, "proxyv-7b-finetune": 4e-5}
+    own |= {"vqtoken-7b-finetune": 1e-5}
     assert config.optimizer.learning_rate == own.get(path.stem, rates[config.stage])
     assert config.data.sequence_length == 2048
     assert dataclasses.asdict(config.lora) == {"rank": 128, "alpha": 256.0, "dropout": 0.05}
