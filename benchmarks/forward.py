@@ -159,7 +159,7 @@ class Ours:
         self._position = jnp.asarray([length], jnp.int32)
         hidden = (1, length, model.config.text.width)
         embeds = 0.02 * np.random.default_rng(1).standard_normal(hidden, np.float32)
-        self._embeds = jnp.asarray(embeds, model.connector.projector.linear_2.kernel.dtype)
+        self._embeds = jnp.asarray(embeds, model.text.embedding.dtype)
 
         def prefill(state: nnx.State, batch: Batch) -> tuple[jax.Array, KVCache]:
             logits, cache = nnx.merge(graph, state).prefill(batch)

@@ -55,6 +55,7 @@ if importlib.util.find_spec("beartype"):
         "loop",
         "lora",
         "pruning",
+        "quantization",
     )
     checked = ["stf_jax.systems", *(f"stf_jax.models.{name}" for name in models)]
     install_import_hook([*checked, "stf_jax.infer.sampling"], "beartype.beartype")

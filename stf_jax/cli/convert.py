@@ -71,6 +71,7 @@ def add_convert(verbs: Verbs) -> None:
         metavar="N",
         help="pad the vocabulary to a multiple, so that a mesh divides it (1)",
     )
+    _add_quantize(parser)
 
     parser = add_verb(actions, "export", _export, "native -> PyTorch")
     parser.add_argument(
@@ -93,6 +94,12 @@ def add_convert(verbs: Verbs) -> None:
         metavar="N",
         help="rows of the embedding, one a token or more (as many as came; hf: and its two tokens)",
     )
+    _add_quantize(parser, where="; for --layout native")
+    parser.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="write quantized weights as plain numbers, with a run's adapters merged into them",
+    )
 
     parser = add_verb(
         actions,
@@ -114,6 +121,15 @@ def add_convert(verbs: Verbs) -> None:
         "--verify",
         action="store_true",
         help="read every array, and hold it against the checksum written with it",
+    )
+
+
+def _add_quantize(parser: argparse.ArgumentParser, *, where: str = "") -> None:
+    parser.add_argument(
+        "--quantize",
+        metavar="SCHEME",
+        help="store the language model's weights as int8, int4, or int4-N with a scale for N "
+        f"inputs{where} (as they are)",
     )
 
 

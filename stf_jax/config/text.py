@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal, Self
 
 from stf_jax.config.checks import check_above_zero, check_positive
+from stf_jax.config.quantization import Scheme, check_scheme, parse_scheme
 
 MOST_LAYERS = 4096
 
@@ -50,6 +51,8 @@ class TextConfig:
     bos_id: int = 1
     eos_ids: tuple[int, ...] = (2,)
     pad_id: int = 0
+    # How the weights are stored; None is as plain numbers.
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
         check_positive(self, "vocab_size", "width", "mlp_width", "heads", "kv_heads")
@@ -61,11 +64,19 @@ class TextConfig:
             raise ValueError(f"{self.heads} heads cannot share {self.kv_heads} key-value heads")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotary embedding turns pairs")
+        if self.quantization is not None:
+            inputs = ("width", "head_dim", "mlp_width")
+            check_scheme(self.quantization, {name: getattr(self, name) for name in inputs})
 
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding and columns of the head."""
         return self.vocab_size + self.vocab_padding
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """How the projections of the layers are stored; None is as plain numbers."""
+        return None if self.quantization is None else parse_scheme(self.quantization)
 
     @classmethod
     def vicuna_7b(cls) -> Self:

@@ -25,6 +25,12 @@ from stf_jax.convert.layouts import (
 from stf_jax.convert.lora_exporter import check_trained, write_lora
 from stf_jax.convert.mapping import carried_shapes, connector_entries, is_buffer, own_entries, table
 from stf_jax.convert.processor import IMAGE_TOKEN, PAD_TOKEN, ImageTokens
+from stf_jax.convert.quantize import (
+    check_plain,
+    open_dequantized,
+    quantized_leaves,
+    quantized_weights,
+)
 from stf_jax.convert.readers import BESIDE_LORA, read_json
 from stf_jax.convert.remote_code import code_sidecars, compact
 from stf_jax.convert.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorInfo
@@ -33,6 +39,7 @@ from stf_jax.convert.source import THREADS
 from stf_jax.convert.torch_file import import_torch, write_torch
 from stf_jax.data.fit import fit_template, stop_ids
 from stf_jax.data.processors import read_tokenizer
+from stf_jax.models.quantization import is_quantized
 from stf_jax.models.weights import Entry
 from stf_jax.store import checkpoint
 from stf_jax.store.checkpoint import NativeCheckpoint, extra_files
@@ -58,9 +65,17 @@ _TOKEN_KEYS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Native:
-    """A native checkpoint with what the import noted for the way back."""
+    """A native checkpoint with what the import noted for the way back.
+
+    Attributes:
+        checkpoint: as it lies on disk.
+        weights: the same as plain numbers.
+        origin: what the import noted.
+        carried: tensors that the model does not compute with.
+    """
 
     checkpoint: NativeCheckpoint
+    weights: NativeCheckpoint
     origin: Mapping[str, Any]
     carried: SafetensorsFile | None
 
@@ -81,7 +96,7 @@ class Native:
     def dtype(self, name: str, entry: Entry) -> DType:
         """The dtype in which a tensor came, or in which its parameter is stored."""
         odd = self.origin["dtypes"].get(name)
-        return FLOATS[odd] if odd else self.checkpoint.shapes[entry.native].dtype
+        return FLOATS[odd] if odd else self.weights.shapes[entry.native].dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +116,8 @@ def export_checkpoint(
     dtype: FloatName | None = None,
     vocabulary: int | None = None,
     shard_bytes: int = SHARD_BYTES,
+    quantize: str | None = None,
+    dequantize: bool = False,
 ) -> None:
     """Writes a native checkpoint, or the model of a run, in a published PyTorch layout.
 
@@ -119,6 +136,9 @@ def export_checkpoint(
         vocabulary: Rows of the embedding, at least as many as there are tokens; None gives back as
             many as came, and for "hf" as many more as the image and padding tokens need.
         shard_bytes: The most that one file holds, unless one tensor is larger.
+        quantize: For layout "native", the scheme in which the language model's weights are stored.
+        dequantize: Writes the plain numbers that a quantized model computes with. Only layouts
+            "native", "lora" and "adapter" do without.
 
     Raises:
         CheckpointError: `source` is no whole native checkpoint or run, `layout` cannot hold the
@@ -131,11 +151,16 @@ def export_checkpoint(
     native = _open(source)
     if dtype is not None and dtype not in FLOATS:
         raise CheckpointError(f"dtype is {dtype!r}; supported: {', '.join(FLOATS)}")
+    if quantize is not None and layout != "native":
+        raise CheckpointError("PyTorch's layouts have plain numbers; leave out --quantize")
     if layout == "native":
         if vocabulary is not None:
             raise CheckpointError("layout native keeps the vocabulary; leave out --vocabulary")
-        _write_native(native.checkpoint, out, None if dtype is None else FLOATS[dtype])
+        checkpoint = native.weights if dequantize else native.checkpoint
+        _write_native(checkpoint, out, None if dtype is None else FLOATS[dtype], quantize)
         return
+    if layout not in ("lora", "adapter") and not dequantize:
+        check_plain(native.checkpoint, to=f"be written in layout {layout}", fix="add --dequantize")
     _check_layout(native, layout)
     check_trained(native.checkpoint, layout, whole=native.config.system.layout)
     known = _known_tokens(native)
@@ -190,6 +215,7 @@ def _open(source: epath.PathLike) -> Native:
     carried = SafetensorsFile(pytorch / "carried.safetensors")
     return Native(
         checkpoint=opened,
+        weights=open_dequantized(opened),
         origin=read_json(pytorch / "origin.json"),
         carried=carried if carried.path.exists() else None,
     )
@@ -273,7 +299,7 @@ def _plan(
     entries = table(native.config, vocabulary=rows)
     if layout == "adapter":
         entries = own_entries(native.config) if lora else connector_entries(native.config)
-    missing = [e.native for e in entries if e.native not in native.checkpoint.shapes]
+    missing = [e.native for e in entries if e.native not in native.weights.shapes]
     infos = {
         native.publish(name, layout): TensorInfo(entry.shape, dtype or native.dtype(name, entry))
         for entry in entries
@@ -339,21 +365,37 @@ def _generation(native: Native, files: Mapping[str, bytes]) -> dict[str, bytes]:
     return generation_file(files, native.config, stop_ids(template, tokenizer))
 
 
-def _write_native(source: NativeCheckpoint, out: epath.PathLike, dtype: DType | None) -> None:
+def _write_native(
+    source: NativeCheckpoint, out: epath.PathLike, dtype: DType | None, quantize: str | None
+) -> None:
+    if source.adapters is not None:
+        check_plain(
+            source,
+            to="take in the adapters that were trained beside them",
+            fix="write those with --layout lora, or all with --dequantize",
+        )
+    config = source.config
+    if quantize is not None:
+        check_plain(source, to="be quantized again", fix="leave out --quantize")
+        try:
+            config = config.with_quantization(quantize)
+        except ValueError as error:
+            raise CheckpointError(f"{source.path}: {error}") from error
+    weights = quantized_weights(config) if quantize is not None else {}
+
     def leaves() -> Iterator[checkpoint.Leaf]:
         total = sum(math.prod(leaf.shape) for leaf in source.shapes.values())
         with byte_progress("Exporting", total=total) as advance:
             for path, leaf in source.shapes.items():
-                kind = dtype or leaf.dtype
-                yield checkpoint.Leaf(
-                    path=path,
-                    shape=leaf.shape,
-                    dtype=kind,
-                    read=functools.partial(_read, source, path, kind),
-                )
+                kind = leaf.dtype if dtype is None or is_quantized(path) else dtype
+                read = functools.partial(_read, source, path, kind)
+                if path in weights:
+                    yield from quantized_leaves(path, weights[path], read)
+                else:
+                    yield checkpoint.Leaf(path=path, shape=leaf.shape, dtype=kind, read=read)
                 advance(math.prod(leaf.shape))
 
-    checkpoint.write(out, config=source.config, leaves=leaves(), extras=source.copy_extras)
+    checkpoint.write(out, config=config, leaves=leaves(), extras=source.copy_extras)
 
 
 def _read(source: NativeCheckpoint, name: str, dtype: DType) -> Array:
@@ -416,7 +458,7 @@ def _each_tensor(
 
     total = sum(info.nbytes for info in plan.infos.values())
     with byte_progress("Exporting", total=total) as advance, ThreadPoolExecutor(THREADS) as pool:
-        arrays = native.checkpoint.read_each(entry.native for entry in plan.entries)
+        arrays = native.weights.read_each(entry.native for entry in plan.entries)
         for entry, array in zip(plan.entries, arrays, strict=True):
             layers = [array] if entry.layers is None else list(array)
             names = entry.tensors

@@ -27,6 +27,7 @@ def import_checkpoint(
     seed: int = 0,
     dtype: FloatName | None = None,
     vocabulary_multiple: int = 1,
+    quantize: str | None = None,
 ) -> Source:
     """Writes a PyTorch checkpoint as a native one; `open_source` describes the arguments.
 
@@ -48,6 +49,7 @@ def import_checkpoint(
         seed=seed,
         dtype=dtype,
         vocabulary_multiple=vocabulary_multiple,
+        quantize=quantize,
     )
     _check_tokenizer(opened, epath.Path(base or source))
     checkpoint.write(

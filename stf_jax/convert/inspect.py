@@ -12,6 +12,7 @@ from stf_jax.convert.readers import open_tensors
 from stf_jax.convert.safetensors_file import SafetensorsFile
 from stf_jax.convert.source import open_source
 from stf_jax.data.processors import check_tokenizer, read_image_processor, read_tokenizer
+from stf_jax.models.quantization import bytes_per_value
 from stf_jax.store.checkpoint import extra_files, is_native
 from stf_jax.store.run import is_run, open_model
 from stf_jax.systems.base import LlavaConfig
@@ -37,6 +38,11 @@ class Report:
         """Vision tokens that the language model sees for an image."""
         return None if self.config is None else self.config.tokens_per_image
 
+    @property
+    def size(self) -> int:
+        """Bytes of all parameters."""
+        return int(sum(count * bytes_per_value(dtype) for dtype, count in self.parameters.items()))
+
     def __str__(self) -> str:
         total = sum(self.parameters.values())
         dtypes = ", ".join(f"{dtype} {count:,}" for dtype, count in self.parameters.items())
@@ -49,13 +55,16 @@ class Report:
         if self.config is not None:
             vision, text = self.config.vision, self.config.text
             padded = f", padded to {text.padded_vocab_size:,}" if text.vocab_padding else ""
+            stored = ""
+            if text.quantization is not None:
+                stored = f"; {text.quantization} weights, the whole model {self.size:,} bytes"
             lines += [
                 f"  vision tower      {vision.layers} layers, width {vision.width}, "
                 f"{vision.image_size} px, patch {vision.patch_size}",
                 f"  system            {self.config.system.describe()}",
                 f"  tokens per image  {self.config.tokens_per_image}",
                 f"  language model    {text.layers} layers, width {text.width}, "
-                f"vocabulary {text.vocab_size:,}{padded}",
+                f"vocabulary {text.vocab_size:,}{padded}{stored}",
             ]
         lines += [f"  {kind:<16}  {what}" for kind, what in self.processors.items()]
         whole = "  whole, every array verified" if self.verified else "  whole"

@@ -32,6 +32,7 @@ from stf_jax.convert.lora import merge_lora
 from stf_jax.convert.mapping import carried_shapes, is_buffer, own_entries, table
 from stf_jax.convert.own_token import add_rows, find_token
 from stf_jax.convert.parts import Part, RandomTensors, Tensor, open_part
+from stf_jax.convert.quantize import quantized_leaves, quantized_weights
 from stf_jax.convert.sidecars import find_sidecars, language_keys
 from stf_jax.convert.tower import TowerChoice, choose_tower
 from stf_jax.data.processors import read_tokenizer
@@ -66,7 +67,15 @@ class Source:
 
     def leaves(self) -> Iterator[Leaf]:
         """Every parameter of the model, largest parts first in no particular order."""
+        quantized = quantized_weights(self.config)
         for entry in self.entries:
+            if entry.native in quantized:
+                yield from quantized_leaves(
+                    entry.native,
+                    quantized[entry.native],
+                    functools.partial(functools.partial, self._read_layer, entry),
+                )
+                continue
             yield Leaf(
                 path=entry.native,
                 shape=entry.native_shape,
@@ -104,21 +113,20 @@ class Source:
         return common({self.tensors[name].info.dtype for name in entry.tensors})
 
     def _read(self, entry: Entry) -> Array:
-        dtype = self._dtype(entry)
-
-        def read_tensor(name: str) -> Array:
-            return entry.transform.native(_read_finite(self.tensors[name], dtype))
-
         if entry.layers is None:
-            return np.ascontiguousarray(read_tensor(entry.torch))
-        result = np.empty(entry.native_shape, dtype)
+            return np.ascontiguousarray(self._read_layer(entry, 0))
+        result = np.empty(entry.native_shape, self._dtype(entry))
 
         def fill(layer: int) -> None:
-            result[layer] = read_tensor(entry.tensors[layer])
+            result[layer] = self._read_layer(entry, layer)
 
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(fill, range(entry.layers)))
         return result
+
+    def _read_layer(self, entry: Entry, layer: int) -> Array:
+        tensor = self.tensors[entry.tensors[layer]]
+        return entry.transform.native(_read_finite(tensor, self._dtype(entry)))
 
 
 def _read_finite(tensor: Tensor, dtype: DType) -> Array:
@@ -138,6 +146,7 @@ def open_source(
     seed: int = 0,
     dtype: FloatName | None = None,
     vocabulary_multiple: int = 1,
+    quantize: str | None = None,
 ) -> Source:
     """Opens a PyTorch checkpoint and checks all of it but the values.
 
@@ -157,6 +166,8 @@ def open_source(
         seed: Of these random weights.
         dtype: The dtype of every parameter; None keeps those of the file.
         vocabulary_multiple: Pads the vocabulary to a multiple, so that it can be sharded.
+        quantize: The scheme in which the language model's weights are stored; see
+            `stf_jax.config.quantization`.
 
     Raises:
         CheckpointError: what is missing, damaged, unknown or does not fit, and what to do.
@@ -224,6 +235,7 @@ def open_source(
     tensors |= _random(new, tensors, seed)
     text = dataclasses.replace(text, vocab_padding=-text.vocab_size % vocabulary_multiple)
     config = dataclasses.replace(config, text=text)
+    config = _name_errors(part.path, config.with_quantization, quantize)
     entries = table(config)
     unknown = (*part.unknown, *(language.unknown if language is not part else ()), *tower.unknown)
     return Source(

@@ -11,6 +11,7 @@ from stf_jax.convert.mapping import table
 from stf_jax.convert.readers import read_json
 from stf_jax.convert.source import Source, open_source
 from stf_jax.data.processors import Processors, read_processors
+from stf_jax.models.lora import LoRAConfig
 from stf_jax.store.arrays import flatten, place, unflatten
 from stf_jax.store.checkpoint import extra_files, is_native
 from stf_jax.store.run import is_run, open_model
@@ -29,6 +30,7 @@ class StoredModel:
         config: of the model; what ends an answer is as generation_config.json says.
         files: tokenizer, image processor and configs, by name.
         restore: nested dictionaries of `jax.ShapeDtypeStruct` -> the parameters, placed so.
+        adapters: that lie beside its weights, which `restore` gives where they are asked for.
         layout: of a PyTorch directory; None for a native checkpoint or a run.
         new: tensors that the system has and the directory has not.
     """
@@ -38,6 +40,7 @@ class StoredModel:
     files: Mapping[str, epath.Path]
     restore: Callable[[Mapping[str, Any]], dict[str, Any]]
     layout: str | None
+    adapters: LoRAConfig | None = None
     new: tuple[str, ...] = ()
 
     def check_trained(self) -> None:
@@ -104,6 +107,7 @@ def open_any(
             files=files,
             restore=checkpoint.restore,
             layout=None,
+            adapters=checkpoint.adapters,
         )
     source = open_source(path, vision_tower=vision_tower, system=system, fields=fields)
     return StoredModel(

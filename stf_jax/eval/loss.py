@@ -93,7 +93,9 @@ def held_out_loss(
             check_divisible(opened.config, mesh)
             stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(explain_memory(shortage))
-        network = Llava.abstract(opened.config, rules=rules, dtype=jnp.dtype(dtype))
+        network = Llava.abstract(
+            opened.config, rules=rules, dtype=jnp.dtype(dtype), lora=opened.adapters
+        )
         weights = flatten(opened.restore(nnx.to_pure_dict(nnx.state(network))))
         loss = make_loss(
             network,

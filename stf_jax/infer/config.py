@@ -44,6 +44,7 @@ class InferenceConfig:
     Attributes:
         stage: tells this config from one of a training run.
         architecture: a named size, such as "llava_stf_7b", for `plan`, which has no weights.
+        quantization: of `architecture`, such as "int4"; null is plain numbers.
         tokens: an image, where the system has several budgets; null is its most.
         slots: answers in the making at a time.
         dtype: of weights and arithmetic; null is float32 on CPU, else bfloat16.
@@ -54,6 +55,7 @@ class InferenceConfig:
 
     stage: Literal["inference"] = "inference"
     architecture: str | None = None
+    quantization: str | None = None
     tokens: int | None = None
     slots: int = 16
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -65,7 +67,8 @@ class InferenceConfig:
         if self.slots < 1:
             raise ValueError(f"slots is {self.slots}; give 1 or more")
         if self.architecture is not None:
-            named_config(self.architecture).choose_budget(self.tokens)
+            model = named_config(self.architecture, quantization=self.quantization)
+            model.choose_budget(self.tokens)
 
     @classmethod
     def load(cls, path: epath.PathLike, overrides: Sequence[str] = ()) -> Self:

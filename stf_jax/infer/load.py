@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -14,6 +15,7 @@ from stf_jax.convert.stored_model import open_any
 from stf_jax.infer.model import Model
 from stf_jax.models.cache import CacheDType
 from stf_jax.models.llava import Llava
+from stf_jax.models.lora import LoRAConfig
 from stf_jax.parallel.sharding import ShardingRules
 from stf_jax.systems.base import LlavaConfig, System
 from stf_jax.systems.mesh import check_divisible
@@ -60,7 +62,8 @@ def load(
     opened.check_trained()
     processors = opened.processors()
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    network = _abstract(_stop_at(opened.config, processors.tokenizer.eos_id), mesh, dtype)
+    config = _stop_at(opened.config, processors.tokenizer.eos_id)
+    network = _abstract(config, mesh, dtype, opened.adapters)
     nnx.update(network, opened.restore(nnx.to_pure_dict(nnx.state(network))))
     return Model(
         network,
@@ -80,9 +83,12 @@ def _stop_at(config: LlavaConfig, eos_id: int) -> LlavaConfig:
     return dataclasses.replace(config, text=text)
 
 
-def _abstract(config: LlavaConfig, mesh: Mesh | None, dtype: DTypeName) -> Llava:
+def _abstract(
+    config: LlavaConfig, mesh: Mesh | None, dtype: DTypeName, adapters: LoRAConfig | None
+) -> Llava:
+    make = partial(Llava.abstract, config, dtype=jnp.dtype(dtype), lora=adapters)
     if mesh is None:
-        return Llava.abstract(config, dtype=jnp.dtype(dtype))
+        return make()
     check_divisible(config, mesh)
     with jax.set_mesh(mesh):
-        return Llava.abstract(config, rules=ShardingRules.default(), dtype=jnp.dtype(dtype))
+        return make(rules=ShardingRules.default())

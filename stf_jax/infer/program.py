@@ -418,6 +418,8 @@ def weights_checksum(weights: nnx.State) -> str:
 @jax.jit
 def _bit_sum(weights: Array) -> UInt[Array, ""]:
     """The sum of a hash of each value's bits, modulo 2**32 and so the same in any order."""
+    if weights.dtype == jnp.int4:
+        weights = weights.astype(jnp.int8)
     bits = jax.lax.bitcast_convert_type(weights, f"uint{8 * weights.dtype.itemsize}")
     # The multiply-and-shift of MurmurHash3.
     mixed = bits.astype(jnp.uint32)

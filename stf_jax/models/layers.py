@@ -18,7 +18,9 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from stf_jax.config.quantization import Scheme
 from stf_jax.models.lora import LoRA, LoRAConfig
+from stf_jax.models.quantization import QuantizedKernel
 from stf_jax.parallel.sharding import ShardingRules, all_gather_fsdp
 
 Remat = Literal["none", "dots", "attention", "full"]
@@ -80,17 +82,25 @@ class Linear(nnx.Module):
         bias: PartitionSpec | None = None,
         use_bias: bool = True,
         lora: LoRAConfig | None = None,
+        scheme: Scheme | None = None,
     ):
         self.contracted, self.spec = len(inputs), kernel
-        self.kernel = init.normal(*inputs, *outputs, spec=kernel)
+        self.kernel: nnx.Param[Array] | QuantizedKernel = (
+            init.normal(*inputs, *outputs, spec=kernel)
+            if scheme is None
+            else QuantizedKernel(scheme, inputs, outputs, spec=kernel)
+        )
         self.bias = init.zeros(*outputs, spec=bias) if use_bias else None
         self.lora = None if lora is None else _adapter(lora, inputs, outputs, kernel, init)
 
     def __call__(self, x: Float[Array, "..."], *, out: PartitionSpec | None) -> Float[Array, "..."]:
         """`out` is the partition spec of the result; it says which collective is meant."""
-        kernel = all_gather_fsdp(self.kernel[...], self.spec)
-        axes = tuple(range(x.ndim - self.contracted, x.ndim)), tuple(range(self.contracted))
-        y = jax.lax.dot_general(x, kernel, (axes, ((), ())), out_sharding=out)
+        if isinstance(self.kernel, QuantizedKernel):
+            y = self.kernel.dot(x, out=out)
+        else:
+            kernel = all_gather_fsdp(self.kernel[...], self.spec)
+            axes = tuple(range(x.ndim - self.contracted, x.ndim)), tuple(range(self.contracted))
+            y = jax.lax.dot_general(x, kernel, (axes, ((), ())), out_sharding=out)
         if self.lora is not None:
             y = y + self.lora(x, out=out)
         return y if self.bias is None else y + self.bias[...]

@@ -79,7 +79,7 @@ class DecoderAttention(nnx.Module):
     def __init__(self, config: TextConfig, *, init: Init, lora: LoRAConfig | None):
         self.rules = rules = init.rules
         width, dim = (config.width,), config.head_dim
-        linear = partial(Linear, init=init, use_bias=False, lora=lora)
+        linear = partial(Linear, init=init, use_bias=False, lora=lora, scheme=config.scheme)
         project = partial(linear, kernel=rules.column)
         self.query = project(width, (config.heads, dim))
         self.key = project(width, (config.kv_heads, dim))
@@ -93,7 +93,7 @@ class GatedMLP(nnx.Module):
     def __init__(self, config: TextConfig, *, init: Init, lora: LoRAConfig | None):
         self.rules = rules = init.rules
         width, hidden = (config.width,), (config.mlp_width,)
-        linear = partial(Linear, init=init, use_bias=False, lora=lora)
+        linear = partial(Linear, init=init, use_bias=False, lora=lora, scheme=config.scheme)
         self.gate = linear(width, hidden, kernel=rules.column)
         self.up = linear(width, hidden, kernel=rules.column)
         self.down = linear(hidden, width, kernel=rules.row)
@@ -207,7 +207,9 @@ class Llama(nnx.Module):
         """What `logits` multiplies with: [H, V], or the embedding [V, H] where the two are one."""
         if self.head is None:
             return all_gather_fsdp(self.embedding[...], self.rules.embedding)
-        return all_gather_fsdp(self.head.kernel[...], self.rules.column)
+        kernel = self.head.kernel
+        assert isinstance(kernel, nnx.Param)
+        return all_gather_fsdp(kernel[...], self.rules.column)
 
     def logits(
         self, x: Float[Array, "B T H"], kernel: Float[Array, "..."] | None = None

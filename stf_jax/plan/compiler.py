@@ -82,7 +82,7 @@ def architecture(config: TrainConfig) -> LlavaConfig:
         ValueError: neither is there.
     """
     if config.architecture is not None:
-        return named_config(config.architecture)
+        return named_config(config.architecture, quantization=config.quantization)
     if not Path(config.model).exists() and "://" not in config.model:
         raise ValueError(
             f"{config.model} is not there, and the config has no architecture; "

@@ -21,6 +21,7 @@ from stf_jax.infer.engine import fit_room
 from stf_jax.infer.lowering import LoweredEngine, abstract_program, lower
 from stf_jax.infer.prompts import LEAST_QUESTION, Prompt, bucket, pad_prompts
 from stf_jax.infer.slots import Suffixes
+from stf_jax.models.quantization import bytes_per_value
 from stf_jax.plan.chips import Topology
 from stf_jax.plan.compiler import compile_and_read, mesh_of
 from stf_jax.plan.estimate import estimate_cost
@@ -43,7 +44,8 @@ def make_inference_plan(request: Request) -> InferencePlan:
         raise ValueError(
             f"{request.config} has no architecture; add --architecture=llava_stf_7b, for instance"
         )
-    model, chip = named_config(config.architecture), topology.chip
+    model = named_config(config.architecture, quantization=config.quantization)
+    chip = topology.chip
     mesh, work, dtype = mesh_of(config.mesh, topology), config.workload, config.dtype or "bfloat16"
     program = abstract_program(
         model, mesh=mesh, dtype=jnp.dtype(dtype), cache_dtype=config.cache_dtype
@@ -167,7 +169,7 @@ def _reads(name: str, lowered: LoweredEngine, mesh: Mesh) -> float:
     # Of the embedding a few rows; what is split over `fsdp` is gathered first.
     tensor = mesh.shape["tensor"]
     weights = sum(
-        leaf.size * leaf.dtype.itemsize / (tensor if "tensor" in leaf.sharding.spec else 1)
+        leaf.size * bytes_per_value(leaf.dtype) / (tensor if "tensor" in leaf.sharding.spec else 1)
         for path, leaf in parameters.items()
         if "text/embedding" not in path and (name == "prefill" or path.startswith(LLAMA))
     )
@@ -182,7 +184,9 @@ def _reads(name: str, lowered: LoweredEngine, mesh: Mesh) -> float:
 
 def bytes_of(tree: PyTree) -> int:
     """Bytes of an array that one chip holds."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
+    return int(
+        sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * bytes_per_value(leaf.dtype)
+            for leaf in jax.tree.leaves(tree)
+        )
     )

@@ -129,7 +129,7 @@ def search(
         solve_midpoint(1.0, budget, layers=config.text.layers)
     prompts = read_prompts(calibration, opened.processors(), template=template, samples=samples)
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    network = Llava.abstract(config, dtype=jnp.dtype(dtype))
+    network = Llava.abstract(config, dtype=jnp.dtype(dtype), lora=opened.adapters)
     with explain_memory("the model does not fit into the memory of the device; give fewer --rows"):
         nnx.update(network, opened.restore(nnx.to_pure_dict(nnx.state(network))))
         measure = Calibration(network, prompts, rows=min(rows, len(prompts)))

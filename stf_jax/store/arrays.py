@@ -10,6 +10,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
 
 from stf_jax.store.checksum import checksums
+from stf_jax.store.packing import INT4, PACKED, pack, packed_shape, unpack, unpack_on_device
 from stf_jax.store.quiet import quiet_failures
 from stf_jax.util.errors import CheckpointError
 
@@ -43,7 +44,7 @@ def load_and_check(
     Args:
         load: reads the arrays that are wanted, by path.
         wanted: by path, what each is to be like: `host_like`, or a shape with a sharding.
-        stored: shape and dtype of each on disk.
+        stored: shape and dtype of each on disk; int4 lies there as `stf_jax.store.packing` says.
         recorded: the checksums; what has none is taken as it is.
         damaged: makes the error of the reason.
 
@@ -52,12 +53,25 @@ def load_and_check(
     """
     loaded: dict[str, Any] = {}
     for names in batches(wanted, stored):
-        some = dict(load({name: _as_stored(wanted[name], stored[name].dtype) for name in names}))
+        some = dict(load({name: _on_disk(wanted[name], stored[name].dtype) for name in names}))
         sums = checksums({name: some[name] for name in names if name in recorded})
         if changed := [name for name, number in sums.items() if number != recorded[name]]:
             raise damaged(f"{changed[0]} is not what was written")
-        loaded |= {name: _cast(some.pop(name), wanted[name]) for name in names}
+        for name in names:
+            array = some.pop(name)
+            if stored[name].dtype == INT4:
+                array = _unpack(array, wanted[name])
+            loaded[name] = _cast(array, wanted[name])
     return loaded
+
+
+def to_disk(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """An array as it is stored."""
+    return pack(array) if array.dtype == INT4 else array
+
+
+def _unpack(array: Any, like: Any) -> Any:
+    return unpack(array) if isinstance(like, np.ndarray) else unpack_on_device(array, like)
 
 
 def _cast(array: Any, like: Any) -> Any:
@@ -83,10 +97,12 @@ def batches(wanted: Iterable[str], stored: Mapping[str, Any]) -> Iterator[list[s
         yield names
 
 
-def _as_stored(like: Any, dtype: Any) -> Any:
+def _on_disk(like: Any, dtype: Any) -> Any:
+    """As `like`, in the shape and dtype in which it is stored."""
+    shape, dtype = (packed_shape(like.shape), PACKED) if dtype == INT4 else (like.shape, dtype)
     if isinstance(like, np.ndarray):
-        return host_like(like.shape, dtype)
-    return jax.ShapeDtypeStruct(like.shape, dtype, sharding=like.sharding)
+        return host_like(shape, dtype)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=like.sharding)
 
 
 def host_like(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:

@@ -26,6 +26,7 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
 
+from stf_jax.models.lora import LoRAConfig
 from stf_jax.store.arrays import (
     CONCURRENT_BYTES,
     Tree,
@@ -34,9 +35,11 @@ from stf_jax.store.arrays import (
     host_like,
     load_and_check,
     load_some,
+    to_disk,
     unflatten,
 )
 from stf_jax.store.checksum import checksum, has_checksum
+from stf_jax.store.packing import describe_unpacked
 from stf_jax.store.quiet import quiet, quiet_failures
 from stf_jax.systems import config_from_dict
 from stf_jax.systems.base import LlavaConfig
@@ -198,6 +201,11 @@ class NativeCheckpoint:
         """The directory in which `EXTRAS` lie."""
         return self.path
 
+    @property
+    def adapters(self) -> LoRAConfig | None:
+        """Of adapters that lie beside the weights; None where there are none, or all are merged."""
+        return None
+
     @functools.cached_property
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of every stored parameter, by its path ("text/norm/scale").
@@ -211,7 +219,7 @@ class NativeCheckpoint:
         if stored is None:
             raise _damage_error(self.path / _PARAMS)
         return {
-            upgrade_path(name): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            upgrade_path(name): describe_unpacked(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
             for name, leaf in flatten(stored).items()
         }
 
@@ -354,7 +362,7 @@ def _write_params(path: epath.Path, leaves: Iterable[Leaf]) -> dict[str, int]:
     ):
         batch: dict[str, np.ndarray[Any, Any]] = {}
         for leaf in leaves:
-            batch[leaf.path] = leaf.read()
+            batch[leaf.path] = to_disk(leaf.read())
             if sum(array.nbytes for array in batch.values()) >= _BATCH_BYTES:
                 save(batch)
                 batch.clear()

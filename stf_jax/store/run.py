@@ -22,7 +22,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
 
 from stf_jax.config.yaml import read_yaml
-from stf_jax.models.lora import LoRAConfig, merge
+from stf_jax.models.lora import LoRAConfig, is_adapter, merge
 from stf_jax.store.arrays import host_like, load_and_check, load_some, place
 from stf_jax.store.checkpoint import NativeCheckpoint, is_native, open_native
 from stf_jax.store.checksum import checksums, name_leaves
@@ -98,7 +98,8 @@ class TrainedCheckpoint(NativeCheckpoint):
     """The model of a run: what was trained at `step`, over the model that it began with.
 
     Shapes and dtypes are those of the first model; what was trained is float32 and is cast to what
-    is asked for. Adapters are merged into the weights that they adapt.
+    is asked for. Adapters are merged into the weights that they adapt; into integers they cannot
+    be, and stay beside them.
     """
 
     first: NativeCheckpoint
@@ -115,7 +116,19 @@ class TrainedCheckpoint(NativeCheckpoint):
     @property
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of every parameter, by its path."""
-        return self.first.shapes
+        if self.adapters is None:
+            return self.first.shapes
+        beside = {path: leaf for path, leaf in self.trained.items() if is_adapter(path)}
+        return self.first.shapes | {
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in beside.items()
+        }
+
+    @property
+    def adapters(self) -> LoRAConfig | None:
+        """Of the adapters beside quantized weights, as they answer: without dropout."""
+        if self.first.config.text.quantization is None or not any(map(is_adapter, self.trained)):
+            return None
+        return dataclasses.replace(self.lora, dropout=0.0)
 
     @functools.cached_property
     def trained(self) -> dict[str, Any]:

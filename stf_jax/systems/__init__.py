@@ -118,18 +118,20 @@ def published_models() -> Iterator[tuple[str, LlavaConfig]]:
             )
 
 
-def named_config(name: str) -> LlavaConfig:
+def named_config(name: str, *, quantization: str | None = None) -> LlavaConfig:
     """A published size, such as "llava_stf_7b", or "tiny".
 
+    Args:
+        name: of the size.
+        quantization: the scheme in which its language model is stored.
+
     Raises:
-        ValueError: there is none of that name; lists them.
+        ValueError: there is none of that name, and lists them; or a scheme that does not fit.
     """
-    if name == "tiny":
-        return tiny_config()
-    models = dict(published_models())
+    models = {**dict(published_models()), "tiny": tiny_config()}
     if name not in models:
-        raise ValueError(f"architecture {name!r} is not one of {', '.join([*models, 'tiny'])}")
-    return models[name]
+        raise ValueError(f"architecture {name!r} is not one of {', '.join(models)}")
+    return models[name].with_quantization(quantization)
 
 
 def tiny_config() -> LlavaConfig:

@@ -400,10 +400,25 @@ class LlavaConfig:
         """The side in pixels at which the tower sees an image."""
         return self.system.image_size(self.vision)
 
+    def with_quantization(self, scheme: str | None) -> "LlavaConfig":
+        """The same model with its language model stored in a scheme; None is as plain numbers.
+
+        Raises:
+            ValueError: the scheme is unknown, or does not divide the model.
+        """
+        return dataclasses.replace(self, text=dataclasses.replace(self.text, quantization=scheme))
+
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dictionaries, ready for JSON or YAML."""
         return {
             "vision": dataclasses.asdict(self.vision),
-            "text": dataclasses.asdict(self.text),
+            "text": self._text(),
             "system": self.system.to_dict(),
         }
+
+    def _text(self) -> dict[str, Any]:
+        """Releases before quantization read what has none."""
+        text = dataclasses.asdict(self.text)
+        if text["quantization"] is None:
+            del text["quantization"]
+        return text

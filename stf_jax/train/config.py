@@ -67,6 +67,7 @@ class TrainConfig:
             adapters of the language model in place of its weights.
         architecture: a named size, such as "llava_stf_7b", that the model must have; what
             `stf-jax plan` reads where there are no weights yet.
+        quantization: of `architecture`, such as "int4"; null is plain numbers.
         epochs: passes over the data.
         steps: of the whole run, in place of epochs.
         micro_batches: parts of a batch whose gradients are added up one after the other.
@@ -90,6 +91,7 @@ class TrainConfig:
     out: str
     stage: Stage = "finetune"
     architecture: str | None = None
+    quantization: str | None = None
     epochs: int = 1
     steps: int | None = None
     micro_batches: int = 1
@@ -140,7 +142,7 @@ class TrainConfig:
         if problems:
             raise ValueError("; ".join(problems))
         if self.architecture is not None:
-            named_config(self.architecture)
+            named_config(self.architecture, quantization=self.quantization)
 
     @classmethod
     def load(cls, path: epath.PathLike, overrides: Sequence[str] = ()) -> Self:

@@ -70,6 +70,7 @@ def train(config: TrainConfig) -> Ending:
     out = epath.Path(config.out)
     _check_out(out)
     first = open_model(config.model)
+    _check_quantization(config, first)
     _check_architecture(config, first)
     files = extra_files(first.extras)
     processors = read_processors(first.extras / "hf", files, config=first.config)
@@ -381,12 +382,30 @@ def _check_out(out: epath.Path) -> None:
         )
 
 
+def _check_quantization(config: TrainConfig, first: NativeCheckpoint) -> None:
+    scheme = first.config.text.quantization
+    if first.adapters is not None:
+        raise TrainingError(
+            f"{config.model} is a LoRA run over {scheme} weights, which its adapters cannot be "
+            f"merged into; train from stf-jax convert export {config.model} OUT --layout native "
+            "--dequantize"
+        )
+    if scheme is not None and config.stage == "finetune":
+        raise TrainingError(
+            f"{config.model} has {scheme} weights, which stage finetune would have to change; "
+            "choose --stage=lora, or name the model that it was made from"
+        )
+
+
 def _check_architecture(config: TrainConfig, first: NativeCheckpoint) -> None:
     if config.architecture is None:
         return
     wanted, actual = (
         flatten(dataclasses.asdict(sizes))
-        for sizes in (named_config(config.architecture), first.config)
+        for sizes in (
+            named_config(config.architecture, quantization=config.quantization),
+            first.config,
+        )
     )
     # Padding of the vocabulary is the importer's choice.
     differences = [

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from stf_jax.data.batch import Batch
 from stf_jax.data.images import ImageProcessor
 from stf_jax.models.llava import Llava
+from stf_jax.models.quantization import is_quantized
 from stf_jax.parallel.hosts import BatchLayout
 from stf_jax.parallel.sharding import ShardingRules
 from stf_jax.store.arrays import flatten
@@ -87,21 +88,44 @@ class TrainProgram:
         Args:
             options: of the compiler's, besides those that the chip asks for.
         """
-        lowered: Any = self.step.lower(self.state, self.frozen, self.batch)  # type: ignore[attr-defined]
-        return lowered.compile({**self._chip_options, **options})
+        return self._compile(self.step, self.state, self.frozen, self.batch, options=options)
 
     def compile_loss(self) -> Any:
         """The loss as an executable, of the same shapes and shardings."""
-        parameters = self.state.parameters
-        lowered: Any = self.loss.lower(parameters, self.frozen, self.batch)  # type: ignore[attr-defined]
-        return lowered.compile(self._chip_options)
+        return self._compile(self.loss, self.state.parameters, self.frozen, self.batch, options={})
+
+    def _compile(self, jitted: Any, *arguments: Any, options: Mapping[str, Any]) -> Any:
+        packed = any(leaf.dtype == jnp.int4 for leaf in self.frozen.values())
+        if packed and self._device.platform == "cpu":
+            return _Jitted(jitted)
+        return jitted.lower(*arguments).compile({**self._chip_options, **options})
 
     @property
     def _chip_options(self) -> dict[str, str]:
-        mesh = self.layout.mesh
-        devices = jax.devices() if mesh is None else mesh.devices.flat
         tokens = self.layout.rows_per_device * self.batch.ids.shape[-1]
-        return compiler_options(devices[0].device_kind, tokens=tokens)
+        return compiler_options(self._device.device_kind, tokens=tokens)
+
+    @property
+    def _device(self) -> Any:
+        mesh = self.layout.mesh
+        return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+
+
+class _Jitted:
+    """In place of an executable, compiled at its first call.
+
+    An executable refuses arrays of int4 on CPU, which do not say that they hold two values a byte
+    (JAX 0.10); `jax.jit` does not ask them.
+    """
+
+    def __init__(self, function: Any):
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+    def memory_analysis(self) -> None:
+        """Nothing is known of it yet."""
 
 
 def make_program(
@@ -162,7 +186,10 @@ def make_program(
         loss=make_loss(noiseless, dtype=dtype, normalize_pixels=normalize),
         optimizer=optimizer,
         state=jax.tree.map(lambda leaf: _on(leaf, leaf.dtype, mesh), state),
-        frozen={path: _on(leaf, dtype, mesh) for path, leaf in frozen.items()},
+        frozen={
+            path: _on(leaf, leaf.dtype if is_quantized(path) else dtype, mesh)
+            for path, leaf in frozen.items()
+        },
         batch=layout.like(_batch(config, model)),
         layout=layout,
     )

@@ -20,6 +20,7 @@ from stf_jax.data.tokenizer import IGNORED_LABEL
 from stf_jax.models.keys import StepKey
 from stf_jax.models.layers import Remat
 from stf_jax.models.llava import Llava
+from stf_jax.models.quantization import is_quantized
 from stf_jax.store.arrays import flatten, unflatten
 from stf_jax.train.optimizer import Parameters
 
@@ -94,7 +95,7 @@ def make_step(
     def loss_of(
         trained: Parameters, frozen: Parameters, keys: Parameters, batch: Batch
     ) -> tuple[Array, Array]:
-        leaves = {path: leaf.astype(dtype) for path, leaf in {**trained, **frozen}.items()} | keys
+        leaves = cast_parameters({**trained, **frozen}, dtype) | keys
         batch = _normalize(batch, normalize_pixels)
         return nnx.merge(graph, unflatten(leaves)).loss(batch, remat=remat)
 
@@ -161,7 +162,7 @@ def make_loss(
     graph = nnx.graphdef(model)
 
     def loss(trained: Parameters, frozen: Parameters, batch: Batch) -> tuple[Array, Array]:
-        leaves = {path: leaf.astype(dtype) for path, leaf in {**trained, **frozen}.items()}
+        leaves = cast_parameters({**trained, **frozen}, dtype)
         network = nnx.merge(graph, unflatten(leaves))
 
         def micro(carry: tuple[Array, Array], rows: Batch) -> tuple[tuple[Array, Array], None]:
@@ -180,6 +181,14 @@ def _normalize(batch: Batch, normalize_pixels: Callable[[Array], Array]) -> Batc
     if batch.features is not None:
         return batch
     return dataclasses.replace(batch, pixels=normalize_pixels(batch.pixels))
+
+
+def cast_parameters(parameters: Parameters, dtype: DTypeLike) -> Parameters:
+    """In the dtype of a pass; integers and their scales stay what they are."""
+    return {
+        path: leaf if is_quantized(path) else leaf.astype(dtype)
+        for path, leaf in parameters.items()
+    }
 
 
 def init_state(parameters: Parameters, optimizer: optax.GradientTransformation) -> TrainState:
