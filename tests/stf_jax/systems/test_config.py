@@ -53,8 +53,8 @@ TEXT = TextConfig(
     eos_ids=(12, 13),
     pad_id=14,
 )
-# Sizes of the mesh's padding are ours alone: no published config has them.
-NOT_IN_HF = {"vocab_padding"}
+# The padding for a mesh and the form of the weights are ours alone: no published config has them.
+NOT_IN_HF = {"vocab_padding", "quantization"}
 
 
 def fields(config: object) -> dict[str, object]:
