@@ -27,8 +27,8 @@ from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.infer.answers import AnswerBuilder
 from stf_jax.infer.engine import Engine, batch_sizes, room_for
 from stf_jax.infer.prompts import Prompt, bucket
+from stf_jax.infer.room import Room
 from stf_jax.infer.sampling import GREEDY
-from stf_jax.infer.scheduler import Room
 from stf_jax.serve.metrics import Metrics
 from stf_jax.serve.worker import Worker
 

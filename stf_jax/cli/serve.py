@@ -46,11 +46,21 @@ def add_serve(verbs: Verbs) -> None:
         help="that clients must send (STF_JAX_API_KEY, or none)",
     )
     parser.add_argument(
+        "--images", type=int, default=16, metavar="N", help="of a request at most (16)"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        default=(),
+        metavar="K",
+        help="of an image, that requests may ask for; each is a model of its own, NAME@K (all)",
+    )
+    parser.add_argument(
         "--warm-question",
         type=int,
-        default=128,
         metavar="N",
-        help="the longest question that is compiled for before the first request (128)",
+        help="tokens behind the last image, up to which is compiled for at the start (--context)",
     )
     parser.add_argument(
         "--grace",
@@ -88,6 +98,8 @@ def _serve(options: argparse.Namespace) -> None:
         queue=options.queue,
         domains=tuple(options.allow_domain),
         api_key=options.api_key,
+        images=options.images,
+        tokens=tuple(options.tokens),
         warm_question=options.warm_question,
         grace=options.grace,
     )

@@ -13,8 +13,9 @@ from jaxtyping import Int
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.infer.program import Program, limit_new_tokens
 from stf_jax.infer.prompts import Prompt, bucket
+from stf_jax.infer.room import Room
 from stf_jax.infer.sampling import Sampling
-from stf_jax.infer.scheduler import Room, Scheduler, shape_of, vision_tokens
+from stf_jax.infer.scheduler import Scheduler, shape_of, vision_tokens
 from stf_jax.models.cache import CacheDType
 from stf_jax.models.connector import Architecture
 from stf_jax.models.llava import Llava

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from stf_jax.data.batch import Batch
 from stf_jax.infer.program import Program
-from stf_jax.infer.scheduler import Room
+from stf_jax.infer.room import Room
 from stf_jax.infer.slots import Slots, Suffixes
 from stf_jax.models.cache import CacheDType, KVCache
 from stf_jax.models.layers import unstack

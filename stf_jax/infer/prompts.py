@@ -245,16 +245,21 @@ def bucket(length: int, *, least: int = 64) -> int:
 
 
 def pad_prompts(
-    prompts: Sequence[Prompt], *, rows: int, image_size: int, uniform: bool = False
+    prompts: Sequence[Prompt],
+    *,
+    rows: int,
+    image_size: int,
+    uniform: bool = False,
+    images: int | None = None,
 ) -> Batch:
-    """Pads prompts to the next bucket of the longest, to the most images, to `rows`.
+    """Pads prompts to the next bucket of the longest, to `images` or the most, to `rows`.
 
     They have one budget and one `clip_shape`, and where they are `uniform` as many images each.
     Rows beyond the prompts hold one token, so that nothing they compute is undefined.
     """
     loaded = [prompt.load() for prompt in prompts]
     length = bucket(max(len(prompt.ids) for prompt in prompts))
-    images = max(map(len, loaded))
+    images = max(map(len, loaded)) if images is None else images
     if prompts[0].layout is not None:
         # The same for all clips of at most so many frames.
         clips, frames, beside = prompts[0].clip_shape

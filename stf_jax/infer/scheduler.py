@@ -5,85 +5,27 @@ such prefixes lie in the rows of a pool, where the one that was used longest ago
 is: fill free slots, decode on the devices until enough slots are free again, hand out the tokens.
 """
 
-import dataclasses
 import itertools
 import threading
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
-from jaxtyping import Int
 
+from stf_jax.data.batch import Batch
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.infer.pool import PoolRows
 from stf_jax.infer.program import Program
 from stf_jax.infer.prompts import LEAST_QUESTION, Prompt, bucket, pad_prompts
+from stf_jax.infer.room import Progress, Room, Ticket
 from stf_jax.infer.sampling import Sampling
-from stf_jax.infer.slots import Choice, Draws, Suffixes, choice_of
+from stf_jax.infer.slots import CHOICES, Choice, Draws, Suffixes, choice_of
 from stf_jax.models.cache import Split
 from stf_jax.models.connector import Architecture
 
 _READERS = 4
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Room:
-    """What a scheduler has the devices hold, which is fixed as long as it lives.
-
-    Attributes:
-        slots: answers in the making at a time.
-        rows: prefixes or questions that go into one call.
-        contexts: positions of a slot, by group of layers.
-        new: tokens of an answer.
-        kept: prefixes in the pool, `rows` or more.
-        prefixes: positions of a prefix, by group of layers.
-    """
-
-    slots: int
-    rows: int
-    contexts: tuple[int, ...]
-    new: int
-    kept: int
-    prefixes: tuple[int, ...]
-
-
-class Ticket:
-    """A request on its way to its answer.
-
-    Attributes:
-        prompt: what is asked.
-        sampling: how tokens are chosen.
-        most: tokens of the answer.
-        reused: positions whose cache was there already when it came in.
-        ids: the answer so far.
-        finished: whether nothing more comes.
-        error: why there is no answer, if an image cannot be used.
-    """
-
-    def __init__(self, prompt: Prompt, split: Split, *, sampling: Sampling, most: int, key: object):
-        self.prompt, self.split, self.key = prompt, split, key
-        self.sampling, self.most = sampling, most
-        self.reused = 0
-        self.ids: list[int] = []
-        self.finished = False
-        self.error: Exception | None = None
-        self.loading: Future[Prompt] | None = None
-
-    def load(self, readers: ThreadPoolExecutor) -> Future[Prompt]:
-        """Begins to read the images of its prefix, if that has not begun."""
-        if self.loading is None:
-            self.loading = readers.submit(self.prompt.until, self.split.prefilled)
-        return self.loading
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """What a step brought to one answer."""
-
-    ticket: Ticket
-    ids: Int[np.ndarray, "new"]
 
 
 class Scheduler:
@@ -173,6 +115,50 @@ class Scheduler:
         with self._lock:
             self._canceled.add(ticket)
 
+    def warm_up(self, prompts: Iterable[Prompt], *, longest: int) -> int:
+        """Compiles for all requests like these before they come; how many programs there are.
+
+        Args:
+            prompts: of every length and number of images.
+            longest: tokens behind a prefix.
+        """
+        room, system, vision = self.room, self._config.system, self._config.vision
+        nowhere, seen = np.full(room.rows, room.kept, np.int32), set[object]()
+        lengths, sizes = set[tuple[int, ...]](), set[int]()
+        for prompt in prompts:
+            split = self.split(prompt)
+            held = system.held(prompt.ids[: split.prefilled], vision)
+            if any(size > most for size, most in zip(held, room.prefixes, strict=True)):
+                continue
+            lengths.add(self._rounded(held))
+            images = self._images(len(prompt.load()))
+            asked = None if prompt.question is None else len(prompt.question)
+            shape = shape_of(prompt, split, uniform=system.compacts), images, asked
+            if shape not in seen:
+                seen.add(shape)
+                prefixes = self._program.prefill(self._batch([prompt.until(split.prefilled)]))
+                self._pool = self._program.keep(self._pool, prefixes, nowhere)
+        for length in range(1, longest + 1):
+            sizes.add(_power(length, least=LEAST_QUESTION))
+        inserts = [
+            (of_prefix, size, choice)
+            for of_prefix in _largest(lengths)
+            for size in sorted(sizes)
+            for choice in CHOICES[::2]
+        ]
+        for of_prefix, size, choice in inserts:
+            none = Suffixes.empty(room.rows, size, slots=room.slots)
+            self._state = self._program.insert(
+                self._state, self._pool, none, lengths=of_prefix, choice=_first_choice(choice)
+            )
+        for choice in CHOICES:
+            self._state = self._program.decode(
+                self._state, stopped=np.ones(room.slots, bool), every=1, enough=1, choice=choice
+            )
+        self.clear([])
+        jax.block_until_ready(self._state.finished)
+        return len(seen) + len(inserts) + len(CHOICES)
+
     def step(self, *, every: int) -> list[Progress]:
         """Fills free slots and decodes `every` steps at most; what is new, by answer."""
         self._drop_canceled()
@@ -247,9 +233,9 @@ class Scheduler:
             self._state = self._program.insert(
                 self._state,
                 self._pool,
-                _questions(chosen, rows=rows, slots=self.room.slots),
+                self._questions(chosen),
                 lengths=self._lengths(tickets),
-                choice=self._choice([*self._taken.values(), *tickets]),
+                choice=_first_choice(self._choice([*self._taken.values(), *tickets])),
             )
             for ticket, row, slot in chosen:
                 self._taken[slot] = ticket
@@ -319,18 +305,27 @@ class Scheduler:
         if cached:
             prefixes = self._program.join(cached, rows=rows)
         else:
-            batch = pad_prompts(
-                list(prompts.values()),
-                rows=rows,
-                image_size=self._config.image_size,
-                uniform=self._config.system.compacts,
-            )
-            prefixes = self._program.prefill(batch)
+            prefixes = self._program.prefill(self._batch(list(prompts.values())))
         at = np.full(rows, self.room.kept, np.int32)
         at[: len(prompts)] = list(prompts)
         self._pool = self._program.keep(self._pool, prefixes, at)
         for row in prompts:
             self._rows.fill(row)
+
+    def _batch(self, prompts: Sequence[Prompt]) -> Batch:
+        images = max(len(prompt.load()) for prompt in prompts)
+        return pad_prompts(
+            prompts,
+            rows=self.room.rows,
+            image_size=self._config.image_size,
+            uniform=self._config.system.compacts,
+            images=self._images(images),
+        )
+
+    def _images(self, count: int) -> int:
+        """Images of a batch: where each row has as many, these, and else rounded up as lengths."""
+        few = self.room.few and not self._config.system.compacts
+        return _power(count, least=1) if few and count else count
 
     def _read_ahead(self) -> None:
         """Begins to read the images that come next."""
@@ -353,10 +348,29 @@ class Scheduler:
         held = [
             system.held(ticket.prompt.ids[: ticket.split.prefilled], vision) for ticket in tickets
         ]
-        return tuple(
-            min(bucket(max(sizes)), most)
-            for sizes, most in zip(zip(*held, strict=True), self._pool.sizes, strict=True)
-        )
+        longest = [max(sizes) for sizes in zip(*held, strict=True)]
+        return self._rounded(longest)
+
+    def _rounded(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        size_of = _power if self.room.few else bucket
+        most = self._pool.sizes
+        return tuple(min(size_of(size), limit) for size, limit in zip(sizes, most, strict=True))
+
+    def _questions(self, chosen: list[tuple[Ticket, int, int]]) -> Suffixes:
+        """(request, row of its prefix, slot) as arrays, padded to a bucket and to `rows`."""
+        rest = [ticket.prompt.ids[ticket.split.start :] for ticket, _, _ in chosen]
+        size_of = _power if self.room.few else bucket
+        length = size_of(max(map(len, rest)), least=LEAST_QUESTION)
+        questions = Suffixes.empty(self.room.rows, length, slots=self.room.slots)
+        draws = Draws.of([(ticket.sampling, ticket.most) for ticket, _, _ in chosen])
+        for row, (ids, (ticket, prefix, slot)) in enumerate(zip(rest, chosen, strict=True)):
+            questions.ids[row, : len(ids)] = ids
+            questions.lengths[row], questions.starts[row] = len(ids), ticket.split.start
+            questions.prefixes[row], questions.slots[row] = prefix, slot
+        arrays = zip(jax.tree.leaves(questions.draws), jax.tree.leaves(draws), strict=True)
+        for into, values in arrays:
+            into[: len(chosen)] = values
+        return questions
 
     def _choice(self, tickets: Iterable[Ticket]) -> Choice:
         return choice_of(ticket.sampling for ticket in tickets)
@@ -374,16 +388,21 @@ def vision_tokens(prompt: Prompt) -> int:
     return int((prompt.ids == IMAGE_TOKEN_ID).sum())
 
 
-def _questions(chosen: list[tuple[Ticket, int, int]], *, rows: int, slots: int) -> Suffixes:
-    """(request, row of its prefix, slot) as arrays, padded to a bucket and to `rows`."""
-    rest = [ticket.prompt.ids[ticket.split.start :] for ticket, _, _ in chosen]
-    length = bucket(max(map(len, rest)), least=LEAST_QUESTION)
-    questions = Suffixes.empty(rows, length, slots=slots)
-    draws = Draws.of([(ticket.sampling, ticket.most) for ticket, _, _ in chosen])
-    for row, (ids, (ticket, prefix, slot)) in enumerate(zip(rest, chosen, strict=True)):
-        questions.ids[row, : len(ids)] = ids
-        questions.lengths[row], questions.starts[row] = len(ids), ticket.split.start
-        questions.prefixes[row], questions.slots[row] = prefix, slot
-    for into, values in zip(jax.tree.leaves(questions.draws), jax.tree.leaves(draws), strict=True):
-        into[: len(chosen)] = values
-    return questions
+def _power(length: int, *, least: int = 64) -> int:
+    """The next of 64, 128, 256, ...; `least`, a power of two, is where the sizes begin."""
+    return max(least, 1 << (length - 1).bit_length())
+
+
+def _first_choice(choice: Choice) -> Choice:
+    """How the first token is chosen: what serves all that are not greedy costs little once."""
+    return "greedy" if choice == "greedy" else "likely"
+
+
+def _largest(sizes: set[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """These, and the largest by place of any of them together."""
+    closed, new = set[tuple[int, ...]](), {*sizes}
+    while new:
+        closed |= new
+        pairs = itertools.product(closed, new)
+        new = {tuple(map(max, zip(*pair, strict=True))) for pair in pairs} - closed
+    return sorted(closed)

@@ -16,6 +16,9 @@ from stf_jax.models.cache import KVCache
 Choice: TypeAlias = Literal["greedy", "drawn", "likely"]
 
 
+CHOICES: tuple[Choice, ...] = ("greedy", "drawn", "likely")
+
+
 def choice_of(samplings: Iterable[Sampling]) -> Choice:
     """What serves all of these."""
     choice: Choice = "greedy"

@@ -64,6 +64,13 @@ class Service:
     status: str = "loading"
     ready: Ready | None = None
 
+    @property
+    def names(self) -> dict[str, int | None]:
+        """What clients may call the model, and the tokens of an image under that name."""
+        budgets = [] if self.ready is None else self.ready.prompts.budgets
+        each = {f"{self.name}@{budget}": budget for budget in budgets} if budgets[1:] else {}
+        return {self.name: None, **each}
+
     def get(self) -> Ready:
         """The model.
 
@@ -88,13 +95,13 @@ def make_app(service: Service) -> FastAPI:
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
         _check_key(service, request)
-        return {"object": "list", "data": [_describe(service)]}
+        return {"object": "list", "data": [_describe(service, name) for name in service.names]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str, request: Request) -> dict[str, Any]:
         _check_key(service, request)
         _check_name(service, name)
-        return _describe(service)
+        return _describe(service, name)
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -141,15 +148,22 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         came = time.monotonic()
         _check_key(service, request)
         asked: ChatRequest = await _read(request, ChatRequest)
-        _check_name(service, asked.model)
         ready, builder_of = service.get(), service.get().model.make_builder
+        budget = _check_name(service, asked.model)
+        if budget and asked.image_tokens not in (None, budget):
+            raise ApiError(
+                400,
+                f"image_tokens is {asked.image_tokens} and the model {asked.model!r}; make the two "
+                "agree",
+                param="image_tokens",
+            )
         ready.worker.check_queue()
         async with decoding:
             prompt, template = await run_in_threadpool(
-                ready.prompts.chat, asked.messages, tokens=asked.image_tokens
+                ready.prompts.chat, asked.messages, tokens=budget or asked.image_tokens
             )
         builder = _checked(lambda: builder_of(template, asked.stops))
-        form = Form(service.name, chat=True)
+        form = Form(asked.model or service.name, chat=True)
         return await _respond(service, request, asked, prompt, builder, form, came=came)
 
     @app.post("/v1/completions")
@@ -157,8 +171,8 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         came = time.monotonic()
         _check_key(service, request)
         asked: CompletionRequest = await _read(request, CompletionRequest)
-        _check_name(service, asked.model)
         ready = service.get()
+        _check_name(service, asked.model)
         ready.worker.check_queue()
         async with decoding:
             prompt = await run_in_threadpool(ready.prompts.plain, asked.prompt)
@@ -168,7 +182,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
                 model.tokenizer, stop_ids=model.config.text.eos_ids, stops=asked.stops
             )
         )
-        form = Form(service.name, chat=False)
+        form = Form(asked.model or service.name, chat=False)
         return await _respond(service, request, asked, prompt, builder, form, came=came)
 
 
@@ -211,25 +225,33 @@ def _check_key(service: Service, request: Request) -> None:
         raise ApiError(401, "wrong API key; send Authorization: Bearer KEY", code="invalid_api_key")
 
 
-def _check_name(service: Service, name: str | None) -> None:
-    if name not in (None, "", service.name):
+def _check_name(service: Service, name: str | None) -> int | None:
+    """The tokens of an image that a name stands for, where it stands for any.
+
+    Raises:
+        ApiError: there is no such model.
+    """
+    if not name:
+        return None
+    if name not in service.names:
         raise ApiError(
             404,
-            f"there is no model {name!r}; this server has {service.name!r}",
+            f"there is no model {name!r}; this server has {' and '.join(map(repr, service.names))}",
             param="model",
             code="model_not_found",
         )
+    return service.names[name]
 
 
-def _describe(service: Service) -> dict[str, Any]:
-    described = {"id": service.name, "object": "model", "created": 0, "owned_by": "stf-jax"}
+def _describe(service: Service, name: str) -> dict[str, Any]:
+    described = {"id": name, "object": "model", "created": 0, "owned_by": "stf-jax"}
     if service.ready is None:
         return described
-    config = service.ready.model.config
+    config, budgets = service.ready.model.config, service.ready.prompts.budgets
     return described | {
         "max_model_len": service.ready.worker.context,
         # Ours: the tokens of an image, for the page.
-        "image_tokens": list(config.system.budgets(config.vision)),
+        "image_tokens": budgets if service.names[name] is None else [service.names[name]],
         "image_size": config.image_size,
     }
 

@@ -34,6 +34,7 @@ class Prompts:
         domains: from which an image may be fetched.
         most_images: of a request.
         context: positions of a request, its answer included; by default the model's own.
+        budgets: tokens of an image that may be asked for; by default all of the system's.
     """
 
     def __init__(
@@ -44,10 +45,15 @@ class Prompts:
         domains: Collection[str] = (),
         most_images: int = 16,
         context: int | None = None,
+        budgets: Collection[int] = (),
     ):
         self._model, self.template = model, fit_template(template, model.tokenizer)
         self._longest = _LONGEST_TOKEN * (context or model.config.text.max_positions)
-        self._domains, self._most_images = frozenset(domains), most_images
+        self._domains, self.most_images = frozenset(domains), most_images
+        every = model.config.system.budgets(model.config.vision)
+        #: The most first, which is the default.
+        chosen = {model.config.choose_budget(budget) for budget in budgets or every}
+        self.budgets = sorted(chosen, reverse=True)
 
     def chat(
         self, messages: Sequence[Message], *, tokens: int | None = None
@@ -77,10 +83,10 @@ class Prompts:
                 raise ApiError(400, "only a user's message can show images", param="messages")
             urls += message.images
             turns.append(f"{IMAGE_MARKER}\n" * len(message.images) + _words(message.text))
-        if len(urls) > self._most_images:
+        if len(urls) > self.most_images:
             raise ApiError(
                 400,
-                f"the messages show {len(urls)} images; give {self._most_images} at most",
+                f"the messages show {len(urls)} images; give {self.most_images} at most",
                 param="messages",
             )
         if not _words(rest[-1].text).strip():
@@ -88,8 +94,7 @@ class Prompts:
         history = list(zip(turns[:-1:2], turns[1:-1:2], strict=True))
         try:
             text = render_prompt(turns[-1], template=template, history=history)
-            budget = self._model.config.choose_budget(tokens)
-            return self._make(text, urls, budget), template
+            return self._make(text, urls, self._budget(tokens)), template
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from error
 
@@ -107,7 +112,18 @@ class Prompts:
         text = _words(text)
         if not text:
             raise ApiError(400, "the prompt is empty", param="prompt")
-        return self._make(PromptText(text=text, typed=((0, len(text)),)), [], None)
+        return self._make(PromptText(text=text, typed=((0, len(text)),)), [], self.budgets[0])
+
+    def _budget(self, tokens: int | None) -> int:
+        if tokens is None:
+            return self.budgets[0]
+        budget = self._model.config.choose_budget(tokens)
+        if budget not in self.budgets:
+            some = " or ".join(map(str, self.budgets))
+            raise ApiError(
+                400, f"this server shows an image in {some} tokens", param="image_tokens"
+            )
+        return budget
 
     def _system(self, messages: Sequence[Message]) -> tuple[Template, Sequence[Message]]:
         if messages[0].role not in ("system", "developer"):
@@ -120,7 +136,7 @@ class Prompts:
         except ValueError as error:
             raise ApiError(400, str(error).partition(": ")[2], param="messages") from error
 
-    def _make(self, text: PromptText, urls: Sequence[str], budget: int | None) -> Prompt:
+    def _make(self, text: PromptText, urls: Sequence[str], budget: int) -> Prompt:
         if len(text.text) > self._longest:
             raise ApiError(
                 400,
@@ -132,7 +148,8 @@ class Prompts:
         for source in sources:
             _check_size(source)
         pixels = read_pixels(sources, self._model.image_processor, upright=True, unnamed="an image")
-        return self._finish(text, pixels, self._model.config.choose_budget(budget))
+        # Text alone has one program, whatever an image would take.
+        return self._finish(text, pixels, budget if urls else self.budgets[0])
 
     def _finish(self, text: PromptText, pixels: np.ndarray, budget: int) -> Prompt:
         return make_prompt(

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType
 
 import numpy as np
@@ -13,13 +13,12 @@ import uvicorn
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.infer.engine import Engine, batch_sizes, room_for
 from stf_jax.infer.model import Model
-from stf_jax.infer.prompts import Prompt, bucket
-from stf_jax.infer.sampling import GREEDY, Sampling
-from stf_jax.infer.scheduler import Room
+from stf_jax.infer.prompts import bucket
+from stf_jax.infer.room import Room
 from stf_jax.models.connector import Architecture
 from stf_jax.serve.app import Ready, Service, make_app
 from stf_jax.serve.prompts import Prompts
-from stf_jax.serve.schema import Message
+from stf_jax.serve.warm import every_length
 from stf_jax.serve.worker import Worker
 from stf_jax.util.errors import explain_memory
 
@@ -44,7 +43,10 @@ class ServeConfig:
         queue: requests that may wait.
         domains: from which images may be fetched.
         api_key: that clients must send.
-        warm_question: the longest question that is compiled for before the first request.
+        images: of a request.
+        tokens: of an image, that may be asked for; none is all that the system has.
+        warm_question: tokens behind the last image, up to which is compiled for before the first
+            request; None is all that there is room for.
         grace: seconds that answers have to end in when the server stops.
     """
 
@@ -60,13 +62,16 @@ class ServeConfig:
     queue: int = 256
     domains: tuple[str, ...] = ()
     api_key: str | None = None
-    warm_question: int = 128
+    images: int = 16
+    tokens: tuple[int, ...] = ()
+    warm_question: int | None = None
     grace: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("slots", "max_new_tokens", "prefixes", "queue", "warm_question"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
+        for name in ("slots", "max_new_tokens", "prefixes", "queue", "images", "warm_question"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; give 1 or more")
         if not 0 <= self.port < 2**16:
             raise ValueError(f"port is {self.port}; give 0 (any free one) to {2**16 - 1}")
         if self.grace < 0:
@@ -108,6 +113,7 @@ class ServeConfig:
             new=bucket(new),
             kept=kept,
             prefixes=_prefixes(config, prefix, contexts),
+            few=True,
         )
 
 
@@ -174,13 +180,20 @@ def serve(load: Callable[[], Model], config: ServeConfig) -> None:
 
 
 def make_ready(model: Model, config: ServeConfig, service: Service) -> Ready:
-    """The model with its worker, after everything that is common has been compiled.
+    """The model with its worker, after everything that can come has been compiled.
 
     Raises:
         ValueError: a template that does not fit, or more positions than the model has.
     """
     room, context = config.room(model.engine), config.positions(model.engine)
-    prompts = Prompts(model, template=config.template, domains=config.domains, context=context)
+    prompts = Prompts(
+        model,
+        template=config.template,
+        domains=config.domains,
+        most_images=config.images,
+        context=context,
+        budgets=config.tokens,
+    )
     service.status = "warming up"
     start = time.perf_counter()
     shortage = (
@@ -189,7 +202,6 @@ def make_ready(model: Model, config: ServeConfig, service: Service) -> Ready:
         "--cache-dtype int8"
     )
     with explain_memory(shortage):
-        programs = warm_up(model, prompts, room, longest=config.warm_question)
         worker = Worker(
             model.engine,
             room,
@@ -198,42 +210,10 @@ def make_ready(model: Model, config: ServeConfig, service: Service) -> Ready:
             context=context,
             new=config.max_new_tokens,
         )
-    _say(f"warm after {time.perf_counter() - start:.1f} s: {programs} shapes of requests")
+        shapes = every_length(model.config, prompts, budgets=prompts.budgets, context=context)
+        programs = worker.warm_up(shapes, longest=config.warm_question or context)
+    _say(f"warm after {time.perf_counter() - start:.1f} s: {programs} programs")
     return Ready(model=model, prompts=prompts, worker=worker)
-
-
-def warm_up(model: Model, prompts: Prompts, room: Room, *, longest: int) -> int:
-    """Answers a request of each common shape; how many there were.
-
-    Those are: no image or one, every budget, questions up to `longest` tokens, and each way to
-    choose tokens.
-    """
-    scheduler, count = model.engine.open(room), 0
-    for prompt in _shapes(model, prompts, longest=longest):
-        for sampling in (GREEDY, Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.9)):
-            count += 1
-            scheduler.submit(prompt, sampling=sampling, most=2)
-            while scheduler.busy:
-                scheduler.step(every=1)
-    scheduler.close()
-    return count
-
-
-def _shapes(model: Model, prompts: Prompts, *, longest: int) -> Iterator[Prompt]:
-    config = model.config
-    size = config.image_size
-    lengths = sorted({bucket(n, least=16) for n in range(1, longest + 1)})
-    asked = [Message(role="user", content="What is this?")]
-    text = prompts.chat(asked)[0]
-    # A prompt without images shares nothing: all of it is prefilled.
-    for length in sorted({bucket(len(text.ids) + n) for n in (0, *lengths)}):
-        yield dataclasses.replace(text, ids=np.resize(text.ids, length))
-    for budget in config.system.budgets(config.vision):
-        seen = prompts.show(np.zeros((1, size, size, 3), np.float32), budget)
-        start = config.system.split(seen.ids).start
-        for length in lengths:
-            rest = np.resize(seen.ids[start:], length)
-            yield dataclasses.replace(seen, ids=np.concatenate([seen.ids[:start], rest]))
 
 
 class _Server(uvicorn.Server):

@@ -9,15 +9,16 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Literal, TypeAlias
 
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.infer.answers import AnswerBuilder
 from stf_jax.infer.engine import Engine
 from stf_jax.infer.prompts import Prompt
+from stf_jax.infer.room import Room, Ticket
 from stf_jax.infer.sampling import Sampling
-from stf_jax.infer.scheduler import Room, Scheduler, Ticket
+from stf_jax.infer.scheduler import Scheduler
 from stf_jax.serve.metrics import Metrics
 from stf_jax.serve.schema import ApiError
 
@@ -105,6 +106,10 @@ class Worker:
     def busy(self) -> bool:
         """Whether the devices have work."""
         return self._scheduler.busy
+
+    def warm_up(self, prompts: Iterable[Prompt], *, longest: int) -> int:
+        """Compiles for all requests like these; to be called before the first one."""
+        return self._scheduler.warm_up(prompts, longest=longest)
 
     def fits(self, prompt: Prompt) -> int:
         """The tokens that an answer to a prompt can have.

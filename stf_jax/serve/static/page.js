@@ -61,32 +61,35 @@ function request() {
   };
 }
 
+// Pixels of a drawing's side, twice as many as it is wide.
+const SIDE = 512;
+
 // The image as the model sees it: a square, with the grid of what each token covers.
 function drawn(url, tokens) {
-  const canvas = make("canvas", { width: 256, height: 256, title: `${tokens} tokens` });
+  const canvas = make("canvas", { width: SIDE, height: SIDE, title: `${tokens} tokens` });
   canvas.setAttribute("role", "img");
   canvas.setAttribute("aria-label", `image in ${tokens} tokens`);
   const picture = new Image();
   picture.onload = () => {
     const context = canvas.getContext("2d");
     const side = Math.max(picture.width, picture.height);
-    const scale = 256 / side;
+    const scale = SIDE / side;
     context.fillStyle = "#7a7569";
-    context.fillRect(0, 0, 256, 256);
+    context.fillRect(0, 0, SIDE, SIDE);
     const width = picture.width * scale;
     const height = picture.height * scale;
-    context.drawImage(picture, (256 - width) / 2, (256 - height) / 2, width, height);
+    context.drawImage(picture, (SIDE - width) / 2, (SIDE - height) / 2, width, height);
     const cells = Math.sqrt(tokens);
     if (!Number.isInteger(cells)) return; // Tokens that are no squares.
     context.strokeStyle = "rgba(255, 255, 255, 0.55)";
-    context.lineWidth = 0.75;
+    context.lineWidth = 1.5;
     for (let cell = 1; cell < cells; cell += 1) {
-      const place = (cell * 256) / cells;
+      const place = (cell * SIDE) / cells;
       context.beginPath();
       context.moveTo(place, 0);
-      context.lineTo(place, 256);
+      context.lineTo(place, SIDE);
       context.moveTo(0, place);
-      context.lineTo(256, place);
+      context.lineTo(SIDE, place);
       context.stroke();
     }
   };

@@ -7,8 +7,9 @@ import pytest
 
 from stf_jax.infer.engine import Engine, room_for
 from stf_jax.infer.prompts import Prompt, bucket
+from stf_jax.infer.room import Room, Ticket
 from stf_jax.infer.sampling import GREEDY, Sampling
-from stf_jax.infer.scheduler import Room, Scheduler, Ticket
+from stf_jax.infer.scheduler import Scheduler
 from tests.stf_jax.infer.test_engine import CONFIG, SAMPLED, answers, make_engine, prompt
 
 NEW = 24
@@ -124,19 +125,23 @@ def test_what_is_not_finite_reaches_nobody_later(engine: Engine) -> None:
         assert one is spoiled or ticket.ids == answers(engine, [one], new=6)[0]
 
 
-def test_a_second_round_compiles_nothing(engine: Engine, compilations: list[str]) -> None:
-    def ask() -> list[list[int]]:
-        scheduler = engine.open(room())
-        tickets = [
-            scheduler.submit(one, sampling=sampling, most=5)
-            for one in (shown(14, 0), prompt(30), shown(40, 1, images=2))
-            for sampling in (GREEDY, SAMPLED)
-        ]
-        drain(scheduler)
-        scheduler.close()
-        return [ticket.ids for ticket in tickets]
-
-    first = ask()
+def test_after_the_warm_up_nothing_compiles(engine: Engine, compilations: list[str]) -> None:
+    """Room of its own size, so that no other test has compiled for it."""
+    few = dataclasses.replace(room(slots=3, rows=3), few=True)
+    scheduler = engine.open(few)
+    lengths = [prompt(length) for length in range(1, 60)]
+    lengths += [shown(length, 0, images=n) for n in (1, 2) for length in range(12, 60)]
     compilations.clear()
-    assert ask() == first
-    assert not compilations
+    programs = scheduler.warm_up(lengths, longest=32)
+    assert len(compilations) >= programs > 0
+    compilations.clear()
+    tickets = [
+        scheduler.submit(one, sampling=sampling, most=5)
+        for one in (shown(14, 0), prompt(30), shown(40, 1, images=2), prompt(3), shown(36, 2))
+        for sampling in (GREEDY, SAMPLED, Sampling(temperature=1.0))
+    ]
+    drain(scheduler)
+    scheduler.close()
+    assert compilations == []
+    assert tickets[0].ids == answers(engine, [shown(14, 0)], new=5)[0]
+    assert tickets[7].ids == answers(engine, [shown(40, 1, images=2)], new=5, sampling=SAMPLED)[0]

@@ -14,7 +14,7 @@ import uvicorn
 from PIL import Image
 
 import stf_jax
-from stf_jax.infer.scheduler import Room
+from stf_jax.infer.room import Room
 from stf_jax.serve.app import Ready, Service, make_app
 from stf_jax.serve.prompts import Prompts
 from stf_jax.serve.server import ServeConfig

@@ -13,8 +13,9 @@ import pytest
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.infer.engine import Engine
 from stf_jax.infer.prompts import Prompt, pad_prompts
+from stf_jax.infer.room import Room
 from stf_jax.infer.sampling import GREEDY
-from stf_jax.infer.scheduler import Room, Scheduler
+from stf_jax.infer.scheduler import Scheduler
 from stf_jax.infer.session import Session
 from stf_jax.models.cache import KVCache
 from stf_jax.models.llava import Llava
