@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from forward import IMAGE_ID, build, convert_model, make_torch
+from options import add_questions, make_parser
 
 from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 from stf_jax.infer.engine import Engine
@@ -31,20 +32,9 @@ Answers = list[list[int]]
 
 def parse() -> argparse.Namespace:
     """The sizes, the workload and the repetitions."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--layers", type=int, default=4, help="of the language model")
-    parser.add_argument("--width", type=int, default=512, help="a multiple of 128")
-    parser.add_argument("--mlp-width", type=int, default=1376)
-    parser.add_argument("--vision-layers", type=int, default=3)
-    parser.add_argument("--vision-width", type=int, default=64)
-    parser.add_argument("--images", type=int, default=4)
-    parser.add_argument("--questions", type=int, default=32, help="about each image (as in GQA)")
-    parser.add_argument("--new", type=int, default=4, help="tokens of an answer at most")
-    parser.add_argument("--slots", type=int, default=16)
+    parser = make_parser(__doc__, layers=4, width=512, mlp_width=1376)
+    add_questions(parser, questions=32, new=4)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     return parser.parse_args()
 
 

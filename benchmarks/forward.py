@@ -26,6 +26,7 @@ import torch
 import transformers
 from flax import nnx
 from machine import print_ceilings
+from options import make_parser
 
 from stf_jax.convert import open_source
 from stf_jax.data.batch import Batch
@@ -48,18 +49,10 @@ Weights = dict[str, jax.Array]
 
 def parse() -> argparse.Namespace:
     """The sizes and the repetitions."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--layers", type=int, default=8, help="of the language model")
-    parser.add_argument("--width", type=int, default=1024, help=f"a multiple of {HEAD}")
-    parser.add_argument("--mlp-width", type=int, default=2752)
-    parser.add_argument("--vision-layers", type=int, default=3)
-    parser.add_argument("--vision-width", type=int, default=64)
+    parser = make_parser(__doc__, layers=8, width=1024, mlp_width=2752)
     parser.add_argument("--text", type=int, default=60, help="tokens beside the image's")
     parser.add_argument("--new", type=int, default=16, help="tokens to decode")
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     return parser.parse_args()
 
 

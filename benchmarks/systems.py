@@ -4,6 +4,8 @@ For each system and budget: the image's tokens, FLOPs and cache, and the time of
 and some text) and of decoding, at batch 1 and larger. Contenders take turns (A, B, A, B, ...), so
 that what else the machine does falls on all of them alike; ratios are LLaVA-1.5's time over a
 system's, so more is better. `--published` prints, without a run, what 7B costs by arithmetic.
+`--torch` times PyTorch too, at batch 1, where what a released code computes is written in
+`upstream.py`; its time is given over ours.
 
     python benchmarks/systems.py                 # minutes and 4 GB on two cores
     python benchmarks/systems.py --published     # the table of docs/systems.md
@@ -11,18 +13,21 @@ system's, so more is better. `--published` prints, without a run, what 7B costs 
 
 import argparse
 import dataclasses
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
 from flax import nnx
+from forward import make_torch
+from machine import describe
+from options import make_parser
+from upstream import Upstream, connector_of
 
 from stf_jax.config.text import TextConfig
 from stf_jax.config.vision import VisionConfig
@@ -38,23 +43,24 @@ from stf_jax.systems.base import LlavaConfig
 
 Row = tuple[str, LlavaConfig, int]
 
+# Tokens of what an image is asked.
+QUESTION = 8
+
 
 def parse() -> argparse.Namespace:
     """The sizes and the repetitions."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = make_parser(
+        __doc__, layers=6, width=768, mlp_width=2048, vision_layers=6, vision_width=256
     )
-    parser.add_argument("--layers", type=int, default=6, help="of the language model")
-    parser.add_argument("--width", type=int, default=768, help="a multiple of 128")
-    parser.add_argument("--mlp-width", type=int, default=2048)
-    parser.add_argument("--vision-layers", type=int, default=6)
-    parser.add_argument("--vision-width", type=int, default=256)
     parser.add_argument("--text", type=int, default=60, help="tokens beside the image's")
     parser.add_argument("--new", type=int, default=16, help="tokens to decode")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--torch", action="store_true", help="PyTorch beside ours, at batch 1")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="of one core, where others use the machine, too"
+    )
     parser.add_argument("--published", action="store_true", help="7B by arithmetic, no run")
     return parser.parse_args()
 
@@ -137,7 +143,7 @@ class Contender:
         rng = np.random.default_rng(0)
         ids = show_image(config, rng.integers(3, 31000, text).astype(np.int32), budget)
         size = config.image_size
-        question = ids[-8:] if config.question_length else None
+        question = ids[-QUESTION:] if config.question_length else None
         prompt = Prompt(
             ids=ids,
             pixels=rng.standard_normal((1, size, size, 3), np.float32),
@@ -185,15 +191,45 @@ class Contender:
         return jax.block_until_ready(self._decode(self._state, *prefilled))
 
 
-def measure(contenders: Mapping[str, Contender], repeats: int) -> dict[str, tuple[float, float]]:
+class Timed(Protocol):
+    """What is timed."""
+
+    def prefill(self) -> Any:
+        """Image and text in, logits of the next token and the cache out."""
+
+    def decode(self, prefilled: Any) -> Any:
+        """The tokens after the first."""
+
+
+def make_torch_contenders(
+    rows: list[tuple[str, Row]], args: argparse.Namespace
+) -> dict[str, Timed]:
+    """Those of PyTorch, which share one model, under the names of ours."""
+    model, ids = make_torch(args), np.random.default_rng(0).integers(3, 31000, args.text)
+    # As little as a question has here; ours are padded to its most.
+    question = ids[-QUESTION:]
+    connectors = {name: connector_of(model, config, budget) for name, (_, config, budget) in rows}
+    torch.set_default_dtype(torch.float32)
+    return {
+        name: Upstream(model, connect, ids, args.text // 2, question, args.new)
+        for name, connect in connectors.items()
+        if connect is not None
+    }
+
+
+def measure(
+    contenders: Mapping[str, Timed], repeats: int, now: Callable[[], float]
+) -> dict[str, tuple[float, float]]:
     """The median seconds of prefill and of decoding, each once a round, after one to compile."""
     seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in contenders}
 
     def clock(run: Callable[[], Any], record: list[float], *, counts: bool) -> Any:
-        start = time.perf_counter()
+        # Threads of the other runtime that still spin would share the cores.
+        time.sleep(0.05)
+        start = now()
         result = run()
         if counts:
-            record.append(time.perf_counter() - start)
+            record.append(now() - start)
         return result
 
     for round_ in range(repeats + 1):
@@ -229,25 +265,41 @@ def main() -> None:
         kv_heads=heads,
     )
     names = list(dict.fromkeys(["llava", *args.systems]))
-    rows = list(rows_of(vision, text, names))
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {args.dtype}")
-    print(f"{'':26}{'tokens':>7}{'GFLOP':>8}{'cache':>9}" + "prefill, decode".rjust(18))
+    rows = [
+        (f"{title} {budget}", (title, config, budget))
+        for title, config, budget in rows_of(vision, text, names)
+    ]
+    now, clock = time.perf_counter, "seconds"
+    if args.cpu_time:
+        torch.set_num_threads(1)
+        now, clock = time.process_time, "processor seconds"
+    print(f"{describe()}, {args.dtype}, {clock}")
     for batch in args.batches:
-        contenders = {
-            f"{title} {budget}": Contender(
+        contenders: dict[str, Timed] = {
+            name: Contender(
                 build(config, args.dtype), budget, text=args.text, new=args.new, batch=batch
             )
-            for title, config, budget in rows
+            for name, (_, config, budget) in rows
         }
-        times = measure(contenders, args.repeats)
+        if args.torch and batch == 1:
+            theirs = make_torch_contenders(rows, args)
+            contenders |= {f"{name}, PyTorch": theirs[name] for name in theirs}
+        times = measure(contenders, args.repeats, now)
         base = next(iter(times.values()))
         print(f"batch {batch}: LLaVA-1.5 takes {base[0]:.3f} s and {base[1]:.3f} s; ratios to it")
-        for (name, (prefill, decode)), (_, config, budget) in zip(times.items(), rows, strict=True):
+        heads = ["tokens", "GFLOP", "cache", "prefill", "decode"]
+        heads += ["and of PyTorch's time to ours"] if args.torch and batch == 1 else []
+        print(f"{'':26}{'  '.join(f'{head:>7}' for head in heads)}")
+        for name, (_, config, budget) in rows:
+            prefill, decode = times[name]
             spent, cache = cost(config, budget, args.text)
             print(
-                f"{name:26}{budget:7}{spent.total / 1e9:8.0f}{cache / 2**20:7.1f} M"
-                f"{base[0] / prefill:10.2f}{base[1] / decode:8.2f}"
+                f"{name:26}{budget:7}{spent.total / 1e9:9.0f}{cache / 2**20:7.1f} M"
+                f"{base[0] / prefill:9.2f}{base[1] / decode:9.2f}",
+                end="",
             )
+            other = times.get(f"{name}, PyTorch")
+            print("" if other is None else f"{other[0] / prefill:9.2f}{other[1] / decode:9.2f}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 from flax import nnx
 from forward import IMAGE_ID, Task, build, convert_model, interleave, make_torch
 from machine import print_ceilings
+from options import make_parser
 
 from stf_jax.data.batch import Batch
 from stf_jax.data.tokenizer import IGNORED_LABEL
@@ -34,18 +35,10 @@ STEPS = 10**6
 
 def parse() -> argparse.Namespace:
     """The sizes and the repetitions."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--layers", type=int, default=4, help="of the language model")
-    parser.add_argument("--width", type=int, default=1024, help="a multiple of 128")
-    parser.add_argument("--mlp-width", type=int, default=2752)
-    parser.add_argument("--vision-layers", type=int, default=3)
-    parser.add_argument("--vision-width", type=int, default=64)
+    parser = make_parser(__doc__, layers=4, width=1024, mlp_width=2752)
     parser.add_argument("--text", type=int, default=64, help="tokens beside the image's")
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     return parser.parse_args()
 
 
