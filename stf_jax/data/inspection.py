@@ -196,7 +196,8 @@ class Inspector:
                 num_images=len(seen) if visuals else len(names),
                 visuals=visuals,
             )
-        except ClipError as error:
+        except ImageError as error:
+            # The images have been read before; what is found now is a frame.
             problems.append(finding("bad clip", str(error)))
         except ValueError as error:
             problems.append(finding("conversation", str(error)))

@@ -110,7 +110,11 @@ def test_frames_are_stored_as_images(built: Path) -> None:
 def test_check_names_what_is_wrong(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """One problem for each entry, in one line; frames count as images."""
     bad = make_bad(folder, tmp_path)
+    (tmp_path / "frame").mkdir()
+    (tmp_path / "frame" / "0.png").write_text("no image")
+    bad["frame"] = (tmp_path / "frame", "0.png: no image in a format that is read")
     names = ["cut mp4", "cut mkv", "cut avi", "text", "playlist", "empty", "sound", "folder"]
+    names += ["frame"]
     entries = [
         {"id": name, "video": os.fspath(bad[name][0]), "conversations": talk("<video>\nWhat?")}
         for name in names
@@ -130,6 +134,7 @@ def test_check_names_what_is_wrong(folder: Path, tokenizer: Tokenizer, tmp_path:
     assert len(report.problems) == len(reasons) == len(entries) - 1
     for name in names:
         assert bad[name][1] in reasons[name]
+    assert {problem.kind for problem in report.problems if problem.id in names} == {"bad clip"}
     assert "no.mp4: no such file or folder of frames; fetch it" in reasons["missing"]
     assert "nothing is downloaded" in reasons["url"]
     assert "has 2 <video> and there is 1 clip" in reasons["two"]
