@@ -19,6 +19,7 @@ from stf_jax.convert.gguf_file import GGUF_NAMES, ROPE_FACTORS, by_neighbors
 from stf_jax.convert.gguf_vocabulary import gguf_vocabulary
 from stf_jax.convert.mapping import table
 from stf_jax.convert.readers import read_json
+from stf_jax.convert.remote_code import has_code
 from stf_jax.data.images import ImageProcessor
 from stf_jax.data.processors import read_image_processor, read_tokenizer
 from stf_jax.models.llama import rope_frequencies
@@ -65,7 +66,7 @@ def check_llama_cpp(config: LlavaConfig) -> Mapping[int, LlamaCppProjector]:
         raise CheckpointError(
             f"llama.cpp has no projector that computes this system ({system.describe()}); "
             "docs/converting.md says what one would have to; use --layout "
-            f"{'hf-code' if system.hf_code(config.vision) else system.layout}"
+            f"{'hf-code' if has_code(config) else system.layout}"
         )
     return projectors
 

@@ -298,10 +298,17 @@ class System:
         """The PyTorch layout that holds such a model."""
         return "llava"
 
-    def hf_code(self, vision: VisionConfig) -> dict[str, Any] | None:
-        """What `convert/hf_code` is told to compute this system in PyTorch; None if it cannot."""
+    def hf_code(self, vision: VisionConfig) -> dict[str, Any]:
+        """What `convert/hf_code` is told to compute this system in PyTorch.
+
+        Raises:
+            ValueError: it cannot; what can.
+        """
         del vision
-        return None
+        raise ValueError(
+            f"{self.title} acts inside the language model, which is transformers' own there; use "
+            f"--layout {self.layout}"
+        )
 
     @property
     def fits_transformers(self) -> bool:

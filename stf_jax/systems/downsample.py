@@ -50,3 +50,8 @@ class Downsample(System):
     def image_size(self, vision: VisionConfig) -> int:
         """The smaller side."""
         return self.side
+
+    def hf_code(self, vision: VisionConfig) -> dict[str, Any]:
+        """Every patch of the smaller image."""
+        del vision
+        return {"kind": self.name}

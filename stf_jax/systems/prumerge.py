@@ -106,7 +106,7 @@ class PruMerge(System):
             raise ValueError(
                 f"ratio {self.ratio} keeps {top} of {patches} patches for their scores and "
                 f"{len(self.places(patches))} for their places; PruMerge+ needs as many of both: "
-                f"try {', '.join(map(str, _ratios(patches)))}"
+                f"try {', '.join(f'1/{step}' for step in _steps(patches))}"
             )
 
     @property
@@ -145,14 +145,36 @@ class PruMerge(System):
         """Selection and merging, then LLaVA-1.5's projector."""
         return PruMergeConnector(self, vision, text, init=init)
 
+    def hf_code(self, vision: VisionConfig) -> dict[str, Any]:
+        """How many patches for their scores, and which for their places."""
+        patches = vision.patches
+        if self.ratio is None:
+            fixed = 1 / _steps(patches)[0] if self.plus else 0.125
+            raise ValueError(
+                "all images need one number of tokens, and without a ratio PruMerge keeps each "
+                f"image's outliers; import it with --system prumerge --field ratio={fixed}"
+            )
+        if self.plus and not self.repeats:
+            raise ValueError(
+                "all images need one number of tokens, and PruMerge+ without repeats has fewer of "
+                "some; import it with --system prumerge --field repeats=true"
+            )
+        return {
+            "kind": self.name,
+            "top": self.top(patches),
+            "places": self.places(patches).tolist() if self.plus else [],
+            "neighbors": self.neighbors,
+            "order": self.order,
+        }
 
-def _ratios(patches: int) -> list[str]:
-    """Shares 1/s that PruMerge+ can keep for their place, the ten largest."""
+
+def _steps(patches: int) -> list[int]:
+    """The s of shares 1/s that PruMerge+ can keep for their place, the ten largest."""
     possible = []
     for step in range(2, patches):
         system = PruMerge(plus=True, ratio=1 / step)
         if len(system.places(patches)) == system.top(patches) > 0:
-            possible.append(f"1/{step}")
+            possible.append(step)
     return possible[:10]
 
 

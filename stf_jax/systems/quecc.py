@@ -109,6 +109,11 @@ class QueCC(System):
         """Compression by the question, then LLaVA-1.5's projector."""
         return QueCCConnector(self, vision, text, init=init)
 
+    def hf_code(self, vision: VisionConfig) -> dict[str, Any]:
+        """The window and the heads; the processor knows how much of a question is read."""
+        del vision
+        return {"kind": self.name, "stride": self.stride, "heads": self.heads}
+
     def flops(self, vision: VisionConfig, text: TextConfig) -> float:
         """Queries, keys and values over every patch; the question's own pass is the text's."""
         width, patches, blocks = vision.width, vision.patches, len(self.taps)

@@ -58,7 +58,7 @@ class Random(System):
         order = np.random.default_rng(self.seed).permutation(vision.patches)
         return np.sort(order[: self.keep]).astype(np.int32)
 
-    def hf_code(self, vision: VisionConfig) -> dict[str, Any] | None:
+    def hf_code(self, vision: VisionConfig) -> dict[str, Any]:
         """The patches by their numbers."""
         return {"kind": self.name, "kept": self.indices(vision).tolist()}
 

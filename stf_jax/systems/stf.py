@@ -199,7 +199,7 @@ class STF(System):
         taps = _published_taps(channels // vision.width, selected)
         return {"taps": list(taps), **fields}
 
-    def hf_code(self, vision: VisionConfig) -> dict[str, Any] | None:
+    def hf_code(self, vision: VisionConfig) -> dict[str, Any]:
         """Windows with all of their channels."""
         del vision
         mixer = None if self.mbtf is None else dataclasses.asdict(self.mbtf)

@@ -91,6 +91,16 @@ class VisToG(System):
         """Grouping, then LLaVA-1.5's projector."""
         return VisToGConnector(self, vision, text, init=init)
 
+    def hf_code(self, vision: VisionConfig) -> dict[str, Any]:
+        """The groups; noise belongs to training."""
+        del vision
+        return {
+            "kind": self.name,
+            "semantic_tokens": self.semantic_tokens,
+            "grouping": self.grouping,
+            "assign_eps": self.assign_eps,
+        }
+
     def flops(self, vision: VisionConfig, text: TextConfig) -> float:
         """The grouping, and the projector over the groups."""
         count, patches, width = self.semantic_tokens, vision.patches, vision.width

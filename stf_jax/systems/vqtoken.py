@@ -141,6 +141,26 @@ class VQToken(System):
         """LLaVA-1.5's projector, then the codebook."""
         return VQTokenConnector(self, vision, text, init=init)
 
+    def hf_code(self, vision: VisionConfig) -> dict[str, Any]:
+        """What becomes of an image; clips of several frames have no place there."""
+        if self.adaptive and self.images == "clip":
+            raise ValueError(
+                "all images need one number of tokens, and VQToken with adaptive finds a number "
+                "for each; import it with --system vqtoken --field adaptive=false"
+            )
+        patches = np.array([vision.patches], np.int32)
+        seeds = choose_seeds(jnp.asarray(patches), count=self.clusters, seed=self.seed)
+        return {
+            "kind": self.name,
+            "images": self.images,
+            "output": self.output,
+            "patches": vision.patches,
+            "seeds": np.asarray(seeds)[0].tolist(),
+            "steps": self.steps,
+            "heads": self.heads,
+            "attention_width": self.attention_width,
+        }
+
     def flops(self, vision: VisionConfig, text: TextConfig) -> float:
         """Of an image; K-means counts as one step, since nobody knows how many there will be."""
         patches, width = vision.patches, text.width

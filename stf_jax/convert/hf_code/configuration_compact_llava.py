@@ -8,7 +8,8 @@ class CompactLlavaConfig(LlavaConfig):
 
     Attributes:
         compact: `kind` (the system), `taps` (hidden states of the tower that are read, 0 is the
-            embedding), and the system's own fields.
+            embedding), `image_size` (the side in pixels at which the tower sees an image), and the
+            system's own fields, which `connector_compact_llava.py` reads.
         image_seq_length: tokens of an image.
     """
 

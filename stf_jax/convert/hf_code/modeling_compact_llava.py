@@ -1,75 +1,18 @@
 """LLaVA with few tokens an image, for `transformers` with `trust_remote_code=True`.
 
-The tower, the language model, `generate` and attention are those of transformers' LLaVA; what lies
-between tower and language model is here. Written by stf_jax, which trained the model; Apache-2.0.
+The tower, the language model, `generate` and attention are those of transformers' LLaVA. What lies
+between tower and language model is in `connector_compact_llava.py`, one file for each paper.
+Written by stf_jax, which trained the model; Apache-2.0.
 """
 
-import math
-
 import torch
-from torch import nn
-from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaModel
 
+from .base_compact_llava import read_tower
 from .configuration_compact_llava import CompactLlavaConfig
-
-
-def windows(patches: torch.Tensor, side: int) -> torch.Tensor:
-    """Patches in raster order as windows of side x side: [B, P, C] -> [B, K, C, side * side]."""
-    batch, count, channels = patches.shape
-    grid = math.isqrt(count)
-    image = patches.transpose(1, 2).reshape(batch, channels, grid, grid)
-    cut = functional.unfold(image, kernel_size=side, stride=side)
-    return cut.transpose(1, 2).reshape(batch, -1, channels, side * side)
-
-
-class CompactConnector(nn.Module):
-    """Hidden states of the tower to tokens of the language model, as `config.compact` says.
-
-    stf: hidden states are mixed by an MLP, if there are several, and each window of patches becomes
-    one token with all of its channels (arXiv 2506.07138). average: the mean of a window. m3: the
-    mean of projected tokens over windows (arXiv 2405.17430). random: named patches. llava: all.
-    """
-
-    def __init__(self, config: CompactLlavaConfig):
-        super().__init__()
-        self.compact = compact = config.compact
-        width, out = config.vision_config.hidden_size, config.text_config.hidden_size
-        self.mm_projector = nn.Sequential(
-            nn.Linear(compact["projector_inputs"], compact["projector_width"]),
-            nn.GELU(),
-            nn.Linear(compact["projector_width"], out),
-        )
-        mixer = compact.get("mbtf")
-        if mixer is not None:
-            layers = [
-                nn.Linear(len(compact["taps"]) * width, mixer["mlp_width"]),
-                nn.GELU(),
-                nn.Linear(mixer["mlp_width"], width),
-            ]
-            if mixer["last_activation"]:
-                layers.append(nn.GELU())
-            self.mm_projector_crosslayer = nn.Sequential(*layers)
-
-    def forward(self, taps: list[torch.Tensor]) -> torch.Tensor:
-        """M x [B, P, C] -> [B, K, H]."""
-        kind, compact = self.compact["kind"], self.compact
-        mixed = taps[0]
-        if compact.get("mbtf") is not None:
-            mixed = self.mm_projector_crosslayer(torch.cat(taps, dim=-1))
-        if kind == "random":
-            mixed = mixed[:, compact["kept"]]
-        elif kind == "stf":
-            # The projector counts the channels of a window as (channel, row, column).
-            mixed = windows(mixed, compact["window"]).flatten(2)
-        elif kind == "average":
-            mixed = windows(mixed, compact["window"]).mean(-1)
-        tokens = self.mm_projector(mixed)
-        if kind == "m3":
-            side = math.isqrt(tokens.shape[1] // compact["tokens"])
-            tokens = windows(tokens, side).mean(-1)
-        return tokens
+from .connector_compact_llava import CompactConnector
 
 
 class CompactLlavaModel(LlavaModel):
@@ -82,12 +25,51 @@ class CompactLlavaModel(LlavaModel):
         self.multi_modal_projector = CompactConnector(config)
         self.post_init()
 
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs):
-        """The tower's outputs; `pooler_output` is a list of [K, H], one an image."""
-        outputs = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True)
-        taps = [outputs.hidden_states[tap][:, 1:] for tap in self.config.compact["taps"]]
-        outputs.pooler_output = list(self.multi_modal_projector(taps))
-        return outputs
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        question_input_ids: torch.Tensor | None = None,
+        question_attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        """Tokens of N images: `pooler_output` is a list of [K, H], `hidden_states` are the taps.
+
+        Args:
+            pixel_values: [N, 3, height, width].
+            question_input_ids: what each image is asked, [N, Q], padded on the right, from the
+                processor; for connectors that read it.
+            question_attention_mask: [N, Q], 0 where there is padding.
+            kwargs: what transformers passes to other models; nothing is read.
+        """
+        compact, connector = self.config.compact, self.multi_modal_projector
+        question = None
+        if connector.reads_question:
+            question = self.read_questions(question_input_ids, question_attention_mask)
+        features = read_tower(
+            self.vision_tower,
+            pixel_values,
+            compact["taps"],
+            interpolate=compact["image_size"] != self.config.vision_config.image_size,
+            extra=connector.extra_tokens(),
+            reads_class=connector.reads_class,
+        )
+        return BaseModelOutputWithPooling(
+            last_hidden_state=features.taps[0],
+            pooler_output=list(connector(features, question)),
+            hidden_states=tuple(features.taps),
+        )
+
+    @torch.no_grad()
+    def read_questions(self, ids: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
+        """The last hidden state of each question, which the language model reads alone: [N, H]."""
+        if ids is None or mask is None:
+            raise ValueError(
+                "this model reads what an image is asked; give question_input_ids and "
+                "question_attention_mask, as its processor makes them from text and images"
+            )
+        read = self.language_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        rows = torch.arange(len(ids), device=ids.device)
+        return read.last_hidden_state[rows, mask.sum(dim=1) - 1]
 
 
 class CompactLlavaForConditionalGeneration(LlavaForConditionalGeneration):
@@ -100,6 +82,31 @@ class CompactLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         self.model = CompactLlavaModel(config)
         self.post_init()
 
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs):
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        question_input_ids: torch.Tensor | None = None,
+        question_attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ):
         """As the model's."""
-        return self.model.get_image_features(pixel_values, **kwargs)
+        return self.model.get_image_features(
+            pixel_values, question_input_ids, question_attention_mask, **kwargs
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+        question_input_ids: torch.Tensor | None = None,
+        question_attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        """Names the questions, so that `generate` takes them; they go where the pixels go."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if question_input_ids is not None and inputs.get("pixel_values") is not None:
+            inputs["question_input_ids"] = question_input_ids
+            inputs["question_attention_mask"] = question_attention_mask
+        return inputs

@@ -9,6 +9,7 @@ class CompactLlavaProcessor(LlavaProcessor):
 
     Args:
         tokens_per_image: placeholders of an image.
+        question_length: tokens of an image's question that the model reads, at most.
     """
 
     def __init__(
@@ -21,9 +22,11 @@ class CompactLlavaProcessor(LlavaProcessor):
         image_token="<image>",
         num_additional_image_tokens=0,
         tokens_per_image=576,
+        question_length=0,
         **kwargs,
     ):
         self.tokens_per_image = tokens_per_image
+        self.question_length = question_length
         super().__init__(
             image_processor,
             tokenizer,
