@@ -73,6 +73,7 @@ def _is_own_error(error: BaseException) -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     from stf_jax.cli.chat import add_chat
+    from stf_jax.cli.compare import add_compare
     from stf_jax.cli.convert import add_convert
     from stf_jax.cli.data import add_data
     from stf_jax.cli.demo import add_demo
@@ -95,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     add_train(verbs)
     add_demo(verbs)
     add_eval(verbs)
+    add_compare(verbs)
     add_plan(verbs)
     add_search(verbs)
     return parser

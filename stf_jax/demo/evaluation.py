@@ -1,7 +1,6 @@
 """The answers of a trained variant about held-out scenes, and the cost of an answer."""
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 
 from stf_jax.demo.corpus import IMAGES, HeldOut
 from stf_jax.demo.scenes import KINDS
+from stf_jax.eval.intervals import wilson
 from stf_jax.infer.load import load
 from stf_jax.infer.model import Model, Request
 from stf_jax.models import flops
@@ -17,9 +17,6 @@ from stf_jax.util.files import read_json, write_json
 
 BATCH = 100
 LONGEST_ANSWER = 6  # tokens: two colors, two digits, a comma and the end of sequence
-
-# Two-sided 95 % of the normal distribution.
-_Z = 1.96
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,10 +34,7 @@ class Score:
     @property
     def interval(self) -> tuple[float, float]:
         """Lower and upper end of the interval."""
-        n, p = self.questions, self.accuracy
-        center = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-        half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
-        return center - half, center + half
+        return wilson(self.right, self.questions)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,9 +15,10 @@ from stf_jax.demo.packages import IMAGES as IMAGE_CREDIT
 from stf_jax.demo.packages import LANGUAGE, TOWER
 from stf_jax.demo.pictures import IMAGES, KINDS, Question
 from stf_jax.demo.real import PICTURES, RATE, Asked, RealResults
-from stf_jax.demo.report import machine, markdown, with_interval
+from stf_jax.demo.report import markdown, with_interval
 from stf_jax.store.run import open_model
 from stf_jax.util.files import write_json
+from stf_jax.util.machine import machine
 
 REPORT = "report.md"
 # Wong 2011: the color-blind can distinguish them.

@@ -1,12 +1,9 @@
 """The report of a run: a table on the terminal, and report.md with its figures."""
 
-import os
-import platform
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +18,7 @@ from stf_jax.demo.results import Results
 from stf_jax.demo.scenes import GRID, KINDS
 from stf_jax.demo.tower import VISION
 from stf_jax.demo.variants import all_variants
+from stf_jax.util.machine import machine
 
 _TEXT = """# A quarter of the vision tokens: what is lost, and what is not
 
@@ -121,19 +119,6 @@ def show_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     # In a pipe, where it takes 80 characters for the width, rich would cut the columns.
     needed = Console(width=1000).measure(table).maximum
     Console(width=max(Console().width, needed)).print(table)
-
-
-def machine() -> str:
-    """A description of this computer."""
-    processor = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0].partition(":")[2].strip() if names else processor
-    return (
-        f"{processor}, {os.cpu_count()} cores, {platform.system()}; "
-        f"Python {platform.python_version()}, JAX {jax.__version__} on {jax.default_backend()}"
-    )
 
 
 def _cells(results: Results) -> tuple[list[str], list[list[str]]]:

@@ -36,6 +36,19 @@ class Score:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Credit:
+    """What one answer counts.
+
+    Attributes:
+      kind: of its question; empty where the benchmark has none.
+      right: from 0 to 1.
+    """
+
+    right: float
+    kind: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Benchmark:
     """A benchmark: its files, questions, score and submission.
 
@@ -52,6 +65,8 @@ class Benchmark:
       score: (paths, answers, answered_only) to a score.
       submit: (paths, answers, folder) writes what the server or the official script takes and
         returns it; None where they take the answer file itself. Every question has an answer.
+      credit: (paths, answers) to what each answer counts, in their order; None where an answer
+        counts nothing by itself, or only a server knows.
     """
 
     name: str
@@ -64,6 +79,7 @@ class Benchmark:
     read: Callable[[Paths], list[Question]]
     score: Callable[[Paths, Sequence[AnswerRecord], bool], Score]
     submit: Callable[[Paths, Sequence[AnswerRecord], Path], Path] | None = None
+    credit: Callable[[Paths, Sequence[AnswerRecord]], list[Credit]] | None = None
 
     def locate(self, data: Path | None, given: Mapping[str, Path] | None = None) -> dict[str, Path]:
         """Every role's path: as given, else under `data`.

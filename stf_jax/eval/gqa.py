@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stf_jax.eval.answers import AnswerRecord, by_id, pair
-from stf_jax.eval.benchmark import Benchmark, Paths, Score
+from stf_jax.eval.benchmark import Benchmark, Credit, Paths, Score
 from stf_jax.eval.files import check_fields, check_kinds
 from stf_jax.eval.questions import read_llava_questions
 from stf_jax.util.files import read_json, write_json
@@ -34,6 +34,13 @@ def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -
     )
 
 
+def _credit(paths: Paths, answers: Sequence[AnswerRecord]) -> list[Credit]:
+    truth = read_json(paths["annotations"])
+    return [
+        Credit(right=_prediction(answer) == truth[by_id(answer)]["answer"]) for answer in answers
+    ]
+
+
 def _submit(paths: Paths, answers: Sequence[AnswerRecord], folder: Path) -> Path:
     """What GQA's own script takes: a JSON list of {questionId, prediction}."""
     out = folder / "testdev_balanced_predictions.json"
@@ -60,4 +67,5 @@ GQA = Benchmark(
     read=read_llava_questions,
     score=_score,
     submit=_submit,
+    credit=_credit,
 )

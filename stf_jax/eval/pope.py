@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stf_jax.eval.answers import AnswerRecord, by_id, pair
-from stf_jax.eval.benchmark import Benchmark, Paths, Score
+from stf_jax.eval.benchmark import Benchmark, Credit, Paths, Score
 from stf_jax.eval.files import check_kinds, read_jsonl
 from stf_jax.eval.questions import read_llava_questions
 
@@ -113,6 +113,12 @@ def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -
     )
 
 
+def _credit(paths: Paths, answers: Sequence[AnswerRecord]) -> list[Credit]:
+    labels = _labels(paths)
+    found = [(labels[by_id(answer)], says_yes(answer.text)) for answer in answers]
+    return [Credit(kind=kind, right=said == label) for (kind, label), said in found]
+
+
 POPE = Benchmark(
     name="pope",
     title="POPE",
@@ -125,4 +131,5 @@ POPE = Benchmark(
     to_score=("questions", "annotations"),
     read=read_llava_questions,
     score=_score,
+    credit=_credit,
 )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from stf_jax.eval.answers import AnswerRecord, pair
-from stf_jax.eval.benchmark import Benchmark, Paths, Score
+from stf_jax.eval.benchmark import Benchmark, Credit, Paths, Score
 from stf_jax.eval.evalai import normalize_answer
 from stf_jax.eval.files import check_fields, check_kinds
 from stf_jax.eval.questions import read_llava_questions
@@ -77,6 +77,14 @@ def _score(paths: Paths, answers: Sequence[AnswerRecord], answered_only: bool) -
     )
 
 
+def _credit(paths: Paths, answers: Sequence[AnswerRecord]) -> list[Credit]:
+    people = {
+        (str(entry["image_id"]), entry["question"].lower()): entry["answers"]
+        for entry in _truth(paths)
+    }
+    return [Credit(right=_agreement(answer.text, people[_key(answer)])) for answer in answers]
+
+
 TEXTVQA = Benchmark(
     name="textvqa",
     title="TextVQA",
@@ -89,4 +97,5 @@ TEXTVQA = Benchmark(
     to_score=("annotations",),
     read=read_llava_questions,
     score=_score,
+    credit=_credit,
 )
