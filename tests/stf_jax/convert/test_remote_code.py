@@ -68,7 +68,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 torch.set_num_threads(1)
-prompts, images, new, chat, served, *folders = json.loads(sys.argv[1])
+prompts, images, new, chat, cases, served, *folders = json.loads(sys.argv[1])
 images = [Image.open(image) for image in images]
 
 
@@ -100,7 +100,9 @@ def talk(folder):
     content = [{"type": "image", "image": images[0]}, {"type": "text", "text": chat}]
     said = pipe(text=[{"role": "user", "content": content}], max_new_tokens=new, do_sample=False,
                 return_full_text=False)
-    return said[0]["generated_text"]
+    module = sys.modules[type(pipe.processor).__module__]
+    asked = [module.find_question(prompt, pipe.processor.image_token) for prompt in cases]
+    return {"answer": said[0]["generated_text"], "questions": asked}
 
 
 def serve(folder):
@@ -187,6 +189,12 @@ def original(name: str, reference: Path, tower: Path) -> tuple[Path, dict[str, A
     return reference / "vicuna", options
 
 
+def question_cases(reference: Path) -> list[dict[str, Any]]:
+    """Prompts with images, and the question of each image, as QueCC's own code finds it."""
+    content = json.loads((reference / "systems" / "quecc" / "case.json").read_text())
+    return [case for case in content["query_cases"] if "<image>" in case["prompt"]]
+
+
 @pytest.fixture(scope="module")
 def folders(
     reference: Path, tower: Path, tmp_path_factory: pytest.TempPathFactory
@@ -209,7 +217,8 @@ def found(
     images = [str(reference / "images" / f"{number}.png") for number in range(len(QUESTIONS))]
     prompts = [PROMPT.format(question) for question in QUESTIONS]
     served = [str(folders["quecc"]), str(folders[TRAINED])]
-    arguments = [prompts, images, NEW, QUESTIONS[0], served, *map(str, folders.values())]
+    cases = [case["prompt"] for case in question_cases(reference)]
+    arguments = [prompts, images, NEW, QUESTIONS[0], cases, served, *map(str, folders.values())]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", SCRIPT, json.dumps(arguments)],
         capture_output=True,
@@ -279,7 +288,13 @@ def test_a_pipeline_says_the_same(folders: dict[str, Path], found: Mapping[str, 
     folder = folders["quecc"]
     tokenizer = stf_jax.load(folder.with_name("quecc-native")).tokenizer
     (answer, _) = found["answers"][str(folder)]["answers"]
-    assert found["chat"].strip() == tokenizer.decode(answer).strip() != ""
+    assert found["chat"]["answer"].strip() == tokenizer.decode(answer).strip() != ""
+
+
+def test_questions_are_what_quecc_itself_finds(found: Mapping[str, Any], reference: Path) -> None:
+    expected = [case["texts"] for case in question_cases(reference)]
+    for question, texts in zip(found["chat"]["questions"], expected, strict=True):
+        assert [question] * len(texts) == texts
 
 
 def test_everything_that_vllm_asks_of_a_custom_model(
