@@ -55,10 +55,10 @@ FORMS: Mapping[str, Mapping[str, Any]] = {
 }
 LAYERS = 3
 
-# Nothing of this project can be imported there.
+# Nothing of this project can be imported there, and nothing that only this project needs.
 SCRIPT = """
 import json, sys
-sys.modules["stf_jax"] = None
+sys.modules |= dict.fromkeys(["stf_jax", "jax", "flax", "orbax", "etils", "grain", "ml_dtypes"])
 import torch
 from PIL import Image
 from safetensors.torch import load_file
