@@ -319,6 +319,28 @@ def find_rest(kept: Kept, patches: int) -> Bool[Array, "B P"]:
     return other & (jnp.cumsum(other, axis=1) > twice)
 
 
+def find_nearest(
+    keys: Float[Array, "B P C"],
+    index: Int[Array, "B M"],
+    candidate: Bool[Array, "B M M+P"],
+    *,
+    count: int,
+) -> Int[Array, "B M count"]:
+    """The candidates that are most alike by cosine, for each kept patch, in float32.
+
+    Args:
+        keys: of the patches.
+        index: the kept ones.
+        candidate: which of the kept ones, by row, and then of the patches may be taken.
+        count: of the nearest.
+    """
+    wide = keys.astype(jnp.float32)
+    units = wide / jnp.maximum(jnp.linalg.norm(wide, axis=-1, keepdims=True), 1e-12)
+    chosen = take_rows(units, index)
+    likeness = _einsum("bmc,bnc->bmn", chosen, jnp.concatenate([chosen, units], axis=1))
+    return jax.lax.top_k(jnp.where(candidate, likeness, -jnp.inf), count)[1]
+
+
 def merge(
     x: Float[Array, "B P C"],
     keys: Float[Array, "B P C"],
@@ -346,14 +368,9 @@ def merge(
     if neighbors:
         # A patch that is kept twice is a neighbor of itself, so the kept ones are candidates by
         # row, and the dropped ones by patch.
-        wide = keys.astype(jnp.float32)
-        norm = jnp.linalg.norm(wide, axis=-1, keepdims=True)
-        units = wide / jnp.maximum(norm, 1e-12)
-        chosen = take_rows(units, index)
-        likeness = _einsum("bmc,bnc->bmn", chosen, jnp.concatenate([chosen, units], axis=1))
-        itself = jnp.eye(rows, rows + patches, dtype=bool)
-        candidate = jnp.concatenate([kept.valid, rest], axis=1)[:, None] & ~itself
-        nearest = jax.lax.top_k(jnp.where(candidate, likeness, -jnp.inf), neighbors)[1]
+        candidate = jnp.concatenate([kept.valid, rest], axis=1)[:, None]
+        candidate &= ~jnp.eye(rows, rows + patches, dtype=bool)
+        nearest = find_nearest(keys, index, candidate, count=neighbors)
         merged = jax.nn.one_hot(nearest, rows + patches, dtype=x.dtype).sum(axis=2) * candidate
         both = jnp.concatenate([take_rows(weighted, index), weighted], axis=1)
         tokens += _einsum("bmn,bnc->bmc", merged, both)

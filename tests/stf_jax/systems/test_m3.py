@@ -53,6 +53,10 @@ def test_reference_pooling(reference_case: Case) -> None:
     for scale in (*reference_case.hyper["pool_only"], *reference_case.hyper["scales"]):
         expected = reference_case.tensors.get(f"out.pooled.{scale}", projected)
         assert_near(pool_to(projected, scale), np.asarray(expected), tolerance=1e-6)
+    # What the released code cuts off is refused.
+    for name in reference_case.group("quirk.pooled."):
+        with pytest.raises(ValueError, match=f"^{name} tokens are no grid of whole windows"):
+            reference_case.config(M3(taps=(reference_case.tap,), scales=(int(name),)))
 
 
 def test_reference_tower_and_projector(reference_case: Case, model: Llava) -> None:
@@ -71,7 +75,9 @@ def test_reference_logits(reference_case: Case, model: Llava) -> None:
         return model.insert(batch)[0], model(batch)
 
     for scale in reference_case.hyper["scales"]:
-        embeds, logits = run(model, batch_at(reference_case, scale))
+        batch = batch_at(reference_case, scale)
+        np.testing.assert_array_equal(batch.labels, reference_case[f"mid.labels.{scale}"])
+        embeds, logits = run(model, batch)
         real = reference_case[f"mid.attention_mask.{scale}"] > 0
         if f"mid.embeds.{scale}" in reference_case.tensors:
             expected = reference_case[f"mid.embeds.{scale}"][real]

@@ -23,6 +23,7 @@ from stf_jax.systems.prumerge import (
     PruMerge,
     class_scores,
     count_outliers,
+    find_nearest,
     find_rest,
     merge,
     select,
@@ -51,6 +52,8 @@ def inputs(case: Case, part: str) -> tuple[jax.Array, jax.Array, jax.Array]:
         assert_near(features.taps[0], case["b.x"][:, 1:], tolerance=1e-5)
         x = jnp.asarray(case["b.x"])
         captured = features.class_attention
+        assert_near(captured.keys, case["b.k"], tolerance=1e-5)
+        assert_near(captured.query, case["b.q"][:, 0], tolerance=1e-5)
     scores = class_scores(captured)
     assert_near(scores, case[f"{part}.cls_attention"], tolerance=1e-5)
     return x[:, 1:], captured.keys[:, 1:], scores
@@ -71,6 +74,7 @@ def test_reference_selection_and_merging(reference_case: Case, part: str) -> Non
     case = reference_case
     x, keys, scores = inputs(case, part)
     merging = jax.jit(merge, static_argnames="neighbors")
+    nearest = jax.jit(find_nearest, static_argnames="count")
     for name, run in case.json["runs"].items():
         kind = name.removeprefix(f"{part}.")
         if f"{name}.kept_order" not in case.tensors or kind == name:
@@ -91,10 +95,19 @@ def test_reference_selection_and_merging(reference_case: Case, part: str) -> Non
         kept = select(system, chosen[2], counts=counts)
         rest = np.asarray(find_rest(kept, chosen[0].shape[1]))
         tokens = np.asarray(merging(*chosen, kept, neighbors=system.neighbors))
+        candidate = np.concatenate([kept.valid, rest], axis=1)[:, None]
+        candidate = candidate & ~np.eye(*kept.index.shape[1:], candidate.shape[2], dtype=bool)
+        found = np.asarray(nearest(chosen[1], kept.index, candidate, count=system.neighbors))
         for row, order in enumerate(case[f"{name}.kept_order"]):
             valid = np.asarray(kept.valid[row])
             index = np.asarray(kept.index[row])[valid]
             np.testing.assert_array_equal(index, order, err_msg=name)
+            np.testing.assert_array_equal(np.sort(index), case[f"{name}.kept"][row])
+            if f"{name}.neighbours" in case.tensors:
+                # Kept patches come by row, and then all patches.
+                patches = np.append(np.asarray(kept.index[row]), range(rest.shape[1]))
+                places = np.sort(patches[found[row][valid]], axis=1)
+                np.testing.assert_array_equal(places, case[f"{name}.neighbours"][row])
             np.testing.assert_array_equal(np.flatnonzero(rest[row]), case[f"{name}.rest"][row])
             out = tokens[row][np.append(valid, True)]
             assert_near(out, case[f"{name}.out"][row], tolerance=1e-5)
@@ -131,6 +144,8 @@ def test_reference_training(reference_case: Case) -> None:
         assert_near(loss, case[f"{name}.loss"][0], tolerance=1e-5)
         logits = np.asarray(jax.jit(Llava.__call__)(model, batch))
         real = np.asarray(batch.segments) > 0
+        np.testing.assert_array_equal(real, case[f"{name}.mask"])
+        np.testing.assert_array_equal(batch.labels, case[f"{name}.labels"])
         assert_near(logits[real], case[f"{name}.logits"][real], tolerance=1e-4)
         if plus:
             case.check_gradients(model, gradient, prefix="b.grad.")

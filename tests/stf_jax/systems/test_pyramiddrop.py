@@ -80,6 +80,10 @@ def training(reference_case: Case) -> Training:
         real = given[mask]
         spliced = np.repeat(real, np.where(real == IMAGE_TOKEN_ID, tokens, 1))
         at_image = spliced == IMAGE_TOKEN_ID
+        labels = np.repeat(
+            case["input_labels"][row][mask], np.where(real == IMAGE_TOKEN_ID, tokens, 1)
+        )
+        np.testing.assert_array_equal(labels, case["labels"][row, : len(spliced)])
         ids[row, : len(spliced)] = np.where(at_image, 0, spliced)
         image[row, : len(spliced)][at_image] = 0
         slots[row, : len(spliced)][at_image] = np.arange(tokens)

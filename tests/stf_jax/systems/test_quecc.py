@@ -154,9 +154,12 @@ def test_reference_logits_loss_and_gradients(reference_case: Case, model: Llava)
             total, count = nnx.merge(graph, state).loss(batch)
             return total / count
 
-        return model.insert(batch)[0], model(batch), *jax.value_and_grad(mean)(state)
+        tokens, embeds = model.encode(batch).values, model.insert(batch)[0]
+        return tokens, embeds, model(batch), *jax.value_and_grad(mean)(state)
 
-    embeds, logits, loss, gradient = run(state)
+    tokens, embeds, logits, loss, gradient = run(state)
+    np.testing.assert_array_equal(batch.labels, case["mid.labels"])
+    assert_near(tokens, case["mid.projected"], tolerance=1e-5)
     real = case["mid.attention_mask"] > 0
     assert_near(np.asarray(embeds)[real], case["mid.embeds"][real], tolerance=1e-5)
     rows, positions = case["out.logits_at"].T

@@ -91,6 +91,9 @@ def features(reference_parts: Parts) -> VisionFeatures:
 def test_reference_tower(reference_parts: Parts, features: VisionFeatures) -> None:
     """The image's features are plain CLIP's to the bit; the semantic tokens saw everything."""
     parts = reference_parts
+    allow, seen = parts.case["allow"], 1 + features.taps[0].shape[1]
+    index = np.arange(len(allow))
+    np.testing.assert_array_equal(allow, (index < seen) | (index[:, None] >= seen))
     plain = jax.jit(lambda tower, pixels: tower(pixels))(parts.tower, parts.pixels)
     assert_near(plain.taps[0], parts.case["plain.features"], tolerance=1e-5)
     assert_near(features.taps[0], parts.case["isolated.patches"], tolerance=1e-5)
