@@ -16,6 +16,7 @@ from stf_jax.demo.scenes import conversation
 from stf_jax.util.files import new_directory, read_json, write_json
 
 IMAGES, CONVERSATIONS, HELD_OUT = "images", "conversations.json", "held_out.json"
+WORDS = "words.json"  # of each training image of one emoji: its name, category and color
 NUMBERS = ("one", "two", "three", "four")
 KINDS = ("name", "category", "color", "side", "count")
 # Answers to choose from, by kind: chance is one in so many.
@@ -98,16 +99,20 @@ def write_pictures(
         folder = Path(unfinished)
         (folder / IMAGES).mkdir()
         conversations: list[dict[str, Any]] = []
-        for image, questions in _draw(
+        words: dict[str, list[str]] = {}
+        for image, group, questions in _draw(
             folder, "train", [one for one in emoji if not one.held_out], singles, groups, [seed, 0]
         ):
             turns = [(question.text, question.answer) for question in questions]
             conversations.append(
                 {"id": image, "image": image, "conversations": [*conversation(turns)]}
             )
+            if len(group) == 1:
+                known = (group[0].name, group[0].category, group[0].color)
+                words[image] = [word for word in known if word is not None]
         unseen = [
             dataclasses.asdict(question)
-            for _, questions in _draw(
+            for _, _, questions in _draw(
                 folder,
                 "held-out",
                 [one for one in emoji if one.held_out],
@@ -118,6 +123,7 @@ def write_pictures(
             for question in questions
         ]
         write_json(folder / CONVERSATIONS, conversations, indent=1)
+        write_json(folder / WORDS, words, indent=1)
         write_json(folder / HELD_OUT, unseen, indent=1)
 
 
@@ -136,8 +142,8 @@ def _draw(
     singles: int,
     groups: int,
     seed: Sequence[int],
-) -> list[tuple[str, list[Question]]]:
-    """Draws images of a split; their names and questions, in random order."""
+) -> list[tuple[str, list[Emoji], list[Question]]]:
+    """Draws images of a split; their names, what they show, and questions in random order."""
     rng = np.random.default_rng(seed)
     shown = [[pool[number]] for number in rng.permutation(len(pool))[:singles]]
     for number in range(groups):
@@ -149,5 +155,6 @@ def _draw(
         image = f"{split}-{number:04}.png"
         compose([one.path for one in group]).save(folder / IMAGES / image)
         questions = ask_about(group, image, pool, rng)
-        asked.append((image, [questions[at] for at in rng.permutation(len(questions))]))
+        shuffled = [questions[at] for at in rng.permutation(len(questions))]
+        asked.append((image, group, shuffled))
     return asked

@@ -2,8 +2,9 @@
 
     pictures/        images, LLaVA's JSON, held-out questions
     data/            the same as a TFDS dataset, by `stf-jax data build`
-    start            by `stf-jax convert import`: tower, language model, and the projector that this
-                     package brings, or a new one
+    start            by `stf-jax convert import`: tower, language model, a new projector
+    adapter          the projector that begins where the words are, see `stf_jax.demo.alignment`
+    aligned          as `start`, with that projector; `shipped` has the one that this package brings
     trained          by `stf-jax train`: the projector learns; tower and language model are frozen
     scores.json      of each model: the likelihood of every answer to the held-out questions
 
@@ -12,18 +13,22 @@ What is there already is not done again, so that a run that was stopped continue
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import yaml
+from flax import nnx
+from jaxtyping import Array, Float
 from PIL import Image
 
 from stf_jax.convert import import_checkpoint
 from stf_jax.convert.stored_model import load_processors
 from stf_jax.data.builder import build
 from stf_jax.data.validator import check
+from stf_jax.demo.alignment import align, word_targets, write_adapter
 from stf_jax.demo.evaluation import Score
 from stf_jax.demo.experiment import DemoError, Interrupted, claim, read_metrics, say, show
 from stf_jax.demo.packages import IMAGES as IMAGE_CREDIT
@@ -32,6 +37,7 @@ from stf_jax.demo.pictures import (
     CONVERSATIONS,
     IMAGES,
     KINDS,
+    WORDS,
     Question,
     read_held_out,
     write_pictures,
@@ -39,6 +45,8 @@ from stf_jax.demo.pictures import (
 from stf_jax.eval.choices import Choice, ChoiceScorer
 from stf_jax.infer.load import load
 from stf_jax.infer.model import Model, Request
+from stf_jax.infer.prompts import read_pixels
+from stf_jax.store.run import open_model
 from stf_jax.train.config import TrainConfig
 from stf_jax.train.loop import train
 from stf_jax.util.files import read_json, write_json
@@ -51,6 +59,9 @@ PICTURES, SCORES = "pictures", "scores.json"
 RATE = 1e-3
 # Of a row: 49 vision tokens, and what is asked about an image.
 _LENGTH = 192
+_SEEN = 8  # images that the tower sees at a time
+# A vision token is so much longer than a word: it says several at once.
+_SCALE = 2.5
 _TOLD = 5  # answers that are shown as soon as they are there
 
 
@@ -163,8 +174,9 @@ def run_real(settings: RealSettings, out: Path) -> RealResults:
         shipped = import_start(out / "shipped", projector=PROJECTOR, seed=settings.seed)
         models.append(ask(shipped, "shipped", "trained before", questions, out))
         _tell(models[-1], questions)
-    start = import_start(out / "start", projector=None, seed=settings.seed)
-    trained = train_projector(start, settings, out)
+    aligned = align_projector(settings, out)
+    models.append(ask(aligned, "aligned", "aligned", questions, out))
+    trained = train_projector(aligned, settings, out)
     models.append(ask(trained, "trained", "trained here", questions, out))
     return RealResults(
         settings=settings, questions=questions, models=models, steps=read_metrics(trained)
@@ -193,6 +205,50 @@ def import_start(out: Path, *, projector: Path | None, seed: int) -> Path:
         show("convert", "import", projector, out, "--base", language, "--vision-tower", tower)
         import_checkpoint(projector, out, base=language, vision_tower=tower, dtype="float32")
     return out
+
+
+def align_projector(settings: RealSettings, out: Path) -> Path:
+    """Computes the projector that begins where the words are; the model that has it."""
+    adapter, pictures = out / "adapter", out / PICTURES
+    if not adapter.is_dir():
+        start = import_start(out / "start", projector=None, seed=settings.seed)
+        described: dict[str, list[str]] = read_json(pictures / WORDS)
+        model = load(start, dtype="float32")
+        with count_progress("Seeing") as progress:
+            features = _see(model, [pictures / IMAGES / name for name in described], progress)
+        embedding = open_model(start).read("text/embedding")
+        targets, center = word_targets([*described.values()], embedding, model.tokenizer)
+        tensors = align(
+            features,
+            targets,
+            center=center,
+            width=model.config.system.projector_width,
+            scale=_SCALE * float(np.sqrt(np.mean(embedding**2))),
+        )
+        write_adapter(adapter, tensors, system=model.config.system.to_dict())
+    return import_start(out / "aligned", projector=adapter, seed=settings.seed)
+
+
+def _see(
+    model: Model, images: Sequence[Path], progress: Callable[[int, int], None]
+) -> Float[np.ndarray, "images K C"]:
+    """What the projector takes of each image."""
+    graph, state = nnx.split((model.network.vision, model.network.connector))
+
+    @jax.jit
+    def reduce(state: nnx.State, pixels: Array) -> Array:
+        vision, connector = nnx.merge(graph, state)
+        reduced: Array = connector.reduce(vision(pixels))
+        return reduced
+
+    features = []
+    for start in range(0, len(images), _SEEN):
+        chunk = [*images[start : start + _SEEN]]
+        padded = chunk + chunk[:1] * (_SEEN - len(chunk))
+        pixels = read_pixels(padded, model.image_processor, upright=True)
+        features.append(np.asarray(reduce(state, pixels))[: len(chunk)])
+        progress(start + len(chunk), len(images))
+    return np.concatenate(features)
 
 
 def train_projector(start: Path, settings: RealSettings, out: Path) -> Path:

@@ -22,7 +22,9 @@ from stf_jax.util.machine import machine
 
 REPORT = "report.md"
 # Wong 2011: the color-blind can distinguish them.
-_COLORS = {"shipped": "#0072B2", "trained": "#56B4E9", "blind": "#999999"}
+_COLORS = {
+    "shipped": "#0072B2", "aligned": "#E69F00", "trained": "#56B4E9", "blind": "#999999",
+}  # fmt: skip
 _SHOWN = 8  # images in the figure with answers
 
 _TEXT = """# Real weights, real images: {tokens} vision tokens
