@@ -273,6 +273,7 @@ def train_projector(start: Path, settings: RealSettings, out: Path) -> Path:
             "datasets": [{"path": str(dataset)}],
             "template": TEMPLATE,
             "image_mode": "pad",
+            "features": "cached",
             "sequence_length": _LENGTH,
             "batch_size": settings.rows,
             "images_per_row": 1,
