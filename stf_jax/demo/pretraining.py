@@ -67,7 +67,7 @@ def _make_tower(folder: Path, *, steps: int, scenes: int, seed: int) -> None:
     _write(
         folder,
         {"architectures": ["CLIPVisionModel"], **vision_to_hf(VISION)},
-        _tensors(tower_entries(VISION, layers=VISION.layers), trained)
+        native_tensors(tower_entries(VISION, layers=VISION.layers), trained)
         # CLIP has this norm; LLaVA never runs it.
         | {f"{TOWER_PREFIX}post_layernorm.{kind}": array for kind, array in norm.items()},
     )
@@ -80,11 +80,11 @@ def _make_language(folder: Path, *, phases: Sequence[Phase], seed: int) -> None:
     _write(
         folder,
         {"architectures": ["LlamaForCausalLM"], **text_to_hf(TEXT)},
-        _tensors(text_entries(TEXT, vocabulary=TEXT.vocab_size), trained),
+        native_tensors(text_entries(TEXT, vocabulary=TEXT.vocab_size), trained),
     )
 
 
-def _tensors(entries: Sequence[Entry], leaves: Mapping[str, Any]) -> dict[str, Any]:
+def native_tensors(entries: Sequence[Entry], leaves: Mapping[str, Any]) -> dict[str, Any]:
     """PyTorch's tensors of the native parameters."""
     tensors = {}
     for entry in entries:

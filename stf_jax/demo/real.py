@@ -15,7 +15,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import numpy as np
@@ -55,6 +55,10 @@ from stf_jax.util.progress import count_progress
 # An adapter as LLaVA's stage 1 writes it; `docs/demo.md` says how it was made.
 PROJECTOR = Path(__file__).parent / "data" / "projector"
 SYSTEM, TEMPLATE = "average", "chatml"
+# See `Asked.choose`.
+How: TypeAlias = Literal["seeing", "calibrated", "blind"]
+HOWS: tuple[How, ...] = ("calibrated", "seeing", "blind")
+
 PICTURES, SCORES = "pictures", "scores.json"
 RATE = 1e-3
 # Of a row: 49 vision tokens, and what is asked about an image.
@@ -82,11 +86,11 @@ class RealSettings:
         ValueError: `seed` is negative.
     """
 
-    singles: int = 540
-    groups: int = 160
-    held_out_singles: int = 140
-    held_out_groups: int = 60
-    steps: int = 120
+    singles: int = 300
+    groups: int = 100
+    held_out_singles: int = 100
+    held_out_groups: int = 40
+    steps: int = 80
     rows: int = 8
     seed: int = 0
 
@@ -107,27 +111,43 @@ class RealSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asked:
-    """The answers of one model.
+    """What one model makes of the held-out questions.
 
     Attributes:
         name: of its folder.
         title: in tables and plots.
-        chosen: the number of the most likely answer to each held-out question.
+        seen: of each question, the log-likelihoods of its answers.
         blind: likewise, where every image is white.
         seconds: of a question with its image, up to the likelihoods of its answers.
     """
 
     name: str
     title: str
-    chosen: Sequence[int]
-    blind: Sequence[int]
+    seen: Sequence[Sequence[float]]
+    blind: Sequence[Sequence[float]]
     seconds: float
 
-    def scores(self, questions: Sequence[Question], *, blind: bool = False) -> dict[str, Score]:
+    def choose(self, how: How) -> list[int]:
+        """The number of the answer that is chosen to each question.
+
+        Args:
+            how: "seeing" takes the most likely answer, "blind" that about a white image.
+                "calibrated" takes the one that the image makes more likely than any other, so that
+                answers which the model always prefers have no advantage: pointwise mutual
+                information (Holtzman et al. 2021, arXiv 2104.08315).
+        """
+        pairs = zip(self.seen, self.blind, strict=True)
+        values = {
+            "seeing": lambda seen, blind: seen,
+            "blind": lambda seen, blind: blind,
+            "calibrated": lambda seen, blind: np.subtract(seen, blind),
+        }[how]
+        return [int(np.argmax(values(seen, blind))) for seen, blind in pairs]
+
+    def scores(self, questions: Sequence[Question], how: How) -> dict[str, Score]:
         """The score of each kind of question, and of "all" questions."""
-        chosen = self.blind if blind else self.chosen
         right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
-        for question, number in zip(questions, chosen, strict=True):
+        for question, number in zip(questions, self.choose(how), strict=True):
             right[question.kind].append(question.choices[number] == question.answer)
         right["all"] = [hit for hits in right.values() for hit in hits]
         return {
@@ -158,16 +178,7 @@ def run_real(settings: RealSettings, out: Path) -> RealResults:
     claim(out, settings)
     for credit in (LANGUAGE.credit, TOWER.credit, IMAGE_CREDIT):
         say(credit)
-    if not (out / PICTURES).is_dir():
-        say("Drawing images of emoji, with questions whose answers are known")
-        write_pictures(
-            out / PICTURES,
-            singles=settings.singles,
-            groups=settings.groups,
-            held_out_singles=settings.held_out_singles,
-            held_out_groups=settings.held_out_groups,
-            seed=settings.seed,
-        )
+    draw(settings, out)
     questions = read_held_out(out / PICTURES)
     models = []
     if PROJECTOR.is_dir():
@@ -185,10 +196,24 @@ def run_real(settings: RealSettings, out: Path) -> RealResults:
 
 def _tell(asked: Asked, questions: Sequence[Question]) -> None:
     """The first answers, while the rest goes on."""
-    for question, number in [*zip(questions, asked.chosen, strict=True)][:_TOLD]:
+    for question, number in [*zip(questions, asked.choose("calibrated"), strict=True)][:_TOLD]:
         answer = question.choices[number]
         right = "" if answer == question.answer else f" (it is {question.answer})"
         say(f"{question.image}: {question.text} {answer}{right}")
+
+
+def draw(settings: RealSettings, out: Path) -> None:
+    """Draws images and questions, unless they are there."""
+    if not (out / PICTURES).is_dir():
+        say("Drawing images of emoji, with questions whose answers are known")
+        write_pictures(
+            out / PICTURES,
+            singles=settings.singles,
+            groups=settings.groups,
+            held_out_singles=settings.held_out_singles,
+            held_out_groups=settings.held_out_groups,
+            seed=settings.seed,
+        )
 
 
 def import_start(out: Path, *, projector: Path | None, seed: int) -> Path:
@@ -293,37 +318,37 @@ def train_projector(start: Path, settings: RealSettings, out: Path) -> Path:
 
 
 def ask(path: Path, name: str, title: str, questions: Sequence[Question], out: Path) -> Asked:
-    """The answers of a model, which `out`/NAME-scores.json keeps."""
+    """Asks a model all questions, seeing and blind; `out`/NAME-scores.json keeps what it finds."""
     file = out / f"{name}-{SCORES}"
     if not file.is_file():
         model = load(path, dtype="float32")
         scorer = ChoiceScorer(model, template=TEMPLATE)
         images = out / PICTURES / IMAGES
+        start = time.perf_counter()
         with count_progress(f"Asking the model {title}") as progress:
-            start = time.perf_counter()
-            chosen = _choose(scorer, questions, lambda q: images / q.image, progress)
-            seconds = (time.perf_counter() - start) / len(questions)
-        white = Image.new("RGB", (_side(model),) * 2, "white")
+            seen = _score(scorer, questions, lambda name: images / name, progress)
+        seconds = (time.perf_counter() - start) / len(questions)
+        white = Image.new("RGB", (model.config.image_size,) * 2, "white")
         with count_progress("Asking it about a white image") as progress:
-            blind = _choose(scorer, questions, lambda _: white, progress)
-        write_json(file, {"chosen": chosen, "blind": blind, "seconds": seconds})
+            blind = _score(scorer, questions, lambda _: white, progress)
+        write_json(file, {"seen": seen, "blind": blind, "seconds": seconds})
     return Asked(name=name, title=title, **read_json(file))
 
 
-def _choose(
-    scorer: ChoiceScorer, questions: Sequence[Question], image: Any, progress: Any
-) -> list[int]:
+def _score(
+    scorer: ChoiceScorer,
+    questions: Sequence[Question],
+    find: Callable[[str], Path | Image.Image],
+    progress: Callable[[int, int], None],
+) -> list[list[float]]:
     choices = [
         Choice(
-            request=Request(prompt=question.text, images=image(question)), answers=question.choices
+            request=Request(prompt=question.text, images=find(question.image)),
+            answers=question.choices,
         )
         for question in questions
     ]
-    return [int(np.argmax(score)) for score in scorer.score(choices, progress=progress)]
-
-
-def _side(model: Model) -> int:
-    return model.config.image_size
+    return [score.tolist() for score in scorer.score(choices, progress=progress)]
 
 
 def _build(dataset: Path, model: Path, out: Path) -> None:

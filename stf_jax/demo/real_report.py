@@ -14,7 +14,7 @@ from stf_jax.demo.evaluation import Score
 from stf_jax.demo.packages import IMAGES as IMAGE_CREDIT
 from stf_jax.demo.packages import LANGUAGE, TOWER
 from stf_jax.demo.pictures import IMAGES, KINDS, Question
-from stf_jax.demo.real import PICTURES, RATE, Asked, RealResults
+from stf_jax.demo.real import HOWS, PICTURES, RATE, Asked, How, RealResults
 from stf_jax.demo.report import markdown, with_interval
 from stf_jax.store.run import open_model
 from stf_jax.util.files import write_json
@@ -33,10 +33,11 @@ _TEXT = """# Real weights, real images: {tokens} vision tokens
 
 {table}
 
-Right answers in per cent, with their 95 % interval (Wilson). Every question is a closed choice: the
-model's answer is the one of the two or four given that it finds most likely. Chance is one in so
-many. "Blind" is the same model with a white image in place of the real one. "Most common" always
-gives the answer that is right most often among the held-out questions of a kind.
+Right answers in per cent, with their 95 % interval (Wilson). Every question is a closed choice of
+two or four answers; chance is one in so many. "Seeing" takes the answer that the model finds most
+likely, and "blind" that about a white image in place of the real one. "Calibrated" takes the answer
+that the image makes more likely, beside the white one, than any other. "Most common" always gives
+the answer that is right most often among the held-out questions of a kind.
 
 ![Accuracy](accuracy.png)
 
@@ -99,8 +100,8 @@ def write_real_report(results: RealResults, out: Path) -> None:
 
 def verdict(results: RealResults) -> str:
     """Of the best model: which kinds it answers better than it does without seeing, and chance."""
-    best = max(results.models, key=lambda model: model.scores(results.questions)["all"].right)
-    seen, blind = (best.scores(results.questions, blind=is_blind) for is_blind in (False, True))
+    best = find_best(results)
+    seen, blind = (best.scores(results.questions, how) for how in (HOWS[0], HOWS[-1]))
     shown = [
         kind
         for kind in _kinds(results)
@@ -123,8 +124,14 @@ def verdict(results: RealResults) -> str:
 def example(results: RealResults, out: Path) -> tuple[Path, str, Path]:
     """A held-out image, a question about it, and the model that answers most."""
     question = results.questions[0]
-    best = max(results.models, key=lambda model: model.scores(results.questions)["all"].right)
-    return out / PICTURES / IMAGES / question.image, question.text, out / best.name
+    return out / PICTURES / IMAGES / question.image, question.text, out / find_best(results).name
+
+
+def find_best(results: RealResults) -> Asked:
+    """The model with the most right answers."""
+    return max(
+        results.models, key=lambda model: model.scores(results.questions, HOWS[0])["all"].right
+    )
 
 
 def chance(questions: Sequence[Question], kind: str) -> float:
@@ -145,10 +152,10 @@ def table(results: RealResults) -> tuple[list[str], list[list[str]]]:
     kinds, questions = _kinds(results), results.questions
     rows = []
     for model in results.models:
-        for is_blind in (False, True):
-            scores = model.scores(questions, blind=is_blind)
-            title = f"{model.title}, blind" if is_blind else model.title
-            rows.append([title, *(with_interval(scores[kind]) for kind in [*kinds, "all"])])
+        for how in HOWS:
+            scores = model.scores(questions, how)
+            cells = (with_interval(scores[kind]) for kind in [*kinds, "all"])
+            rows.append([f"{model.title}, {how}", *cells])
     for title, share in (("chance", chance), ("most common", most_common)):
         shares = [share(questions, kind) for kind in kinds]
         counts = [sum(question.kind == kind for question in questions) for kind in kinds]
@@ -160,8 +167,8 @@ def table(results: RealResults) -> tuple[list[str], list[list[str]]]:
 def to_json(results: RealResults) -> dict[str, object]:
     """Every number of the table."""
 
-    def scores_of(model: Asked, *, blind: bool) -> dict[str, object]:
-        scores = model.scores(results.questions, blind=blind)
+    def scores_of(model: Asked, how: How) -> dict[str, object]:
+        scores = model.scores(results.questions, how)
         return {
             kind: dataclasses.asdict(score)
             | {"accuracy": score.accuracy, "interval": score.interval}
@@ -175,9 +182,8 @@ def to_json(results: RealResults) -> dict[str, object]:
             model.name: {
                 "title": model.title,
                 "seconds": model.seconds,
-                "seeing": scores_of(model, blind=False),
-                "blind": scores_of(model, blind=True),
             }
+            | {how: scores_of(model, how) for how in HOWS}
             for model in results.models
         },
         "chance": {kind: chance(results.questions, kind) for kind in _kinds(results)},
@@ -204,12 +210,12 @@ def _draw_accuracy(results: RealResults) -> Figure:
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     kinds = [*_kinds(results), "all"]
-    best = results.models[0]
+    best = find_best(results)
     bars: list[tuple[str, str, dict[str, Score]]] = [
-        (model.title, _COLORS[model.name], model.scores(results.questions))
+        (model.title, _COLORS[model.name], model.scores(results.questions, HOWS[0]))
         for model in results.models
     ]
-    blind = best.scores(results.questions, blind=True)
+    blind = best.scores(results.questions, "blind")
     bars.append((f"{best.title}, blind", _COLORS["blind"], blind))
     width = 0.8 / len(bars)
     for number, (title, color, scores) in enumerate(bars):
@@ -250,8 +256,9 @@ def _draw_loss(results: RealResults) -> Figure:
 
 
 def _draw_answers(results: RealResults, out: Path) -> Figure:
-    """Some held-out images, and what the first model answers to a question about each."""
-    model, first = results.models[0], dict[str, int]()
+    """Some held-out images, and what the best model answers to a question about each."""
+    model, first = find_best(results), dict[str, int]()
+    answers = model.choose(HOWS[0])
     for number, question in enumerate(results.questions):
         first.setdefault(question.image, number)
     # As many of each kind as can be.
@@ -270,7 +277,7 @@ def _draw_answers(results: RealResults, out: Path) -> Figure:
     for axes in grid.flat:
         axes.axis("off")
     for axes, number in zip(grid.flat, chosen, strict=False):
-        _draw_answer(axes, results.questions[number], model.chosen[number], out)
+        _draw_answer(axes, results.questions[number], answers[number], out)
     return figure
 
 

@@ -5,18 +5,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import ml_dtypes
 import numpy as np
 import pytest
 from PIL import Image
 
+from stf_jax.convert import import_checkpoint
 from stf_jax.demo import real
 from stf_jax.demo.pictures import read_held_out
 from stf_jax.demo.pretraining import LANGUAGE, TOWER
+from stf_jax.demo.projector import write_projector
 from stf_jax.demo.real import PICTURES, RealResults, RealSettings, run_real
 from stf_jax.demo.real_report import chance, example, verdict, write_real_report
 from stf_jax.eval.choices import Choice, ChoiceScorer
 from stf_jax.infer.load import load
 from stf_jax.infer.model import Request
+from stf_jax.store.run import open_model
 
 pytest.importorskip("matplotlib")
 pytestmark = pytest.mark.slow
@@ -43,14 +47,19 @@ def demo(
 def test_report_says_what_the_run_found(demo: tuple[RealResults, Path]) -> None:
     results, out = demo
     text, written = (out / "report.md").read_text(), json.loads((out / "results.json").read_text())
-    (model,) = results.models
+    assert [model.name for model in results.models] == ["aligned", "trained"]
     kept = json.loads((out / "trained-scores.json").read_text())
-    for name, chosen in (("seeing", kept["chosen"]), ("blind", kept["blind"])):
+    seen, blind = (np.array(kept[name], object) for name in ("seen", "blind"))
+    for how, values in (
+        ("seeing", seen),
+        ("blind", blind),
+        ("calibrated", [np.subtract(*pair) for pair in zip(seen, blind, strict=True)]),
+    ):
         right = [
-            question.choices[number] == question.answer
-            for question, number in zip(results.questions, chosen, strict=True)
+            question.choices[int(np.argmax(value))] == question.answer
+            for question, value in zip(results.questions, values, strict=True)
         ]
-        assert written["models"]["trained"][name]["all"]["right"] == sum(right)
+        assert written["models"]["trained"][how]["all"]["right"] == sum(right)
         assert f"{100 * np.mean(right):.1f} (" in text
     assert verdict(results) in text
     metrics = (out / "trained" / "metrics.jsonl").read_text().splitlines()
@@ -60,7 +69,6 @@ def test_report_says_what_the_run_found(demo: tuple[RealResults, Path]) -> None:
         with Image.open(out / f"{name}.png") as image:
             assert min(image.size) > 300
     assert chance(results.questions, "category") == 0.25
-    assert model.scores(results.questions).keys() <= {*real.KINDS, "all"}
 
 
 def test_a_run_that_is_there_is_not_done_again(
@@ -81,4 +89,22 @@ def test_answers_are_those_of_the_trained_model(demo: tuple[RealResults, Path]) 
     assert (image.name, text) == (question.image, question.text)
     choice = Choice(request=Request(prompt=text, images=image), answers=question.choices)
     scorer = ChoiceScorer(load(model, dtype="float32"))
-    assert scorer.choose([choice])[0] == results.models[0].chosen[0]
+    (best,) = [one for one in results.models if one.name == model.name]
+    assert scorer.choose([choice])[0] == best.choose("seeing")[0]
+
+
+def test_the_projector_that_is_shipped_is_the_trained_one(
+    demo: tuple[RealResults, Path], tmp_path: Path
+) -> None:
+    """To bfloat16, in the files that `convert import` reads."""
+    _, out = demo
+    write_projector(out / "trained", tmp_path / "projector")
+    import_checkpoint(tmp_path / "projector", tmp_path / "model", base=LANGUAGE, vision_tower=TOWER)
+    trained, imported = open_model(out / "trained"), open_model(tmp_path / "model")
+    assert imported.config == trained.config
+    for name in trained.shapes:
+        if name.startswith("connector/"):
+            expected = trained.read(name).astype(ml_dtypes.bfloat16)
+            np.testing.assert_array_equal(
+                imported.read(name).astype(np.float32), expected.astype(np.float32)
+            )
