@@ -49,23 +49,25 @@ the answer that is right most often among the held-out questions of a kind.
 - Vision tower: {tower}.
 - Images: {images}.
 
-Tower and language model stay as their makers trained them. Only the projector between them learns:
-AvgPool's, which shows an image in {tokens} tokens instead of {patches}. It was trained for
-{steps} steps of {rows} conversations, at a peak learning rate of {rate:g}, on {singles} images of
-one emoji and up to {groups} of several. Held-out images have names of which no image was trained
-on.
+Tower and language model stay as their makers trained them. Only the projector between them is new:
+AvgPool's, which shows an image in {tokens} tokens instead of {patches}. It begins where the words
+are, by ridge regression to the embeddings of the words that describe an image ("aligned"). {training}
+Held-out images have names of which no image was trained on.
 
 | kind | for example |
 | --- | --- |
 {examples}
 
-![Loss](loss.png)
-
-## Where it ran
+{loss}## Where it ran
 
 {machine}. Seed {seed}. `results.json` has the numbers of the table, and
 `*-scores.json` has every answer.
 """
+
+
+_TRAINING = """"Trained here" continues for {steps} steps of {rows}
+conversations, at a peak learning rate of {rate:g}, about {singles} images of one emoji and up to
+{groups} of several."""
 
 
 def write_real_report(results: RealResults, out: Path) -> None:
@@ -75,7 +77,7 @@ def write_real_report(results: RealResults, out: Path) -> None:
     for name, figure in (
         ("accuracy", _draw_accuracy(results)),
         ("answers", _draw_answers(results, out)),
-        ("loss", _draw_loss(results)),
+        *([("loss", _draw_loss(results))] if results.steps else []),
     ):
         figure.savefig(out / f"{name}.png", dpi=120)
     text = _TEXT.format(
@@ -86,11 +88,10 @@ def write_real_report(results: RealResults, out: Path) -> None:
         language=LANGUAGE.credit,
         tower=TOWER.credit,
         images=IMAGE_CREDIT,
-        steps=settings.steps,
-        rows=settings.rows,
-        rate=RATE,
-        singles=settings.singles,
-        groups=settings.groups,
+        training=_TRAINING.format(rate=RATE, **dataclasses.asdict(settings))
+        if results.steps
+        else "Nothing was trained in this run.",
+        loss="![Loss](loss.png)\n\n" if results.steps else "",
         examples="\n".join(f"| {kind} | {_example(results, kind)} |" for kind in _kinds(results)),
         machine=machine(),
         seed=settings.seed,
