@@ -51,7 +51,8 @@ the answer that is right most often among the held-out questions of a kind.
 
 Tower and language model stay as their makers trained them. Only the projector between them is new:
 AvgPool's, which shows an image in {tokens} tokens instead of {patches}. It begins where the words
-are, by ridge regression to the embeddings of the words that describe an image ("aligned"). {training}
+are, by ridge regression to the embeddings of the words that describe an image ("aligned").
+{training}
 Held-out images have names of which no image was trained on.
 
 | kind | for example |
