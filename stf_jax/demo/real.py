@@ -102,7 +102,8 @@ class RealSettings:
     def by_name(cls, size: str, *, seed: int = 0) -> "RealSettings":
         """The settings of size "quick", "default" or "full"."""
         if size == "quick":
-            return cls(held_out_singles=3, held_out_groups=1, steps=0, seed=seed)
+            few = {"held_out_singles": 3, "held_out_groups": 1}
+            return cls(singles=12, groups=2, steps=0, seed=seed, **few)
         return cls(seed=seed)
 
 

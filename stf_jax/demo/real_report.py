@@ -1,6 +1,7 @@
 """The report over real weights: what was asked, what was answered, and what nobody had to see."""
 
 import dataclasses
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,7 +108,12 @@ def verdict(results: RealResults) -> str:
     shown = [
         kind
         for kind in _kinds(results)
-        if seen[kind].interval[0] > max(blind[kind].accuracy, chance(results.questions, kind))
+        if seen[kind].interval[0]
+        > max(
+            blind[kind].accuracy,
+            chance(results.questions, kind),
+            most_common(results.questions, kind),
+        )
     ]
     rest = [kind for kind in _kinds(results) if kind not in shown]
     ours = seen["all"]
@@ -117,7 +123,8 @@ def verdict(results: RealResults) -> str:
         f"{100 * blind['all'].accuracy:.1f} %."
     )
     if shown:
-        text += f" By more than the interval it beats chance and itself blind on {_join(shown)}."
+        text += f" It beats chance, the most common answer and itself blind on {_join(shown)},"
+        text += " by more than the interval."
     if rest:
         text += f" Of {_join(rest)} nothing is shown."
     return text
@@ -273,10 +280,11 @@ def _draw_answers(results: RealResults, out: Path) -> Figure:
     chosen = mixed[:_SHOWN]
     columns = min(4, len(chosen))
     lines = -(-len(chosen) // columns)
-    figure = Figure(figsize=(2.9 * columns, 3.4 * lines), layout="constrained")
+    figure = Figure(figsize=(2.9 * columns, 3.9 * lines))
+    figure.set_layout_engine("constrained", h_pad=0.15)
     grid = figure.subplots(lines, columns, squeeze=False)
     figure.suptitle(f"Held-out images, and answers of the model {model.title} (wrong ones in red)")
-    for axes in grid.flat:
+    for axes in grid.flat[len(chosen) :]:
         axes.axis("off")
     for axes, number in zip(grid.flat, chosen, strict=False):
         _draw_answer(axes, results.questions[number], answers[number], out)
@@ -286,10 +294,11 @@ def _draw_answers(results: RealResults, out: Path) -> Figure:
 def _draw_answer(axes: Axes, question: Question, chosen: int, out: Path) -> None:
     with Image.open(out / PICTURES / IMAGES / question.image) as image:
         axes.imshow(image)
-    lead, _, rest = question.text.partition(":")
+    # What has a place of its own in the layout cannot lie over the next image.
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    axes.set_title(textwrap.fill(question.text, 36), fontsize=8)
     answer = question.choices[chosen]
-    axes.set_title(f"{lead}:\n{rest.strip()}", fontsize=8)
     is_right = answer == question.answer
     said = answer if is_right else f"{answer} (it is {question.answer})"
-    color = "black" if is_right else "#D55E00"
-    axes.text(0.5, -0.06, said, ha="center", va="top", color=color, transform=axes.transAxes)
+    axes.set_xlabel(textwrap.fill(said, 30), color="black" if is_right else "#D55E00")
