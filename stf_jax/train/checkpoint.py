@@ -13,7 +13,7 @@ import importlib.metadata
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 import jax
@@ -49,6 +49,7 @@ class Checkpoints:
         every: steps between checkpoints.
         keep: how many of the latest are kept; all others are deleted.
         free: keys of the config, or sections of it ("mesh"), in which a resumed run may differ.
+        defaults: a config whose values keys had before the release that wrote the run knew them.
 
     Raises:
         CheckpointError: the directory cannot be written to, or belongs to a run with another
@@ -63,6 +64,7 @@ class Checkpoints:
         every: int,
         keep: int,
         free: Sequence[str] = (),
+        defaults: Mapping[str, Any] = MappingProxyType({}),
     ):
         self._directory = epath.Path(directory)
         # As it will be read back: JSON has no tuples.
@@ -83,7 +85,7 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
             )
         self._writing: Any = None
-        self._refuse_another_config(config, free)
+        self._refuse_another_config(config, free, json.loads(json.dumps(dict(defaults))))
 
     def __enter__(self) -> Self:
         return self
@@ -246,11 +248,13 @@ class Checkpoints:
             self._finish()
             self._checkpointer.close()
 
-    def _refuse_another_config(self, config: Mapping[str, Any], free: Sequence[str]) -> None:
+    def _refuse_another_config(
+        self, config: Mapping[str, Any], free: Sequence[str], defaults: Mapping[str, Any]
+    ) -> None:
         written = self._written_config()
         differences = [
             line
-            for key, line in _differences(written, config)
+            for key, line in _differences(written, config, defaults)
             if not any(f"{key}.".startswith(f"{prefix}.") for prefix in free)
         ]
         if differences:
@@ -288,15 +292,15 @@ def _agree(fine: bool) -> bool:
 
 
 def _differences(
-    written: Mapping[str, Any], config: Mapping[str, Any]
+    written: Mapping[str, Any], config: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> Iterator[tuple[str, str]]:
     """Each key whose values differ, with both of them."""
-    before, after = (
+    before, after, default = (
         {path.replace("/", "."): value for path, value in flatten(tree).items()}
-        for tree in (written, config)
+        for tree in (written, config, defaults)
     )
     for key in sorted(before | after):
-        old, new = before.get(key), after.get(key)
+        old, new = before.get(key, default.get(key)), after.get(key)
         if old != new:
             yield key, f"{key}: {old!r} there, {new!r} here"
 

@@ -98,6 +98,7 @@ def train(config: TrainConfig) -> Ending:
                 every=config.checkpoint.every,
                 keep=config.checkpoint.keep,
                 free=FREE,
+                defaults=TrainConfig(model="", out="").to_dict(),
             )
         )
         start = checkpoints.latest or 0

@@ -14,11 +14,12 @@ from stf_jax.cli.main import main
 from stf_jax.convert import import_checkpoint
 from stf_jax.eval.answers import read_answers
 from stf_jax.eval.choice_file import ChoiceAnswerer, choice_benchmark, choice_paths
-from stf_jax.eval.compare import Comparison, Cost, Line
+from stf_jax.eval.compare import Comparison, Cost, Line, Row, measure, open_benchmark
 from stf_jax.eval.comparison import draw, markdown, spread
 from stf_jax.eval.intervals import clustered, wilson
 from stf_jax.eval.registry import get_benchmark
 from stf_jax.eval.runner import ask, prepare
+from stf_jax.infer.load import load
 from tests.stf_jax.eval.miniature import Echo, png
 
 CHOICES = {"color": ["red", "blue"], "what": ["a cat", "a dog", "a bus"]}
@@ -82,14 +83,19 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "q.json"
 
 
-@pytest.fixture(scope="module")
-def llava(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("llava") / "llava"
-    import_checkpoint(reference / "vicuna", out, vision_tower=reference / "clip", system="llava")
+def import_llava(reference: Path, out: Path, *, seed: int) -> Path:
+    tower = reference / "clip"
+    import_checkpoint(reference / "vicuna", out, vision_tower=tower, system="llava", seed=seed)
     return out
 
 
+@pytest.fixture(scope="module")
+def llava(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return import_llava(reference, tmp_path_factory.mktemp("llava") / "llava", seed=0)
+
+
 def test_two_models_end_to_end(
+    reference: Path,
     llava: Path,
     questions: Path,
     tmp_path: Path,
@@ -97,7 +103,8 @@ def test_two_models_end_to_end(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     rows, out = tmp_path / "rows.yaml", tmp_path / "out"
-    rows.write_text(f"- model: {llava}\n  title: fast v\n  system: fastv\n")
+    other = import_llava(reference, tmp_path / "other", seed=1)
+    rows.write_text(f"- model: {other}\n  title: the other\n")
     call = ["compare", str(llava), "--rows", str(rows), "--out", str(out)]
     call += ["--benchmark", f"mine={questions}"]
     assert main(call) == 0
@@ -108,7 +115,7 @@ def test_two_models_end_to_end(
     lines = list(csv.DictReader((out / "comparison.csv").read_text().splitlines()))
     truth = json.loads(questions.read_text())
     right = {}
-    for folder, title in (("llava", "llava"), ("fast-v", "fast v")):
+    for folder, title in (("llava", "llava"), ("the-other", "the other")):
         answers = (out / folder / "mine" / "answers.jsonl").read_text().splitlines()
         texts = [json.loads(line)["text"] for line in answers]
         hits = [text == entry["answer"] for text, entry in zip(texts, truth, strict=True)]
@@ -118,28 +125,37 @@ def test_two_models_end_to_end(
             at = np.array([kind in ("all", entry["kind"]) for entry in truth])
             assert float(line["accuracy"]) == pytest.approx(right[title][at].mean())
             assert (line["questions"], line["images"]) == (str(at.sum()), "3")
-    gap = right["fast v"].mean() - right["llava"].mean()
-    (line,) = [each for each in lines if (each["model"], each["kind"]) == ("fast v", "all")]
+    gap = right["the other"].mean() - right["llava"].mean()
+    (line,) = [each for each in lines if (each["model"], each["kind"]) == ("the other", "all")]
     assert float(line["difference"]) == pytest.approx(gap)
-    # The reference's tower has 16 patches; FastV halves them after its second layer.
-    by_model = {each["model"]: each for each in lines}
-    assert by_model["llava"]["layer_tokens"] == "16 x 2"
-    before, after = (by_model[title] for title in ("llava", "fast v"))
-    assert int(after["cache_bytes"]) <= int(before["cache_bytes"])
-    length = int(before["prompt_tokens"])
-    # Two layers, keys and values, float32.
-    config = json.loads((llava / "config.json").read_text())["model"]["text"]
-    width = config["kv_heads"] * config["head_dim"]
-    assert int(before["cache_bytes"]) == length * config["layers"] * 2 * width * 4
     # Again: nothing is asked, and the table is the same.
     monkeypatch.setattr(ChoiceAnswerer, "answer", None)
     assert main(call) == 0
     assert capsys.readouterr().out == shown
     # Another model under the same title is not taken for it.
-    rows.write_text(f"- model: {llava}\n  title: fast v\n  system: random\n")
-    assert main(call) == 1
+    rows.write_text(f"- {{model: {llava}, title: the other}}\n- {{model: {llava}, title: more}}\n")
+    assert main(["compare", *call[2:]]) == 1
     (error,) = capsys.readouterr().err.splitlines()
     assert "the answers there were given under another protocol" in error
+
+
+def test_the_cost_is_that_of_what_each_layer_computes(llava: Path, questions: Path) -> None:
+    """FastV drops half of the tower's 16 patches after its second layer, here the first of two."""
+    prepared = open_benchmark("mine", questions, template="v1", limit=None)
+    row = Row(model=str(llava), title="fast", system="fastv")
+    whole, fast = (
+        measure(load(llava, dtype="float32", system=system), row, prepared, is_timed=False)
+        for system in (None, "fastv")
+    )
+    assert whole.layer_tokens == (16, 16)
+    assert fast.layer_tokens == (16, 8)
+    assert (whole.layers, fast.layers) == ("16 x 2", "16 x 1, 8 x 1")
+    # Keys and values in float32.
+    text = json.loads((llava / "config.json").read_text())["model"]["text"]
+    slot = 2 * text["kv_heads"] * text["head_dim"] * 4
+    assert whole.cache_bytes == 2 * whole.prompt_tokens * slot
+    assert fast.cache_bytes == whole.cache_bytes - 8 * slot
+    assert fast.language_flops < whole.language_flops
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,12 @@ def test_another_config_is_refused_with_every_difference(run: Callable[..., Run]
         "  optimizer.clip_norm: None there, 1.0 here",
         "  optimizer.learning_rate: 0.001 there, 0.002 here",
     ]
+    # What an older release did not know was as it is by default.
+    newer = {**CONFIG, "data": {"features": "computed"}}
+    with Checkpoints(
+        tmp_path / "run", config=newer, every=1, keep=1, free=free, defaults=newer
+    ) as checkpoints:
+        assert checkpoints.latest == 0
     other = CONFIG | {"training": {"log_every": 5}}
     with Checkpoints(tmp_path / "run", config=other, every=1, keep=1, free=free) as checkpoints:
         assert checkpoints.latest == 0
