@@ -11,7 +11,9 @@ _SERVER = """
 import os, sys
 from stf_jax.train.config import TrainConfig
 from stf_jax.train.loop import train
+from stf_jax.train.metrics import import_summary_writer
 
+import_summary_writer()
 for line in sys.stdin:
     config = line.strip()
     child = os.fork()

@@ -35,6 +35,8 @@ from stf_jax.util.files import check_files
 _PASSING = ("PERMISSION_DENIED", "UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")
 # A damaged checkpoint has this behind its step; Orbax takes it for none.
 _ASIDE = ".damaged"
+# Bytes of a replicated array from which its replicas write it together.
+_LEAST_PART = 2**20
 
 # What decides the numbers of a run; recorded to explain them, not to refuse a resumption.
 _VERSIONS = ("stf-jax", "jax", "flax", "optax", "orbax-checkpoint")
@@ -74,9 +76,13 @@ class Checkpoints:
         self._every = every
         if jax.process_index() == 0:
             check_files(self._directory, error=CheckpointError, fix="move it away")
+        context = ocp.Context()
+        # Otherwise every bias is cut in parts, and each part of each shape is a program to compile.
+        context.array.saving.min_slice_bytes_for_replica_parallel = _LEAST_PART
         with self._explain_errors():
             self._checkpointer = ocp.training.Checkpointer(
                 self._directory,
+                context=context,
                 preservation_policy=ocp.training.preservation_policies.LatestN(keep),
                 custom_metadata={
                     "config": config,

@@ -20,6 +20,20 @@ from stf_jax.util.files import check_file, decode_text, explain_file, parse_json
 _LONGEST_LINE = 2**16
 
 
+def import_summary_writer() -> Any:
+    """The class of tensorboardX, which imports PyTorch where it finds it: seconds for nothing."""
+    modules: dict[str, Any] = sys.modules
+    hides = "torch" not in modules
+    if hides:
+        modules["torch"] = None
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hides:
+            del modules["torch"]
+    return SummaryWriter
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepRecord:
     """One line of `metrics.jsonl`.
@@ -77,10 +91,8 @@ class MetricsLog:
         self._lines = _lines_before(self._path, start)
         self.flush()
         if self._local:
-            from tensorboardX import SummaryWriter
-
             self._file = Path(self._path).open("a", encoding="utf-8")  # noqa: SIM115
-            self._board = SummaryWriter(
+            self._board = import_summary_writer()(
                 os.fspath(epath.Path(path) / TENSORBOARD), purge_step=start or None
             )
         console = Console(stderr=True)
