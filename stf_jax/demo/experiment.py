@@ -75,7 +75,7 @@ class Settings:
     def by_name(cls, size: str, *, seed: int = 0) -> "Settings":
         """The settings of size "quick", "default" or "full"."""
         if size == "quick":
-            return cls(train_scenes=300, held_out_scenes=20, steps=(10, 10), seed=seed)
+            return cls(train_scenes=100, held_out_scenes=10, steps=(4, 4), seed=seed)
         if size == "full":
             return cls(variants=("llava", "average", "stf", "stf_mbtf"), seed=seed)
         return cls(seed=seed)
