@@ -1,6 +1,7 @@
 """Eight virtual CPU devices and float32 arithmetic for every test, and the reference's files."""
 
 import atexit
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -23,6 +24,8 @@ if os.environ.get("STF_JAX_TEST_XLA") != "default":
     # Later releases have one way only to emit a loop, and abort at a flag that they do not know.
     if importlib.metadata.version("jaxlib").startswith("0.10."):
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+    # Each operation's line of source would be looked up, and carried through the compiler.
+    os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 # In the background of a shell Ctrl-C is ignored, and would be by all that the tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -79,6 +82,31 @@ from stf_jax.data.tokenizer import IMAGE_TOKEN_ID
 REFERENCE = Path(
     os.environ.get("STF_JAX_REFERENCE") or Path(__file__).parent / "data" / "reference"
 ).resolve()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of slow tests come first, so that the workers end together, with short ones."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """Nor does tracing, which makes much that lives, start the collector as often."""
+    _settle()
+    gc.set_threshold(100_000, 50, 100)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def settled() -> Iterator[None]:
+    """What a module leaves, as jax does in its caches, stays."""
+    yield
+    _settle()
+
+
+def _settle() -> None:
+    """Takes what lives from the collector's sight: each epoch of data ends with a collection."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -24,6 +24,7 @@ from stf_jax.data.pipeline import TrainingStep
 from stf_jax.data.templates import get_template
 from stf_jax.data.tokenizer import Tokenizer
 from tests.stf_jax.data.steps import K, Make, ids_of
+from tests.switch import ALL
 
 
 def assert_same(first: TrainingStep, second: TrainingStep) -> None:
@@ -107,7 +108,7 @@ def test_going_on_at_any_step_gives_the_same_bytes(make: Make) -> None:
 
 
 @pytest.mark.portable
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, 3] if ALL else [2])
 def test_worker_processes_give_the_same_bytes(make: Make, workers: int) -> None:
     alone = list(make().batches(start_step=3, stop_step=11))
     iterator = make(workers=workers).batches(start_step=3)

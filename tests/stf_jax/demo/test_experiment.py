@@ -26,6 +26,7 @@ from stf_jax.demo.tower import VISION
 from stf_jax.demo.variants import all_variants
 from stf_jax.train import loop
 from stf_jax.train.config import TrainConfig
+from tests.programs import share_programs
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -35,7 +36,15 @@ SETTINGS = Settings(train_scenes=32, held_out_scenes=4, steps=(2, 2), rows=4)
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Path]:
+def programs() -> Iterator[None]:
+    """The second run traces and compiles nothing that the first has."""
+    with pytest.MonkeyPatch.context() as patched:
+        share_programs(patched)
+        yield
+
+
+@pytest.fixture(scope="module")
+def demo(programs: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Path]:
     out = tmp_path_factory.mktemp("demo") / "out"
     results = run(SETTINGS, out)
     write_report(results, read_held_out(out / "scenes"), out)

@@ -28,6 +28,7 @@ from stf_jax.models.clip import VisionTower
 from stf_jax.models.layers import Init
 from stf_jax.models.llava import Llava
 from stf_jax.store.arrays import unflatten
+from tests.switch import ALL
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
@@ -218,7 +219,7 @@ def theirs(prompt: Prompt) -> dict[str, torch.Tensor]:
     return inputs
 
 
-@settings(**FEW, max_examples=6)
+@settings(**FEW, max_examples=6 if ALL else 4)
 @given(sizes=vision_sizes(), seed=st.integers(0, 99))
 def test_every_hidden_state_of_clip(
     new_folder: NewFolder, sizes: dict[str, Any], seed: int
@@ -257,7 +258,7 @@ def encode_images(model: Llava, pixels: jax.Array) -> jax.Array:
 
 
 @pytest.mark.parametrize("rope", ROPES)
-@settings(**FEW, max_examples=4)
+@settings(**FEW, max_examples=4 if ALL else 2)
 @given(data=st.data(), sizes=text_sizes(), seed=st.integers(0, 99))
 def test_llama_logits(
     new_folder: NewFolder, rope: str, data: st.DataObject, sizes: dict[str, Any], seed: int
@@ -276,7 +277,7 @@ def test_llama_logits(
         np.testing.assert_allclose(row[: len(prompt.ids)], expected, rtol=0, atol=1e-4)
 
 
-@settings(**FEW, max_examples=6)
+@settings(**FEW, max_examples=6 if ALL else 4)
 @given(
     vision=vision_sizes(),
     text=text_sizes(),

@@ -15,6 +15,7 @@ from stf_jax.data.batch import Batch
 from stf_jax.models.llava import Llava
 from stf_jax.parallel.sharding import ShardingRules, make_mesh
 from stf_jax.store.arrays import flatten, unflatten
+from tests.switch import ALL
 
 pytestmark = pytest.mark.portable
 
@@ -32,11 +33,9 @@ class Loaded:
     batch: Batch
 
 
-MESHES = {
-    "one device": None,
-    "fsdp 8": {"fsdp": 8},
-    "fsdp 2 x tensor 4": {"fsdp": 2, "tensor": 4},
-}
+MESHES = {"one device": None, "fsdp 2 x tensor 4": {"fsdp": 2, "tensor": 4}}
+if ALL:
+    MESHES["fsdp 8"] = {"fsdp": 8}
 
 
 @pytest.fixture(scope="module", params=MESHES)

@@ -32,6 +32,7 @@ from stf_jax.systems.average import Average
 from stf_jax.systems.base import LlavaConfig
 from stf_jax.systems.mesh import check_divisible
 from stf_jax.systems.stf import STF, MBTFConfig
+from tests.switch import ALL
 
 pytestmark = pytest.mark.portable
 
@@ -207,7 +208,13 @@ class OnMesh:
         return tuple(size // self.axes.get(axis, 1) for size, axis in LAYOUT[path])
 
 
-CASES = [("untied", axes) for axes in MESHES] + [("tied, padded", "fsdp 2 x tensor 4")]
+CASES = [
+    ("untied", "fsdp 8"),
+    ("untied", "data 2 x fsdp 2 x tensor 2"),
+    ("tied, padded", "fsdp 2 x tensor 4"),
+]
+if ALL:
+    CASES.append(("untied", "fsdp 2 x tensor 4"))
 
 
 @pytest.fixture(params=CASES, ids=": ".join)

@@ -34,7 +34,6 @@ def collect() -> Iterator[None]:
     gc.freeze()
     yield
     gc.collect()
-    gc.unfreeze()
 
 
 TRIALS = 25 if ALL else 8

@@ -1,6 +1,6 @@
 """A dataset, and configs of runs over it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from stf_jax.convert.stored_model import load_processors
 from stf_jax.data.builder import build
 from stf_jax.train.config import TrainConfig
 from tests.corpus import write_corpus
+from tests.programs import share_programs
 
 # Two or three examples fill a row.
 SEQUENCE_LENGTH = 256
@@ -32,6 +33,14 @@ def build_dataset(model: Path, folder: Path, *, examples: int, workers: int) -> 
         workers=workers,
     )
     return folder / "dataset"
+
+
+@pytest.fixture(autouse=True, scope="package")
+def programs() -> Iterator[None]:
+    """Runs that continue, or differ in their files only, do not trace and compile again."""
+    with pytest.MonkeyPatch.context() as patched:
+        share_programs(patched)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -47,8 +47,8 @@ def steps(run: TrainConfig) -> int:
 def test_all_processes_of_a_run_are_told_to_end(
     config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
-    """As a scheduler does; the data workers live until the run has saved and left."""
-    run = config(steps=300, data={"batch_size": 4, "workers": 2})
+    """As a scheduler does; the data worker lives until the run has saved and left."""
+    run = config(steps=300, data={"batch_size": 4, "workers": 1})
     path = written(run, tmp_path / "run.yaml")
     with subprocess.Popen(
         [*STF_JAX, "train", str(path)],
@@ -75,10 +75,11 @@ def _alive(group: int) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_run(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     """Preempted in one of them, both leave; alone it continues; and the losses are those of one."""
     keys = {"steps": 16, "data": {"batch_size": 8}}
-    expected = config(**keys, mesh={"fsdp": 8})
+    expected = config(**keys)
     assert train(expected) == "finished"
     run = config(**keys, mesh={"data": 2, "fsdp": 2, "tensor": 2}, log_every=1)
     command = [*STF_JAX, "train", str(written(run, tmp_path / "run.yaml"))]

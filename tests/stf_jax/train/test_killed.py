@@ -59,6 +59,7 @@ def until(condition: Callable[[], bool]) -> None:
     assert condition()
 
 
+@pytest.mark.slow
 def test_killed_and_continued(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     runs = [tmp_path / "alone", tmp_path / "killed"]
 
@@ -76,7 +77,7 @@ def test_killed_and_continued(config: Callable[..., TrainConfig], tmp_path: Path
     with_worker, without = (written(runs[1], workers) for workers in (1, 0))
     server = Server(tmp_path / "cache")
     try:
-        server.start(written(runs[0], 1))
+        server.start(written(runs[0], 0))
         assert server.answer() == 0
         rng = random.Random(7)
         for number, moment in enumerate(KILLS):

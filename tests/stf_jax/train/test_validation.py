@@ -200,19 +200,34 @@ def test_it_is_the_same_to_the_bit_after_a_resumption_with_cached_features(
     assert records(run) == (whole["losses"], whole["validation"])
 
 
-def test_it_is_the_same_on_any_mesh_and_without_dropout(
+@pytest.mark.slow
+def test_dropout_follows_the_step_and_is_none_in_a_validation(
     config: Config, whole: dict[str, Any]
 ) -> None:
-    run = config(
-        stage="lora",
-        lora={"rank": 4, "dropout": 0.5},
+    """On any mesh a step drops the same inputs."""
+    keys = {
+        "stage": "lora",
+        "lora": {"rank": 4, "dropout": 0.5},
+        "micro_batches": 2,
+        "steps": 3,
+        "data": {"sequence_length": 192},
+    }
+    alone = config(**keys)
+    spread = config(
+        **keys,
         mesh={"data": 2, "fsdp": 2, "tensor": 2},
-        validation=whole["section"],
-        steps=1,
+        validation=whole["section"] | {"every": 3},
     )
-    assert train(run) == "finished"
+    without = config(**keys | {"lora": {"rank": 4, "dropout": 0.0}})
+    for run in (alone, spread, without):
+        assert train(run) == "finished"
+    expected, plain = (records(run)[0] for run in (alone, without))
+    losses, validation = records(spread)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
     # Adapters are zero to begin with.
-    np.testing.assert_allclose(records(run)[1][0], whole["validation"][0], rtol=1e-5)
+    assert plain[0] == pytest.approx(expected[0], rel=1e-5)
+    assert abs(plain[-1] - expected[-1]) > 1e-4
+    np.testing.assert_allclose(validation[0], whole["validation"][0], rtol=1e-5)
 
 
 @pytest.mark.parametrize(
