@@ -27,6 +27,8 @@ if os.environ.get("STF_JAX_TEST_XLA") != "default":
     # Each operation's line of source would be looked up, and carried through the compiler.
     os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+# PyTorch's threads wait for each other in a loop, and the workers of the tests need the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # In the background of a shell Ctrl-C is ignored, and would be by all that the tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
