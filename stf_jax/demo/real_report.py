@@ -118,8 +118,8 @@ def verdict(results: RealResults) -> str:
     rest = [kind for kind in _kinds(results) if kind not in shown]
     ours = seen["all"]
     text = (
-        f"The model {best.title} answers {100 * ours.accuracy:.1f} % of {ours.questions} questions "
-        f"about images that nothing was trained on; blind it answers "
+        f'The model "{best.title}" answers {100 * ours.accuracy:.1f} % of {ours.questions} '
+        f"questions about images that nothing was trained on; blind it answers "
         f"{100 * blind['all'].accuracy:.1f} %."
     )
     if shown:
@@ -283,7 +283,7 @@ def _draw_answers(results: RealResults, out: Path) -> Figure:
     figure = Figure(figsize=(2.9 * columns, 3.9 * lines))
     figure.set_layout_engine("constrained", h_pad=0.15)
     grid = figure.subplots(lines, columns, squeeze=False)
-    figure.suptitle(f"Held-out images, and answers of the model {model.title} (wrong ones in red)")
+    figure.suptitle(f'Held-out images, answers of the model "{model.title}" (wrong ones in red)')
     for axes in grid.flat[len(chosen) :]:
         axes.axis("off")
     for axes, number in zip(grid.flat, chosen, strict=False):

@@ -15,7 +15,8 @@ def wilson(right: int, questions: int) -> tuple[float, float]:
     n, p = questions, right / questions
     center = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
-    return center - half, center + half
+    # Rounding may leave the ends a hair outside.
+    return max(center - half, 0.0), min(center + half, 1.0)
 
 
 def clustered(
