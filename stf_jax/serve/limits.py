@@ -15,6 +15,9 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 # Seconds that a body may take.
 _PATIENCE = 120.0
+# A body that is too large is read up to so many times the limit, so that its sender, who may still
+# be writing, sees the answer.
+_DRAINED = 4
 
 
 class BodyLimit:
@@ -34,7 +37,9 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        declared = dict(scope["headers"]).get(b"content-length", b"")
+        headers = dict(scope["headers"])
+        declared = headers.get(b"content-length", b"")
+        has_body = declared != b"0" and (declared or b"transfer-encoding" in headers)
         if declared.isdigit() and int(declared) > self._most:
             await _refuse(send, self._too_large())
             return
@@ -43,21 +48,28 @@ class BodyLimit:
 
         async def limited() -> Message:
             nonlocal seen, complete
-            if complete:
-                return await receive()
-            try:
-                message = await asyncio.wait_for(receive(), deadline - time.monotonic())
-            except TimeoutError:
-                raise ApiError(408, "the request's body comes too slowly; send it again") from None
-            if message["type"] == "http.request":
+            while not complete:
+                try:
+                    message = await asyncio.wait_for(receive(), deadline - time.monotonic())
+                except TimeoutError:
+                    raise ApiError(
+                        408, "the request's body comes too slowly; send it again"
+                    ) from None
+                if message["type"] != "http.request":
+                    return message
                 seen += len(message.get("body", b""))
                 complete = not message.get("more_body", False)
-                if seen > self._most:
+                if seen <= self._most:
+                    return message
+                if complete or seen > _DRAINED * self._most:
                     raise self._too_large()
-            return message
+            return await receive()
 
         async def noted(message: Message) -> None:
             nonlocal begun
+            if not begun and has_body and not complete:
+                # Nobody reads the rest of the body.
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
             begun = True
             await send(message)
 

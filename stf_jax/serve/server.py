@@ -24,6 +24,8 @@ from stf_jax.util.errors import explain_memory
 
 # Connections at a time; more get 503.
 _CONNECTIONS = 1024
+# Bytes of a request before its body.
+_MOST_HEADERS = 64 * 2**10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,19 +145,7 @@ def serve(load: Callable[[], Model], config: ServeConfig) -> None:
         ValueError: the model or the config is wrong.
     """
     service = Service(name=config.name, api_key=config.api_key)
-    server = _Server(
-        uvicorn.Config(
-            make_app(service),
-            host=config.host,
-            port=config.port,
-            log_level="warning",
-            timeout_graceful_shutdown=int(config.grace) + 5,
-            h11_max_incomplete_event_size=64 * 2**10,
-            limit_concurrency=_CONNECTIONS,
-        ),
-        service,
-        grace=config.grace,
-    )
+    server = make_server(service, config)
     failure: list[Exception] = []
 
     def prepare() -> None:
@@ -177,6 +167,24 @@ def serve(load: Callable[[], Model], config: ServeConfig) -> None:
         raise OSError(f"{config.host}:{config.port} cannot be listened on; choose another --port")
     if service.ready is not None:
         service.ready.worker.close()
+
+
+def make_server(service: Service, config: ServeConfig) -> "Server":
+    """What listens, with limits on what a client may send and hold."""
+    return Server(
+        uvicorn.Config(
+            make_app(service),
+            host=config.host,
+            port=config.port,
+            log_level="warning",
+            http="h11",
+            timeout_graceful_shutdown=int(config.grace) + 5,
+            h11_max_incomplete_event_size=_MOST_HEADERS,
+            limit_concurrency=_CONNECTIONS,
+        ),
+        service,
+        grace=config.grace,
+    )
 
 
 def make_ready(model: Model, config: ServeConfig, service: Service) -> Ready:
@@ -216,7 +224,7 @@ def make_ready(model: Model, config: ServeConfig, service: Service) -> Ready:
     return Ready(model=model, prompts=prompts, worker=worker)
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """Tells the worker when a signal comes, so that every client is told."""
 
     def __init__(self, config: uvicorn.Config, service: Service, *, grace: float):

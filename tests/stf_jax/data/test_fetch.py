@@ -29,6 +29,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Location", f"/redirect{left - 1}" if left else "/image.png")
             self.end_headers()
             return
+        if name.startswith("/to/"):
+            self.send_response(302)
+            self.send_header("Location", f"http://{name.removeprefix('/to/')}:9/")
+            self.end_headers()
+            return
         if name == "/elsewhere":
             self.send_response(302)
             self.send_header("Location", "file:///etc/passwd")
@@ -114,6 +119,31 @@ def test_what_is_beyond_a_limit_is_one_line(
 def test_this_machine_and_its_network_are_not_asked(host: str) -> None:
     with pytest.raises(ImageError, match="an address of this machine or of a private network"):
         fetch(f"http://{host}:9/")
+
+
+@pytest.mark.parametrize("host", ["169.254.169.254", "10.0.0.1", "[::ffff:10.0.0.1]"])
+def test_a_redirect_leads_to_no_private_address(
+    server: str, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    monkeypatch.setattr(module, "_is_public", lambda address: address in ("127.0.0.1", "::1"))
+    with pytest.raises(ImageError, match="an address of this machine or of a private network"):
+        fetch(f"{server}/to/{host}")
+
+
+def test_a_redirect_leads_to_no_host_that_is_not_named(server: str, allowed: None) -> None:
+    with pytest.raises(ImageError, match="a host that is not allowed"):
+        fetch(f"{server}/to/example.com", hosts={"localhost"})
+
+
+@pytest.mark.parametrize("addresses", [["127.0.0.1"], ["93.184.215.14", "10.0.0.1"], ["::1"], []])
+def test_a_name_that_leads_to_this_network_is_not_asked(
+    monkeypatch: pytest.MonkeyPatch, addresses: list[str]
+) -> None:
+    """One private address among others is enough, since any of them may be taken next."""
+    found = [(0, 0, 0, "", (address, 9)) for address in addresses]
+    monkeypatch.setattr(module.socket, "getaddrinfo", lambda *_, **__: found)
+    with pytest.raises(ImageError, match="an address of this machine or of a private network"):
+        fetch("http://images.example.com:9/", hosts={"images.example.com"})
 
 
 def test_no_port_and_no_host_are_refused() -> None:

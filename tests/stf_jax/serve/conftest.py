@@ -4,20 +4,20 @@ import base64
 import dataclasses
 import io
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import uvicorn
 from PIL import Image
 
 import stf_jax
 from stf_jax.infer.room import Room
-from stf_jax.serve.app import Ready, Service, make_app
+from stf_jax.serve.app import Ready, Service
 from stf_jax.serve.prompts import Prompts
-from stf_jax.serve.server import ServeConfig
+from stf_jax.serve.server import ServeConfig, Server, make_server
 from stf_jax.serve.worker import Worker
 
 CONFIG = ServeConfig(name="tiny", slots=4, context=320, max_new_tokens=128, prefixes=4)
@@ -44,16 +44,15 @@ class Running:
         return httpx.post(f"{self.url}{path}", json=body, timeout=60, **options)
 
 
-def run(service: Service) -> tuple[uvicorn.Server, threading.Thread, str]:
-    server = uvicorn.Server(
-        uvicorn.Config(make_app(service), host="127.0.0.1", port=0, log_level="warning")
-    )
+def run(service: Service, *, grace: float = 30) -> tuple[Server, threading.Thread, str]:
+    config = ServeConfig(name=service.name, port=0, grace=grace)
+    server = make_server(service, config)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
         assert thread.is_alive()
-    port = server.servers[0].sockets[0].getsockname()[1]
-    return server, thread, f"http://127.0.0.1:{port}"
+        time.sleep(0.01)
+    return server, thread, f"http://127.0.0.1:{server.bound_port}"
 
 
 @pytest.fixture(scope="session")
