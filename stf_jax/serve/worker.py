@@ -24,8 +24,10 @@ from stf_jax.serve.schema import ApiError
 
 _LOG = logging.getLogger("stf_jax.serve")
 Ending: TypeAlias = Literal["stop", "length"]
-# Steps between looks at the tokens: text flows, and a new request waits no longer than this.
+# Steps between looks at the tokens: text flows, and a new request waits no longer than this. Where
+# requests wait anyway, fewer looks answer more of them.
 _EVERY = 4
+_EVERY_FULL = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -285,7 +287,8 @@ class Worker:
                 if self._stopping:
                     return
             try:
-                progress = self._scheduler.step(every=_EVERY) if self._scheduler.busy else []
+                every = _EVERY_FULL if self._scheduler.queued else _EVERY
+                progress = self._scheduler.step(every=every) if self._scheduler.busy else []
             except Exception as error:  # noqa: BLE001
                 # Whatever it is, every client is told, and the server counts as unhealthy.
                 _LOG.exception("the devices failed")
