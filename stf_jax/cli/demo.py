@@ -27,7 +27,7 @@ def add_demo(verbs: Verbs) -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
         "--quick", action="store_const", dest="size", const="quick", default="default",
-        help="both experiments for a minute: shows that everything runs, and nothing else",
+        help="both experiments, in a minute or two: shows that everything runs, and nothing else",
     )  # fmt: skip
     size.add_argument(
         "--full", action="store_const", dest="size", const="full",
