@@ -1,8 +1,8 @@
 """Plain weights to integers and scales, and back, layer by layer.
 
 qwix rounds (`absmax`: the largest of a group becomes 7.5 or 127.5 steps, and is cut there). Its
-matmul and its providers stay aside: they cut a weight into groups, which the TPU compiler then
-writes out as numbers for 1.4 ms where `stf_jax.models.quantization` takes 0.05 (docs/tpu.md).
+matmul and its providers stay aside: they cut a weight into groups as they compute, and the TPU
+compiler writes the numbers of all of it out for that (docs/quantization.md).
 """
 
 import dataclasses
@@ -35,16 +35,21 @@ Shape = jax.ShapeDtypeStruct
 Layers = Array | Callable[[int], Array]
 
 
-def quantized_weights(config: LlavaConfig) -> dict[str, tuple[Shape, Shape]]:
-    """Integers and scales, [layers, ...], of every weight of a quantized model, by its path."""
-    if config.text.quantization is None:
-        return {}
+def _weights_of(config: LlavaConfig) -> dict[str, Shape]:
+    """Every parameter of the language model, by its path."""
 
     def make() -> Llama:
         init = Init(rngs=nnx.Rngs(0))
         return config.system.decoder(config.vision, config.text, init=init, lora=None)
 
-    shapes = flatten({"text": nnx.to_pure_dict(nnx.state(nnx.eval_shape(make)))})
+    return flatten({"text": nnx.to_pure_dict(nnx.state(nnx.eval_shape(make)))})
+
+
+def quantized_weights(config: LlavaConfig) -> dict[str, tuple[Shape, Shape]]:
+    """Integers and scales, [layers, ...], of every weight of a quantized model, by its path."""
+    if config.text.quantization is None:
+        return {}
+    shapes = _weights_of(config)
     return {
         path.removesuffix("/integers"): (leaf, shapes[path.replace("/integers", "/scales")])
         for path, leaf in shapes.items()
@@ -52,45 +57,39 @@ def quantized_weights(config: LlavaConfig) -> dict[str, tuple[Shape, Shape]]:
     }
 
 
-def quantize(
-    weight: Array, *, dtype: DType, scales: tuple[int, ...], scale_dtype: DType
-) -> tuple[Array, Array]:
+def quantize(weight: Array, *, integers: Shape, scales: Shape) -> tuple[Array, Array]:
     """One layer's integers and scales.
 
     Args:
         weight: of any float dtype; rounded from float32.
-        dtype: of the integers.
-        scales: their shape, an axis for each of the weight's: of its size where every index has a
-            scale of its own, else the number of groups.
-        scale_dtype: of the scales.
+        integers: their shape, into which the weight is cut, and dtype.
+        scales: the same of theirs; an axis of 1 shares one.
     """
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        made = _quantizer(weight.shape, dtype, scales, scale_dtype)(jnp.asarray(weight))
+        made = _quantizer(integers, scales)(jnp.asarray(weight))
         return np.asarray(made.qvalue), np.asarray(made.scale)
 
 
 @functools.cache
-def _quantizer(
-    shape: tuple[int, ...], dtype: DType, scales: tuple[int, ...], scale_dtype: DType
-) -> Callable[[jax.Array], Any]:
+def _quantizer(integers: Shape, scales: Shape) -> Callable[[jax.Array], Any]:
     import qwix  # Imports all of itself, for seconds.
 
-    sizes = list(enumerate(zip(shape, scales, strict=True)))
+    sizes = enumerate(zip(integers.shape, scales.shape, strict=True))
+    own = [axis for axis, (size, count) in sizes if size == count]
 
     def run(weight: jax.Array) -> Any:
         return qwix.quantize(
-            weight.astype(jnp.float32),
-            dtype,
-            channelwise_axes=[axis for axis, (size, count) in sizes if size == count],
-            tiled_axes={axis: size // count for axis, (size, count) in sizes if 1 < count < size},
-            scale_dtype=scale_dtype,
+            weight.astype(jnp.float32).reshape(integers.shape),
+            integers.dtype,
+            channelwise_axes=own,
+            scale_dtype=scales.dtype,
         )
 
     return jax.jit(run)
 
 
 def dequantize(integers: Array, scales: Array) -> Array:
-    """One layer's weight, float32: each integer times its scale."""
+    """One layer's weight in its groups, float32: each integer times its scale."""
     import qwix
 
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
@@ -118,16 +117,12 @@ def quantized_leaves(
             PACKED if packed else integers.dtype,
         )
         of_layers = np.empty(scales.shape, scales.dtype)
+        one = [Shape(stack.shape[1:], stack.dtype) for stack in shapes]
         opened = open_layers()
         read = opened.__getitem__ if isinstance(opened, np.ndarray) else opened
 
         def fill(layer: int) -> None:
-            rounded, of_layers[layer] = quantize(
-                read(layer),
-                dtype=np.dtype(integers.dtype),
-                scales=scales.shape[1:],
-                scale_dtype=np.dtype(scales.dtype),
-            )
+            rounded, of_layers[layer] = quantize(read(layer), integers=one[0], scales=one[1])
             result[layer] = to_disk(rounded)
 
         with ThreadPoolExecutor(_THREADS) as pool:
@@ -175,10 +170,8 @@ class DequantizedCheckpoint(NativeCheckpoint):
             for name, leaf in self.first.shapes.items()
             if name not in parts and not is_adapter(name)
         }
-        weights = {
-            path: Shape(integers.shape, self.dtype) for path, (integers, _) in self._weights.items()
-        }
-        return plain | weights
+        whole = _weights_of(self.config)
+        return plain | {path: Shape(whole[path].shape, self.dtype) for path in self._weights}
 
     def load(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """Parameters by path, each cast and placed as it says."""
@@ -194,12 +187,12 @@ class DequantizedCheckpoint(NativeCheckpoint):
 
     def _read_weight(self, path: str) -> Array:
         integers, scales = (self.first.read(f"{path}/{part}") for part in ("integers", "scales"))
-        result = np.empty(integers.shape, self.dtype)
+        result = np.empty(self.shapes[path].shape, self.dtype)
         first, adapter = self.first, []
         if isinstance(first, TrainedCheckpoint) and adapter_path(path, "a") in first.trained:
             adapter = [first.read_trained(adapter_path(path, which)) for which in "ab"]
         for layer, (rounded, scale) in enumerate(zip(integers, scales, strict=True)):
-            weight = dequantize(rounded, scale)
+            weight = dequantize(rounded, scale).reshape(result.shape[1:])
             if adapter:
                 assert isinstance(first, TrainedCheckpoint)
                 a, b = (part[layer] for part in adapter)

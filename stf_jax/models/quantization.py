@@ -1,9 +1,9 @@
 """Weights as integers and scales, and the matmul that never has all of a layer's as numbers.
 
-weight[c, f] = integers[c, f] * scales[c // group, f], in a scheme of `stf_jax.config.quantization`.
-On a TPU the compiler turns integers into numbers inside the matmul's own loop. XLA's CPU back end
-writes every operand out first, as it does for bfloat16; there the weight goes by in blocks of
-rows that stay in the cache.
+weight = integers * scales; `stf_jax.config.quantization` has the schemes. A TPU compiler turns
+integers into numbers inside the matmul's own loop, if nothing cuts them into groups there: they lie
+in groups, [G, g, F] with scales [G, 1, F]. XLA's CPU back end writes every operand out first, as it
+does for bfloat16; there the weight goes by in blocks of rows that stay in the cache.
 """
 
 import math
@@ -29,7 +29,7 @@ class QuantizedKernel(nnx.Module):
 
     Args:
         scheme: bits and groups.
-        inputs: the axes that the matmul contracts; scales are shared along the last.
+        inputs: the axes that the matmul contracts; the last is cut into groups.
         outputs: the axes that it makes.
         spec: partition spec of the weight; integers and the scales of groups are split alike.
     """
@@ -44,20 +44,23 @@ class QuantizedKernel(nnx.Module):
     ):
         self.inputs, self.outputs = inputs, outputs
         *leading, last = inputs
-        self.group = scheme.inputs_per_scale(last)
-        if scheme.group is None:
-            scales: tuple[int, ...] = (1,) * len(inputs)
-            whole = (None,) * len(inputs)
-            split = None if spec is None else PartitionSpec(*whole, *spec[len(inputs) :])
-        else:
-            scales, split = (*leading, last // self.group), spec
         self.per_channel = scheme.group is None
-        self.spec, self.scales_spec = spec, split
+        self.group = scheme.inputs_per_scale(last)
+        # Of the integers: the axes of the inputs, the last in groups, and which of them share.
+        self.axes = inputs if self.per_channel else (*leading, last // self.group, self.group)
+        count = len(inputs)
+        shared = (1,) * count if self.per_channel else (*self.axes[:-1], 1)
+        self.spec, self.scales_spec = spec, spec
+        if spec is not None:
+            split = spec[:count] if self.per_channel else (*spec[:count], None)
+            self.spec = PartitionSpec(*split, *spec[count:])
+            of_scales = (None,) * count if self.per_channel else split
+            self.scales_spec = PartitionSpec(*of_scales, *spec[count:])
         self.integers = nnx.Param(
-            jnp.zeros((*inputs, *outputs), scheme.dtype, out_sharding=self.spec)
+            jnp.zeros((*self.axes, *outputs), scheme.dtype, out_sharding=self.spec)
         )
         self.scales = nnx.Param(
-            jnp.ones((*scales, *outputs), scheme.scale_dtype, out_sharding=self.scales_spec)
+            jnp.ones((*shared, *outputs), scheme.scale_dtype, out_sharding=self.scales_spec)
         )
 
     def dot(self, x: Float[Array, "..."], *, out: PartitionSpec | None) -> Float[Array, "..."]:
@@ -83,18 +86,17 @@ class QuantizedKernel(nnx.Module):
     def _dot_in_groups(
         self, x: Array, integers: Array, scales: Array, *, out: PartitionSpec | None
     ) -> Array:
-        # What repeats is the scales: were the integers cut into groups instead, a TPU would move
-        # them through its memory, which takes longer than the matmul.
-        spec = None if self.spec is None else _without_fsdp(self.spec)
-        repeated = jnp.repeat(
-            scales.astype(x.dtype), self.group, axis=len(self.inputs) - 1, out_sharding=spec
-        )
-        return self._contract(x, integers.astype(x.dtype) * repeated, out=out)
+        batch, spec = x.shape[: x.ndim - len(self.inputs)], None
+        if self.spec is not None:
+            split = jax.typeof(x).sharding.spec
+            spec = PartitionSpec(*split, *(None,) * (x.ndim + 1 - len(split)))
+        x = jax.lax.reshape(x, (*batch, *self.axes), out_sharding=spec)
+        return self._contract(x, integers.astype(x.dtype) * scales.astype(x.dtype), out=out)
 
     def _contract(
         self, x: Array, weight: Array, *, out: PartitionSpec | None, result: DTypeLike | None = None
     ) -> Array:
-        count = len(self.inputs)
+        count = len(self.axes)
         axes = tuple(range(x.ndim - count, x.ndim)), tuple(range(count))
         y: Array = jax.lax.dot_general(
             x, weight, (axes, ((), ())), preferred_element_type=result, out_sharding=out

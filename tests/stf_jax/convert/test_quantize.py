@@ -49,14 +49,13 @@ def test_a_number_is_at_most_half_a_step_from_its_integer(data: st.DataObject) -
     count, most = (4, 7.5) if four else (1, 127.5)
     integers, scales = quantize(
         weight,
-        dtype=np.dtype(jnp.int4 if four else np.int8),
-        scales=(count, 6),
-        scale_dtype=np.dtype(np.float32),
+        integers=jax.ShapeDtypeStruct((count, 16 // count, 6), jnp.int4 if four else np.int8),
+        scales=jax.ShapeDtypeStruct((count, 1, 6), np.float32),
     )
     groups = weight.reshape(count, -1, 6)
-    np.testing.assert_allclose(scales, abs(groups).max(axis=1) / most, rtol=1e-6)
-    error = groups - integers.astype(np.float32).reshape(groups.shape) * scales[:, None]
-    assert (abs(error) <= scales[:, None] * 0.50001).all()
+    np.testing.assert_allclose(scales[:, 0], abs(groups).max(axis=1) / most, rtol=1e-6)
+    error = groups - integers.astype(np.float32) * scales
+    assert (abs(error) <= scales * 0.50001).all()
 
 
 def test_what_lies_on_disk_is_the_integers_of_every_projection(
@@ -78,17 +77,14 @@ def test_what_lies_on_disk_is_the_integers_of_every_projection(
             )
         )
         # One scale for the inputs of a channel, or for eight of them along their last axis.
-        inputs = (1, 2) if "output" in name else (1,)
-        if scheme == "int8":
-            largest = abs(weight).max(axis=inputs, keepdims=True)
-            steps = largest / STEPS[scheme]
-        else:
-            last = inputs[-1]
-            groups = np.stack(np.split(weight, weight.shape[last] // 8, axis=last), axis=last)
-            steps = abs(groups).max(axis=last + 1) / STEPS[scheme]
+        count = 2 if "output" in name else 1
+        shared: tuple[int, ...] = tuple(range(1, 1 + count))
+        if scheme != "int8":
+            last = weight.shape[count]
+            weight = weight.reshape(*weight.shape[:count], last // 8, 8, *weight.shape[count + 1 :])
+            shared = (count + 1,)
+        steps = abs(weight).max(axis=shared, keepdims=True) / STEPS[scheme]
         np.testing.assert_allclose(scales, steps, rtol=2**-8)
-        for axis, (size, count) in enumerate(zip(weight.shape, scales.shape, strict=True)):
-            scales = np.repeat(scales, size // count, axis=axis)
         # A scale in bfloat16 moves the largest of seven steps a little.
         assert (abs(weight - integers * scales) <= scales * 0.53).all()
     report = str(inspect_checkpoint(quantized, verify=True))

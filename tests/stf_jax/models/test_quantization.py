@@ -32,11 +32,10 @@ def make_kernel(scheme: str, inputs: tuple[int, ...], outputs: tuple[int, ...]) 
 
 def to_numbers(kernel: QuantizedKernel) -> np.ndarray:
     """integers * scales, by hand."""
-    integers = np.asarray(kernel.integers[...]).astype(np.float64)
-    scales = np.asarray(kernel.scales[...]).astype(np.float64)
-    for axis, (size, count) in enumerate(zip(integers.shape, scales.shape, strict=True)):
-        scales = np.repeat(scales, size // count, axis=axis)
-    return integers * scales
+    integers, scales = (
+        np.asarray(part[...]).astype(np.float64) for part in (kernel.integers, kernel.scales)
+    )
+    return (integers * scales).reshape(*kernel.inputs, *kernel.outputs)
 
 
 @pytest.mark.parametrize("block", [2**20, 512], ids=["whole", "in blocks"])
