@@ -173,7 +173,7 @@ def export_checkpoint(
     cast_to = None if dtype is None else FLOATS[dtype]
     if layout == "gguf":
         with new_directory(out) as unfinished, _local(unfinished) as local:
-            write_gguf(native.checkpoint, native.hf, local, rows=rows, dtype=cast_to)
+            write_gguf(native.weights, native.hf, local, rows=rows, dtype=cast_to)
         return
     spelling: PublishedLayout = "adapter" if layout == "lora" else layout
     plan = _plan(native, spelling, rows, cast_to, lora=layout == "lora")

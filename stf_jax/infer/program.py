@@ -44,8 +44,8 @@ class Program:
         self.cache_dtype = cache_dtype
         with self._on_mesh():
             # The caller's model loses its stacks: there is no room for 7B weights twice.
-            model.text.layers = unstack(model.text.layers)
-            model.vision.layers = unstack(model.vision.layers)
+            model.text.layers = unstack(model.text.layers, release=True)
+            model.vision.layers = unstack(model.vision.layers, release=True)
         self._graph, self._parameters = nnx.split(model)
         self._prefixes = jax.jit(self._prefix_caches)
         self._start = jax.jit(self._empty_slots, static_argnames=("slots", "contexts", "new"))

@@ -249,17 +249,30 @@ def stack(make: Callable[[Init], Layer], count: int, *, init: Init) -> Layer:
     return nnx.merge(nnx.graphdef(nnx.eval_shape(abstract)), jax.vmap(one)(keys))
 
 
-def unstack(layers: Layer | nnx.List[Layer]) -> nnx.List[Layer]:
+def unstack(layers: Layer | nnx.List[Layer], *, release: bool = False) -> nnx.List[Layer]:
     """The layers of a stack one by one; a list stays as it is.
 
     Inference wants them so: a scan copies each layer's slice of the weights, which costs a decoding
     step more than its arithmetic does.
+
+    Args:
+        layers: stacked, or a list.
+        release: takes the arrays from `layers`, one after the other, so that memory holds a single
+            one twice.
     """
     if isinstance(layers, nnx.List):
         return layers
     graph, state = nnx.split(layers)
     leaves, tree = jax.tree.flatten(state)
-    rows = zip(*([leaf[i] for i in range(leaf.shape[0])] for leaf in leaves), strict=True)
+    if release:
+        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+        nnx.update(layers, jax.tree.unflatten(tree, shapes))
+    del state
+    columns = []
+    for number, leaf in enumerate(leaves):
+        columns.append([leaf[i] for i in range(leaf.shape[0])])
+        leaves[number] = None
+    rows = zip(*columns, strict=True)
     return nnx.List([nnx.merge(graph, jax.tree.unflatten(tree, row)) for row in rows])
 
 
