@@ -9,6 +9,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +45,8 @@ class Program:
         self.cache_dtype = cache_dtype
         with self._on_mesh():
             # The caller's model loses its stacks: there is no room for 7B weights twice.
-            model.text.layers = unstack(model.text.layers, release=True)
-            model.vision.layers = unstack(model.vision.layers, release=True)
+            for part in (model.text, model.vision):
+                part.layers = unstack(_take_layers(part))
         self._graph, self._parameters = nnx.split(model)
         self._prefixes = jax.jit(self._prefix_caches)
         self._start = jax.jit(self._empty_slots, static_argnames=("slots", "contexts", "new"))
@@ -404,6 +405,12 @@ def _are_finite(logits: Float[Array, "B V"]) -> Bool[Array, "B"]:
 
 def _clear_slots(slots: Slots, which: Bool[Array, "B"]) -> Slots:
     return dataclasses.replace(slots, finite=slots.finite | which, cache=slots.cache.clear(which))
+
+
+def _take_layers(part: Any) -> Any:
+    """The layers, which the part itself no longer holds."""
+    layers, part.layers = part.layers, nnx.List([])
+    return layers
 
 
 def weights_checksum(weights: nnx.State) -> str:

@@ -249,29 +249,23 @@ def stack(make: Callable[[Init], Layer], count: int, *, init: Init) -> Layer:
     return nnx.merge(nnx.graphdef(nnx.eval_shape(abstract)), jax.vmap(one)(keys))
 
 
-def unstack(layers: Layer | nnx.List[Layer], *, release: bool = False) -> nnx.List[Layer]:
+def unstack(layers: Layer | nnx.List[Layer]) -> nnx.List[Layer]:
     """The layers of a stack one by one; a list stays as it is.
 
     Inference wants them so: a scan copies each layer's slice of the weights, which costs a decoding
-    step more than its arithmetic does.
-
-    Args:
-        layers: stacked, or a list.
-        release: takes the arrays from `layers`, one after the other, so that memory holds a single
-            one twice.
+    step more than its arithmetic does. Where nobody else holds the stack, its arrays are freed one
+    after the other: memory holds a single one twice.
     """
     if isinstance(layers, nnx.List):
         return layers
     graph, state = nnx.split(layers)
     leaves, tree = jax.tree.flatten(state)
-    if release:
-        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-        nnx.update(layers, jax.tree.unflatten(tree, shapes))
-    del state
+    del layers, state
     columns = []
-    for number, leaf in enumerate(leaves):
+    while leaves:
+        leaf = leaves.pop(0)
         columns.append([leaf[i] for i in range(leaf.shape[0])])
-        leaves[number] = None
+        del leaf
     rows = zip(*columns, strict=True)
     return nnx.List([nnx.merge(graph, jax.tree.unflatten(tree, row)) for row in rows])
 
