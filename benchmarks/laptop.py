@@ -8,6 +8,7 @@ own, and answers from it as `stf_jax.load` would: restored, taken apart, prefill
 
 import argparse
 import dataclasses
+import functools
 import multiprocessing
 import resource
 import tempfile
@@ -41,11 +42,12 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "model")
-        arguments = (path, options.layers, options.quantization, options.dtype)
-        for target, more in ((make, ()), (answer, (options.new,))):
-            arguments = arguments if target is make else (path,)
-            context = multiprocessing.get_context("spawn")
-            worker = context.Process(target=target, args=(*arguments, *more))
+        steps: list[tuple[Any, tuple[Any, ...]]] = [
+            (make, (path, options.layers, options.quantization, options.dtype)),
+            (answer, (path, options.new)),
+        ]
+        for target, arguments in steps:
+            worker = multiprocessing.get_context("spawn").Process(target=target, args=arguments)
             worker.start()
             worker.join()
 
@@ -67,7 +69,7 @@ def make(path: str, layers: int, quantization: str | None, dtype: str) -> None:
     def leaves() -> Iterator[Leaf]:
         for name, leaf in shapes.items():
             kind = np.dtype(leaf.dtype)
-            yield Leaf(path=name, shape=leaf.shape, dtype=kind, read=lambda leaf=leaf: draw(leaf))
+            yield Leaf(path=name, shape=leaf.shape, dtype=kind, read=functools.partial(draw, leaf))
 
     write(path, config=config, leaves=leaves(), extras=lambda _: None)
 
