@@ -65,18 +65,20 @@ def test_rows_move(dtype: CacheDType | None) -> None:
     np.testing.assert_array_equal(rows, np.stack([now[3], was[1], now[1], was[3]]))
 
 
-def test_of_what_stood_in_later_slots_nothing_is_left() -> None:
+def test_what_stood_in_later_slots_is_not_seen_and_can_be_cleared() -> None:
     old, new = random(2, 5, 3, 8), random(1, 3, 3, 8, seed=1)
     long, short = (
         KVCache.of([one], [one], marks_to(*one.shape[:2]), dtype=None) for one in (old, new)
     )
     replaced = long.insert(jnp.array([1]), short, spec=None, marks=None)
     rows = vectors(replaced.keys[0]).swapaxes(1, 2)
-    np.testing.assert_array_equal(rows, old.at[1, :3].set(new[0]).at[1, 3:].set(0))
-    # Nothing sees them.
+    np.testing.assert_array_equal(rows, old.at[1, :3].set(new[0]))
     np.testing.assert_array_equal(
         replaced.groups[0].marks.segment, [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
     )
+    cleared = replaced.clear(jnp.array([False, True]))
+    rows = vectors(cleared.keys[0]).swapaxes(1, 2)
+    np.testing.assert_array_equal(rows, old.at[1].set(0))
 
 
 def test_zeros_stay_zeros() -> None:
