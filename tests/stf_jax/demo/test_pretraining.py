@@ -15,6 +15,7 @@ from stf_jax.demo.language import TEXT, Phase, write_tokenizer
 from stf_jax.demo.scenes import CAPTIONS, MOST, Scene
 from stf_jax.demo.tower import VISION
 from stf_jax.demo.variants import all_variants
+from tests.switch import ALL
 
 pytest.importorskip("sklearn")
 pytestmark = pytest.mark.slow
@@ -34,6 +35,7 @@ def test_the_stored_tokenizer_is_that_of_the_scenes(tmp_path: Path) -> None:
     assert longest == LONGEST_ANSWER
 
 
+@pytest.mark.skipif(not ALL, reason="CI runs the demo, which imports what was made")
 def test_makes_what_the_converter_imports(tmp_path: Path) -> None:
     texts = [*CAPTIONS, "questions"]
     shape: Any = {"rows": len(texts), "length": 256, "texts": texts, "rate": 1e-3}

@@ -34,8 +34,6 @@ from stf_jax.systems.mesh import check_divisible
 from stf_jax.systems.stf import STF, MBTFConfig
 from tests.switch import ALL
 
-pytestmark = pytest.mark.portable
-
 Arrays = dict[str, np.ndarray]
 
 LENGTH = 64  # of the batch
@@ -235,6 +233,7 @@ def assert_shards(array: jax.Array, shape: tuple[int, ...], name: str = "") -> N
     assert len(parts) * np.prod(shape) == array.size, name
 
 
+@pytest.mark.portable
 def test_parameters_lie_as_laid_out(on_mesh: OnMesh) -> None:
     parameters = flatten(nnx.to_pure_dict(nnx.state(on_mesh.model)))
     tied = on_mesh.model.config.text.tie_embeddings
@@ -265,6 +264,7 @@ def test_random_parameters_are_made_in_place(axes: dict[str, int]) -> None:
     np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.portable
 def test_loss_and_gradients(on_mesh: OnMesh) -> None:
     expected = expected_of(on_mesh.name)
     loss, gradients = loss_and_gradients(on_mesh.model, on_mesh.batch)
