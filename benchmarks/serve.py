@@ -186,11 +186,13 @@ def listening(worker: Worker, prompts: list[Prompt], tokens: int) -> Iterator[st
     server = make_server(service, ServeConfig(name="model", port=0))
     thread = threading.Thread(target=server.run)
     thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.bound_port}/v1/chat/completions"
-    server.should_exit = True
-    thread.join()
+    try:
+        while thread.is_alive() and not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{server.bound_port}/v1/chat/completions"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 async def ask_http(url: str, new: int, count: int) -> int:

@@ -287,9 +287,9 @@ def main() -> None:
         times = measure(contenders, args.repeats, now)
         base = next(iter(times.values()))
         print(f"batch {batch}: LLaVA-1.5 takes {base[0]:.3f} s and {base[1]:.3f} s; ratios to it")
-        heads = ["tokens", "GFLOP", "cache", "prefill", "decode"]
-        heads += ["and of PyTorch's time to ours"] if args.torch and batch == 1 else []
-        print(f"{'':26}{'  '.join(f'{head:>7}' for head in heads)}")
+        columns = ["tokens", "GFLOP", "cache", "prefill", "decode"]
+        columns += ["and of PyTorch's time to ours"] if args.torch and batch == 1 else []
+        print(f"{'':26}{'  '.join(f'{column:>7}' for column in columns)}")
         for name, (_, config, budget) in rows:
             prefill, decode = times[name]
             spent, cache = cost(config, budget, args.text)

@@ -22,8 +22,6 @@ from stf_jax.systems.prumerge import PruMerge
 from stf_jax.systems.quecc import QueCC
 from stf_jax.systems.stf import STF
 
-# Neighbors that a kept patch of PruMerge takes up.
-_NEIGHBORS = 32
 # Hidden states of the tower, each [1, P + 1, C]; ids of the question -> tokens [1, K, H].
 Connect = Callable[[tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor]
 
@@ -45,10 +43,8 @@ def connector_of(model: Any, config: LlavaConfig, budget: int) -> Connect | None
         window = round((vision.patches / budget) ** 0.5)
         return lambda states, _: pool(project(states[-2][:, 1:]), window)
     if isinstance(system, PruMerge):
-        ratio, plus = system.ratio, system.plus
-        assert ratio is not None
         layer = llava.vision_tower.encoder.layers[-1]
-        return lambda states, _: project(merge(states[-2], layer, ratio=ratio, plus=plus))
+        return lambda states, _: project(merge(states[-2], layer, system))
     if isinstance(system, QueCC):
         quecc = QuestionWindows(system, vision, text)
 
@@ -73,8 +69,10 @@ def pool(x: torch.Tensor, side: int) -> torch.Tensor:
     return x if side == 1 else windows(x, side).mean(dim=2)
 
 
-def merge(x: torch.Tensor, layer: Any, *, ratio: float, plus: bool) -> torch.Tensor:
+def merge(x: torch.Tensor, layer: Any, system: PruMerge) -> torch.Tensor:
     """PruMerge and PruMerge+ with a fixed share: [1, P + 1, C] -> [1, K + 1, C]."""
+    ratio = system.ratio
+    assert ratio is not None
     normed = layer.layer_norm1(x)
     query, key = (
         project(normed)[0] for project in (layer.self_attn.q_proj, layer.self_attn.k_proj)
@@ -82,7 +80,7 @@ def merge(x: torch.Tensor, layer: Any, *, ratio: float, plus: bool) -> torch.Ten
     x, keys, width = x[0, 1:], key[1:], x.shape[2]
     scores = torch.softmax(query[:1] @ key.T / width**0.5, dim=-1)[0, 1:]
     kept = scores.topk(int(len(x) * ratio)).indices
-    if plus:
+    if system.plus:
         step = int(1 / ratio)
         kept = torch.cat([kept, torch.arange(step // 2, len(x) - 1, step)])
     dropped = torch.ones(len(x), dtype=torch.bool)
@@ -93,7 +91,7 @@ def merge(x: torch.Tensor, layer: Any, *, ratio: float, plus: bool) -> torch.Ten
     units = nn.functional.normalize(keys, dim=-1)
     likeness = units[kept] @ units[candidates].T
     likeness.fill_diagonal_(-torch.inf)
-    nearest = candidates[likeness.topk(_NEIGHBORS).indices]
+    nearest = candidates[likeness.topk(system.neighbors).indices]
     merged = x[kept] + (scores[nearest][..., None] * x[nearest]).sum(dim=1)
     extra = (scores[rest][:, None] * x[rest]).sum(dim=0, keepdim=True)
     return torch.cat([merged, extra])[None]

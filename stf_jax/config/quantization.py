@@ -87,3 +87,16 @@ def check_scheme(name: str, sizes: dict[str, int]) -> None:
     raise ValueError(
         f"quantization {name}: groups of {scheme.group} do not divide {', '.join(wrong)}; {fix}"
     )
+
+
+def check_named(scheme: str | None, architecture: str | None) -> None:
+    """Refuses a scheme without a named size, which nothing would read.
+
+    Raises:
+        ValueError: names both ways out.
+    """
+    if scheme is not None and architecture is None:
+        raise ValueError(
+            f"quantization {scheme} is that of a named size, which is missing; add architecture, "
+            "or leave quantization out: a model on disk knows its own"
+        )

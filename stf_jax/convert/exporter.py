@@ -129,9 +129,10 @@ def export_checkpoint(
         layout: "llava-stf" or "llava" (the vision tower inside), "hf" (for
             `transformers.LlavaForConditionalGeneration`), "hf-code" (for transformers too, with
             code of ours for other systems beside the weights), "adapter" (`mm_projector.bin`, what
-            lies between tower and language model; needs PyTorch), or "lora" (the adapter of a LoRA
-            run and its connector, as LLaVA and PEFT read them; needs PyTorch); or "native", which
-            makes one checkpoint of a run and the models that it began with.
+            lies between tower and language model; needs PyTorch), "lora" (the adapter of a LoRA run
+            and its connector, as LLaVA and PEFT read them; needs PyTorch), "gguf" (the two files
+            from which llama.cpp runs a model; needs the package gguf), or "native" (one checkpoint
+            of a run and the model that it began with).
         dtype: The dtype of every weight; None gives back the one it came in.
         vocabulary: Rows of the embedding, at least as many as there are tokens; None gives back as
             many as came, and for "hf" as many more as the image and padding tokens need.
@@ -384,16 +385,21 @@ def _write_native(
     weights = quantized_weights(config) if quantize is not None else {}
 
     def leaves() -> Iterator[checkpoint.Leaf]:
-        total = sum(math.prod(leaf.shape) for leaf in source.shapes.values())
-        with byte_progress("Exporting", total=total) as advance:
+        sizes = {
+            path: math.prod(leaf.shape) * leaf.dtype.itemsize
+            for path, leaf in source.shapes.items()
+        }
+        with byte_progress("Exporting", total=sum(sizes.values())) as advance:
             for path, leaf in source.shapes.items():
-                kind = leaf.dtype if dtype is None or is_quantized(path) else dtype
+                # What becomes integers is rounded once.
+                stays = dtype is None or is_quantized(path) or path in weights
+                kind = leaf.dtype if stays else dtype
                 read = functools.partial(_read, source, path, kind)
                 if path in weights:
                     yield from quantized_leaves(path, weights[path], read)
                 else:
                     yield checkpoint.Leaf(path=path, shape=leaf.shape, dtype=kind, read=read)
-                advance(math.prod(leaf.shape))
+                advance(sizes[path])
 
     checkpoint.write(out, config=config, leaves=leaves(), extras=source.copy_extras)
 

@@ -50,7 +50,8 @@ _LAYER = re.compile(r"(?:model|vision_model\.encoder)\.layers\.(\d+)\.(.*)\.(wei
 
 # llama.cpp computes with these in float32, whatever the rest is.
 _FLOAT32 = ("v.position_embd.", "v.class_embd")
-# The numbers that GGUF has for the dtype of most weights.
+# GGUF's names of dtypes, and its numbers for that of most weights.
+_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}
 
 
@@ -99,7 +100,7 @@ def write_gguf(
     dtype = dtype or checkpoint.shapes["text/norm/scale"].dtype
     entries = table(config, vocabulary=rows)
     text = [entry for entry in entries if entry.native.startswith("text/")]
-    seen = [entry for entry in entries if not entry.native.startswith("text/")]
+    vision = [entry for entry in entries if not entry.native.startswith("text/")]
     files = extra_files(checkpoint.extras)
     images = read_image_processor(hf, files)
     metadata = {**_text_metadata(config.text), **_vocabulary(config, hf, files, rows)}
@@ -115,7 +116,7 @@ def write_gguf(
             "clip",
             metadata,
             checkpoint,
-            seen,
+            vision,
             dtype,
             extra=extra,
             projector=projector,
@@ -226,9 +227,6 @@ def gguf_name(name: str, projector: LlamaCppProjector = "mlp") -> str:
         return names[name]
     part, _, kind = name.rpartition(".")
     return f"{names[part]}.{kind}"
-
-
-_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def _dtype(name: str, shape: tuple[int, ...], dtype: DType) -> DType:

@@ -70,10 +70,13 @@ class Source:
         quantized = quantized_weights(self.config)
         for entry in self.entries:
             if entry.native in quantized:
+                # What becomes integers is rounded once: it is read in the dtype of the file.
                 yield from quantized_leaves(
                     entry.native,
                     quantized[entry.native],
-                    functools.partial(functools.partial, self._read_layer, entry),
+                    functools.partial(
+                        functools.partial, self._read_layer, entry, self._stored_dtype(entry)
+                    ),
                 )
                 continue
             yield Leaf(
@@ -110,23 +113,27 @@ class Source:
     def _dtype(self, entry: Entry) -> DType:
         if self.dtype is not None:
             return FLOATS[self.dtype]
+        return self._stored_dtype(entry)
+
+    def _stored_dtype(self, entry: Entry) -> DType:
         return common({self.tensors[name].info.dtype for name in entry.tensors})
 
     def _read(self, entry: Entry) -> Array:
+        dtype = self._dtype(entry)
         if entry.layers is None:
-            return np.ascontiguousarray(self._read_layer(entry, 0))
-        result = np.empty(entry.native_shape, self._dtype(entry))
+            return np.ascontiguousarray(self._read_layer(entry, dtype, 0))
+        result = np.empty(entry.native_shape, dtype)
 
         def fill(layer: int) -> None:
-            result[layer] = self._read_layer(entry, layer)
+            result[layer] = self._read_layer(entry, dtype, layer)
 
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(fill, range(entry.layers)))
         return result
 
-    def _read_layer(self, entry: Entry, layer: int) -> Array:
+    def _read_layer(self, entry: Entry, dtype: DType, layer: int) -> Array:
         tensor = self.tensors[entry.tensors[layer]]
-        return entry.transform.native(_read_finite(tensor, self._dtype(entry)))
+        return entry.transform.native(_read_finite(tensor, dtype))
 
 
 def _read_finite(tensor: Tensor, dtype: DType) -> Array:

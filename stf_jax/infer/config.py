@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from etils import epath
 
+from stf_jax.config.quantization import check_named
 from stf_jax.config.yaml import load_config, read_yaml
 from stf_jax.models.cache import CacheDType
 from stf_jax.parallel.mesh import MeshConfig
@@ -66,6 +67,7 @@ class InferenceConfig:
     def __post_init__(self) -> None:
         if self.slots < 1:
             raise ValueError(f"slots is {self.slots}; give 1 or more")
+        check_named(self.quantization, self.architecture)
         if self.architecture is not None:
             model = named_config(self.architecture, quantization=self.quantization)
             model.choose_budget(self.tokens)

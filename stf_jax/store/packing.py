@@ -31,13 +31,12 @@ def unpack(packed: UInt[np.ndarray, "... _"]) -> Int[np.ndarray, "... F"]:
 
 def unpack_on_device(packed: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
     """The same on devices, each its own part; as `like` says."""
+    # Of one device there is nothing to say. On a mesh it names that, which may not be entered.
+    sharding = like.sharding if isinstance(like.sharding, NamedSharding) else None
 
     def run(packed: Array) -> Array:
         pairs = jax.lax.bitcast_convert_type(packed, jnp.int4)
-        spec = None
-        if isinstance(like.sharding, NamedSharding):
-            spec = like.sharding.spec
-        return jax.lax.reshape(pairs, like.shape, out_sharding=spec)
+        return jax.lax.reshape(pairs, like.shape, out_sharding=sharding)
 
     return jax.jit(run)(packed)
 

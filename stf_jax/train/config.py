@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from etils import epath
 
+from stf_jax.config.quantization import check_named
 from stf_jax.config.yaml import load_config, read_yaml
 from stf_jax.data.config import DataConfig
 from stf_jax.models.layers import Remat
@@ -141,6 +142,7 @@ class TrainConfig:
             )
         if problems:
             raise ValueError("; ".join(problems))
+        check_named(self.quantization, self.architecture)
         if self.architecture is not None:
             named_config(self.architecture, quantization=self.quantization)
 

@@ -55,6 +55,22 @@ def test_the_language_model_comes_back_bit_for_bit(exported: Path, reference: Pa
         np.testing.assert_array_equal(back.tensors[name].read(), first.tensors[name].read(), name)
 
 
+def test_a_quantized_model_leaves_as_the_numbers_that_it_computes_with(
+    llava: Path, reference: Path, tmp_path: Path
+) -> None:
+    quantized, out, plain = (tmp_path / name for name in ("quantized", "gguf", "plain"))
+    export_checkpoint(llava, quantized, layout="native", quantize="int8")
+    with pytest.raises(CheckpointError, match="cannot be written in layout gguf; add --dequantize"):
+        export_checkpoint(quantized, out, layout="gguf")
+    export_checkpoint(quantized, out, layout="gguf", dequantize=True)
+    export_checkpoint(quantized, plain, layout="native", dequantize=True)
+    back = open_source(out / "model.gguf", vision_tower=reference / "clip", system="llava")
+    leaves = [leaf for leaf in back.leaves() if leaf.path.startswith("text/")]
+    assert any(leaf.path.endswith("mlp/down/kernel") for leaf in leaves)
+    for leaf in leaves:
+        np.testing.assert_array_equal(leaf.read(), open_native(plain).read(leaf.path), leaf.path)
+
+
 def test_its_tokenizer_comes_back(exported: Path, reference: Path, tmp_path: Path) -> None:
     clip = reference / "clip"
     import_checkpoint(exported / "model.gguf", tmp_path / "n", vision_tower=clip, system="llava")
@@ -163,7 +179,7 @@ def test_rows_of_half_precision_and_a_byte_level_tokenizer(tmp_path: Path, refer
         np.testing.assert_array_equal(tensor.data, expected[tensor.name].astype(dtype))
 
 
-def test_neighbors_and_halves_are_inverse() -> None:
+def test_halves_become_neighbors() -> None:
     rows = np.arange(24).reshape(12, 2)
     turned = by_neighbors(rows, 2)
     # Of the first head of six rows: 0 3, 1 4, 2 5.

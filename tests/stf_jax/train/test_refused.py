@@ -70,6 +70,7 @@ def test_before_anything_is_written(config: Config, keys: dict[str, Any], messag
         ("--micro_batches=3", "data.batch_size 128 does not divide into 3 micro-batches"),
         ("--mesh.fsdp=0", "each size is 1 or more, and one of them may be -1"),
         ("--architecture=llava", "architecture 'llava' is not one of llava_1_5_7b, "),
+        ("--quantization=int4", "quantization int4 is that of a named size, which is missing"),
         ("--profile=[3,2]", "give the first step, and one after the last"),
         ("learning_rate=1", "'learning_rate=1' is no override; write --section.key=value"),
     ],
