@@ -60,7 +60,7 @@ def merge(
         neighbors: taken up by each.
     """
     batch, count, _ = x.shape
-    kept = index.shape[1]
+    rows = index.shape[1]
 
     def take(array: torch.Tensor) -> torch.Tensor:
         return array.gather(1, index[..., None].expand(-1, -1, array.shape[-1]))
@@ -78,9 +78,9 @@ def merge(
         # row, and the dropped ones by patch.
         units = functional.normalize(keys, dim=-1)
         likeness = take(units) @ torch.cat([take(units), units], dim=1).transpose(1, 2)
-        itself = torch.eye(kept, kept + count, dtype=torch.bool, device=x.device)
-        there = torch.ones(batch, kept, dtype=torch.bool, device=x.device)
-        candidate = torch.cat([there, dropped], dim=1)[:, None] & ~itself
+        itself = torch.eye(rows, rows + count, dtype=torch.bool, device=x.device)
+        selected = torch.ones(batch, rows, dtype=torch.bool, device=x.device)
+        candidate = torch.cat([selected, dropped], dim=1)[:, None] & ~itself
         nearest = highest(likeness.masked_fill(~candidate, -math.inf), neighbors)
         taken = torch.zeros_like(likeness).scatter(-1, nearest, 1.0) * candidate
         tokens = tokens + taken @ torch.cat([take(weighted), weighted], dim=1)

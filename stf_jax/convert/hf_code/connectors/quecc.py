@@ -3,6 +3,8 @@
 One query of each window of patches, made with the question, attends to the patches of its window.
 """
 
+import math
+
 import torch
 from torch import nn
 
@@ -44,10 +46,10 @@ class Compressor(nn.Module):
     def forward(self, taps: list[torch.Tensor], question: torch.Tensor) -> torch.Tensor:
         """[B, P, C] each, and [B, H] -> [B, K, C]; no residual and no norm follow."""
         blocks = torch.cat(taps, dim=-1)
-        asked = self.q_proj(taps[-1] + self.text_projection(question)[:, None])
-        batch, count, width = asked.shape
-        grid = round(count**0.5)
-        image = asked.transpose(1, 2).reshape(batch, width, grid, grid)
+        queries = self.q_proj(taps[-1] + self.text_projection(question)[:, None])
+        batch, count, width = queries.shape
+        grid = math.isqrt(count)
+        image = queries.transpose(1, 2).reshape(batch, width, grid, grid)
         query = self.q_downsample(image).flatten(2).transpose(1, 2)  # [B, K, C]
         # Every window is a row of its own: one query, side * side keys.
         key, value = (
