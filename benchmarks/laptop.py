@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import functools
 import multiprocessing
+import os
 import resource
 import tempfile
 import time
@@ -17,7 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -40,6 +40,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--new", type=int, default=8, help="tokens of an answer (8)")
     options = parser.parse_args()
+    # Of the processes below.
+    os.environ["JAX_PLATFORMS"] = "cpu"
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "model")
         steps: list[tuple[Any, tuple[Any, ...]]] = [
@@ -50,6 +52,8 @@ def main() -> None:
             worker = multiprocessing.get_context("spawn").Process(target=target, args=arguments)
             worker.start()
             worker.join()
+            if worker.exitcode:
+                raise SystemExit(worker.exitcode)
 
 
 def make(path: str, layers: int, quantization: str | None, dtype: str) -> None:
@@ -104,5 +108,4 @@ def answer(path: str, new: int) -> None:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")
     main()

@@ -66,8 +66,8 @@ def quantize(weight: Array, *, integers: Shape, scales: Shape) -> tuple[Array, A
         scales: the same of theirs; an axis of 1 shares one.
     """
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        made = _quantizer(integers, scales)(jnp.asarray(weight))
-        return np.asarray(made.qvalue), np.asarray(made.scale)
+        result = _quantizer(integers, scales)(jnp.asarray(weight))
+        return np.asarray(result.qvalue), np.asarray(result.scale)
 
 
 @functools.cache
@@ -108,7 +108,8 @@ def quantized_leaves(
         open_layers: called once, gives the weight, or what reads one layer of it.
     """
     integers, scales = shapes
-    made: list[Array] = []
+    # The scales, from when the integers are read until they are.
+    pending: list[Array] = []
 
     def read_integers() -> Array:
         packed = integers.dtype == INT4
@@ -116,23 +117,25 @@ def quantized_leaves(
             packed_shape(integers.shape) if packed else integers.shape,
             PACKED if packed else integers.dtype,
         )
-        of_layers = np.empty(scales.shape, scales.dtype)
-        one = [Shape(stack.shape[1:], stack.dtype) for stack in shapes]
+        layer_scales = np.empty(scales.shape, scales.dtype)
+        layer_shapes = [Shape(stack.shape[1:], stack.dtype) for stack in shapes]
         opened = open_layers()
         read = opened.__getitem__ if isinstance(opened, np.ndarray) else opened
 
         def fill(layer: int) -> None:
-            rounded, of_layers[layer] = quantize(read(layer), integers=one[0], scales=one[1])
+            rounded, layer_scales[layer] = quantize(
+                read(layer), integers=layer_shapes[0], scales=layer_shapes[1]
+            )
             result[layer] = to_disk(rounded)
 
         with ThreadPoolExecutor(_THREADS) as pool:
             list(pool.map(fill, range(len(result))))
-        made.append(of_layers)
+        pending.append(layer_scales)
         return result
 
     for part, shape, read_part in (
         ("integers", integers, read_integers),
-        ("scales", scales, made.pop),
+        ("scales", scales, pending.pop),
     ):
         dtype = np.dtype(shape.dtype)
         yield Leaf(path=f"{path}/{part}", shape=shape.shape, dtype=dtype, read=read_part)
