@@ -392,8 +392,8 @@ def _write_native(
         with byte_progress("Exporting", total=sum(sizes.values())) as advance:
             for path, leaf in source.shapes.items():
                 # What becomes integers is rounded once.
-                stays = dtype is None or is_quantized(path) or path in weights
-                kind = leaf.dtype if stays else dtype
+                stays = is_quantized(path) or path in weights
+                kind = leaf.dtype if dtype is None or stays else dtype
                 read = functools.partial(_read, source, path, kind)
                 if path in weights:
                     yield from quantized_leaves(path, weights[path], read)
