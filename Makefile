@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help demo test lint format clean
 
 help:
-	@echo "make demo    real weights answer about real images, and learn; DEMO=--scenes, --quick or --full"
+	@echo "make demo    real weights answer about real images, and learn; DEMO=--quick or --scenes"
 	@echo "make test    all tests, in about 12 minutes; choose with ARGS: make test ARGS='-k clip -x'"
 	@echo "make lint    ruff and mypy; 'make format' fixes what ruff can"
 	@echo "make clean   remove caches and builds; the environment is $(VENV)"

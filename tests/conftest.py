@@ -93,20 +93,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Nor does tracing, which makes much that lives, start the collector as often."""
+    """Freezes what is imported, and collects less often: tracing makes much that stays."""
     _settle()
     gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def settled() -> Iterator[None]:
-    """What a module leaves, as jax does in its caches, stays."""
+    """After each module, freezes what it leaves: jax's caches live until the end."""
     yield
     _settle()
 
 
 def _settle() -> None:
-    """Takes what lives from the collector's sight: each epoch of data ends with a collection."""
+    """Collects, then freezes the rest, which no later collection visits.
+
+    There are many: each epoch of data ends with one.
+    """
     gc.collect()
     gc.freeze()
 

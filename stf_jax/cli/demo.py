@@ -31,7 +31,7 @@ def add_demo(verbs: Verbs) -> None:
     )  # fmt: skip
     size.add_argument(
         "--full", action="store_const", dest="size", const="full",
-        help="of the scenes all four variants of the paper; the default is two of them",
+        help="with --scenes: all four variants of the paper; the default is two of them",
     )  # fmt: skip
     parser.add_argument(
         "--out", metavar="DIR", type=lambda text: Path(path(text)), help="(out/demo-SIZE)"
@@ -46,6 +46,8 @@ def _demo(options: argparse.Namespace) -> int:
             f"the demo needs {' and '.join(missing)}: pip install 'stf-jax[demo]', "
             "or pip install -e '.[demo]' in a clone"
         )
+    if options.size == "full" and not options.scenes:
+        raise ValueError("--full is about the drawn scenes; add --scenes, or leave it out")
     from stf_jax.demo.experiment import Interrupted
     from stf_jax.demo.packages import missing as missing_weights
 
@@ -66,7 +68,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _run_real(options: argparse.Namespace, out: Path) -> None:
     from stf_jax.demo.experiment import command
-    from stf_jax.demo.real import RealSettings, run_real
+    from stf_jax.demo.real import TEMPLATE, RealSettings, run_real
     from stf_jax.demo.real_report import example, table, verdict, write_real_report
     from stf_jax.demo.report import show_rows
 
@@ -76,7 +78,7 @@ def _run_real(options: argparse.Namespace, out: Path) -> None:
     sys.stdout.write(f"\n{verdict(results)}\nThe report is {out / 'report.md'}.\n")
     image, question, model = example(results, out)
     asking = command(
-        "generate", model, "--template", "chatml", "--image", image, "--prompt", question
+        "generate", model, "--template", TEMPLATE, "--image", image, "--prompt", question
     )
     sys.stdout.write(f"Ask about this image or one of yours:\n  {asking}\n")
 

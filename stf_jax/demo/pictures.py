@@ -59,23 +59,23 @@ def ask_about(
     first = shown[0]
     if len(shown) == 1:
         names = [other.name for other in pool if other.name is not None]
-        asked = [make("category", "What kind of thing is it:", first.category, CATEGORIES)]
+        questions = [make("category", "What kind of thing is it:", first.category, CATEGORIES)]
         if first.name is not None:
-            asked.append(make("name", "Which is it:", first.name, names))
+            questions.append(make("name", "Which is it:", first.name, names))
         if first.color is not None:
-            asked.append(make("color", "What is its main color:", first.color, [*COLORS]))
+            questions.append(make("color", "What is its main color:", first.color, [*COLORS]))
         if rng.random() < 1 / 4:
-            asked.append(make("count", _COUNT, NUMBERS[0], NUMBERS))
-        return asked
-    asked = [make("count", _COUNT, NUMBERS[len(shown) - 1], NUMBERS)]
+            questions.append(make("count", _COUNT, NUMBERS[0], NUMBERS))
+        return questions
+    questions = [make("count", _COUNT, NUMBERS[len(shown) - 1], NUMBERS)]
     if len(shown) == 2 and first.name and shown[1].name and first.name != shown[1].name:
         left = int(rng.integers(2))
         side = ("left", "right")[left]
-        asked.append(
+        questions.append(
             make("side", f"What is on the {side}:", str(shown[left].name), [str(first.name),
                  str(shown[1].name)])
         )  # fmt: skip
-    return asked
+    return questions
 
 
 def write_pictures(
@@ -101,7 +101,12 @@ def write_pictures(
         conversations: list[dict[str, Any]] = []
         words: dict[str, list[str]] = {}
         for image, group, questions in _draw(
-            folder, "train", [one for one in emoji if not one.held_out], singles, groups, [seed, 0]
+            folder,
+            "train",
+            [each for each in emoji if not each.held_out],
+            singles,
+            groups,
+            [seed, 0],
         ):
             turns = [(question.text, question.answer) for question in questions]
             conversations.append(
@@ -115,7 +120,7 @@ def write_pictures(
             for _, _, questions in _draw(
                 folder,
                 "held-out",
-                [one for one in emoji if one.held_out],
+                [each for each in emoji if each.held_out],
                 held_out_singles,
                 held_out_groups,
                 [seed, 1],
@@ -150,11 +155,11 @@ def _draw(
         # Half of them are pairs, of which sides can be asked, too.
         count = 2 if number % 2 else int(rng.choice([3, 4]))
         shown.append([pool[at] for at in rng.choice(len(pool), size=count, replace=False)])
-    asked = []
+    drawn = []
     for number, group in enumerate(shown):
         image = f"{split}-{number:04}.png"
-        compose([one.path for one in group]).save(folder / IMAGES / image)
+        compose([emoji.path for emoji in group]).save(folder / IMAGES / image)
         questions = ask_about(group, image, pool, rng)
         shuffled = [questions[at] for at in rng.permutation(len(questions))]
-        asked.append((image, group, shuffled))
-    return asked
+        drawn.append((image, group, shuffled))
+    return drawn

@@ -6,7 +6,10 @@ It runs the experiment of `stf_jax.demo.real` in OUT on all images, and writes O
 continues where it was stopped. With 0 steps the projector is that of `stf_jax.demo.alignment`.
 """
 
+import argparse
+import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -18,12 +21,11 @@ from stf_jax.demo.pretraining import native_tensors
 from stf_jax.demo.real import RealSettings, align_projector, draw, train_projector
 from stf_jax.store.run import open_model
 
-STEPS = 0
-# More than there are: all.
-SETTINGS = RealSettings(singles=1000, groups=300, steps=STEPS)
+# More images than there are: all.
+SETTINGS = RealSettings(singles=1000, groups=300, steps=0)
 
 
-def make(out: Path, *, settings: RealSettings = SETTINGS) -> Path:
+def make(out: Path, settings: RealSettings) -> Path:
     """Trains a projector and writes it in bfloat16; its folder.
 
     Raises:
@@ -53,6 +55,14 @@ def write_projector(model: Path, out: Path) -> None:
     write_adapter(out, tensors, system=config.system.to_dict())
 
 
+def main(arguments: Sequence[str]) -> None:
+    """Makes it in the folder that is named, by so many steps."""
+    parser = argparse.ArgumentParser(prog="python -m stf_jax.demo.projector")
+    parser.add_argument("out", metavar="OUT", type=Path)
+    parser.add_argument("steps", metavar="STEPS", type=int, nargs="?", default=SETTINGS.steps)
+    options = parser.parse_args(arguments)
+    make(options.out, dataclasses.replace(SETTINGS, steps=options.steps))
+
+
 if __name__ == "__main__":
-    steps = int(sys.argv[2]) if len(sys.argv) > 2 else STEPS
-    make(Path(sys.argv[1]), settings=RealSettings(singles=1000, groups=300, steps=steps))
+    main(sys.argv[1:])

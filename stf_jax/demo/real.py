@@ -6,7 +6,7 @@
     adapter          the projector that begins where the words are, see `stf_jax.demo.alignment`
     aligned          as `start`, with that projector; `shipped` has the one that this package brings
     trained          by `stf-jax train`: the projector learns; tower and language model are frozen
-    scores.json      of each model: the likelihood of every answer to the held-out questions
+    *-scores.json    of each model: the likelihood of every answer to the held-out questions
 
 What is there already is not done again, so that a run that was stopped continues.
 """
@@ -55,7 +55,7 @@ from stf_jax.util.progress import count_progress
 # An adapter as LLaVA's stage 1 writes it; `docs/demo.md` says how it was made.
 PROJECTOR = Path(__file__).parent / "data" / "projector"
 SYSTEM, TEMPLATE = "average", "chatml"
-# See `Asked.choose`.
+# See `ModelScores.choose`.
 How: TypeAlias = Literal["seeing", "calibrated", "blind"]
 HOWS: tuple[How, ...] = ("calibrated", "seeing", "blind")
 
@@ -66,7 +66,7 @@ _LENGTH = 192
 _SEEN = 8  # images that the tower sees at a time
 # A vision token is so much longer than a word: it says several at once.
 _SCALE = 2.5
-_TOLD = 5  # answers that are shown as soon as they are there
+_FIRST = 5  # answers that are shown as soon as they are there
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class RealSettings:
         groups: images of several.
         held_out_singles: images of one to ask about.
         held_out_groups: images of several.
-        steps: of training; with 0 nothing is trained, and the shipped projector answers.
+        steps: of training; with 0 the shipped projector answers, or the aligned one.
         rows: of a batch.
         seed: of what is shown and asked, of new weights and the order of the examples.
 
@@ -100,7 +100,7 @@ class RealSettings:
 
     @classmethod
     def by_name(cls, size: str, *, seed: int = 0) -> "RealSettings":
-        """The settings of size "quick", "default" or "full"."""
+        """The settings of size "quick" or "default"."""
         if size == "quick":
             few = {"held_out_singles": 3, "held_out_groups": 1}
             return cls(singles=12, groups=2, steps=0, seed=seed, **few)
@@ -108,7 +108,7 @@ class RealSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Asked:
+class ModelScores:
     """What one model makes of the held-out questions.
 
     Attributes:
@@ -116,7 +116,8 @@ class Asked:
         title: in tables and plots.
         seen: of each question, the log-likelihoods of its answers.
         blind: likewise, where every image is white.
-        seconds: of a question with its image, up to the likelihoods of its answers.
+        seconds: of a question with its image, up to the likelihoods of its answers; the time to
+            compile is in it.
     """
 
     name: str
@@ -161,7 +162,7 @@ class RealResults:
 
     settings: RealSettings
     questions: Sequence[Question]
-    models: Sequence[Asked]
+    models: Sequence[ModelScores]
     steps: Sequence[Mapping[str, Any]]  # of metrics.jsonl; none where nothing was trained
 
 
@@ -182,7 +183,7 @@ def run_real(settings: RealSettings, out: Path) -> RealResults:
     if PROJECTOR.is_dir():
         shipped = import_start(out / "shipped", projector=PROJECTOR, seed=settings.seed)
         models.append(ask(shipped, "shipped", "trained before", questions, out))
-        _tell(models[-1], questions)
+        _show_first(models[-1], questions)
     steps: Sequence[Mapping[str, Any]] = ()
     if settings.steps or not models:
         aligned = align_projector(settings, out)
@@ -194,9 +195,9 @@ def run_real(settings: RealSettings, out: Path) -> RealResults:
     return RealResults(settings=settings, questions=questions, models=models, steps=steps)
 
 
-def _tell(asked: Asked, questions: Sequence[Question]) -> None:
-    """The first answers, while the rest goes on."""
-    for question, number in [*zip(questions, asked.choose("calibrated"), strict=True)][:_TOLD]:
+def _show_first(model: ModelScores, questions: Sequence[Question]) -> None:
+    """Prints a model's first answers, before others are asked."""
+    for question, number in [*zip(questions, model.choose("calibrated"), strict=True)][:_FIRST]:
         answer = question.choices[number]
         right = "" if answer == question.answer else f" (it is {question.answer})"
         say(f"{question.image}: {question.text} {answer}{right}")
@@ -318,7 +319,7 @@ def train_projector(start: Path, settings: RealSettings, out: Path) -> Path:
     return trained
 
 
-def ask(path: Path, name: str, title: str, questions: Sequence[Question], out: Path) -> Asked:
+def ask(path: Path, name: str, title: str, questions: Sequence[Question], out: Path) -> ModelScores:
     """Asks a model all questions, seeing and blind; `out`/NAME-scores.json keeps what it finds."""
     file = out / f"{name}-{SCORES}"
     if not file.is_file():
@@ -333,7 +334,7 @@ def ask(path: Path, name: str, title: str, questions: Sequence[Question], out: P
         with count_progress("Asking it about a white image") as progress:
             blind = _score(scorer, questions, lambda _: white, progress)
         write_json(file, {"seen": seen, "blind": blind, "seconds": seconds})
-    return Asked(name=name, title=title, **read_json(file))
+    return ModelScores(name=name, title=title, **read_json(file))
 
 
 def _score(

@@ -15,7 +15,7 @@ from stf_jax.demo.evaluation import Score
 from stf_jax.demo.packages import IMAGES as IMAGE_CREDIT
 from stf_jax.demo.packages import LANGUAGE, TOWER
 from stf_jax.demo.pictures import IMAGES, KINDS, Question
-from stf_jax.demo.real import HOWS, PICTURES, RATE, Asked, How, RealResults
+from stf_jax.demo.real import HOWS, PICTURES, RATE, ModelScores, RealResults
 from stf_jax.demo.report import markdown, with_interval
 from stf_jax.store.run import open_model
 from stf_jax.util.files import write_json
@@ -136,7 +136,7 @@ def example(results: RealResults, out: Path) -> tuple[Path, str, Path]:
     return out / PICTURES / IMAGES / question.image, question.text, out / find_best(results).name
 
 
-def find_best(results: RealResults) -> Asked:
+def find_best(results: RealResults) -> ModelScores:
     """The model with the most right answers."""
     return max(
         results.models, key=lambda model: model.scores(results.questions, HOWS[0])["all"].right
@@ -175,34 +175,28 @@ def table(results: RealResults) -> tuple[list[str], list[list[str]]]:
 
 def to_json(results: RealResults) -> dict[str, object]:
     """Every number of the table."""
+    questions, kinds = results.questions, _kinds(results)
 
-    def scores_of(model: Asked, how: How) -> dict[str, object]:
-        scores = model.scores(results.questions, how)
-        return {
-            kind: dataclasses.asdict(score)
-            | {"accuracy": score.accuracy, "interval": score.interval}
-            for kind, score in scores.items()
+    def describe(model: ModelScores) -> dict[str, object]:
+        scores = {how: model.scores(questions, how) for how in HOWS}
+        return {"title": model.title, "seconds": model.seconds} | {
+            how: {kind: score.to_json() for kind, score in of_kind.items()}
+            for how, of_kind in scores.items()
         }
 
     return {
         "verdict": verdict(results),
         "settings": dataclasses.asdict(results.settings),
-        "models": {
-            model.name: {
-                "title": model.title,
-                "seconds": model.seconds,
-            }
-            | {how: scores_of(model, how) for how in HOWS}
-            for model in results.models
-        },
-        "chance": {kind: chance(results.questions, kind) for kind in _kinds(results)},
+        "models": {model.name: describe(model) for model in results.models},
+        "chance": {kind: chance(questions, kind) for kind in kinds},
+        "most_common": {kind: most_common(questions, kind) for kind in kinds},
         "losses": [step["loss"] for step in results.steps],
     }
 
 
 def _kinds(results: RealResults) -> list[str]:
-    asked = {question.kind for question in results.questions}
-    return [kind for kind in KINDS if kind in asked]
+    present = {question.kind for question in results.questions}
+    return [kind for kind in KINDS if kind in present]
 
 
 def _join(words: Sequence[str]) -> str:

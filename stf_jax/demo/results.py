@@ -40,11 +40,7 @@ class VariantResult:
         """The results as JSON, without the content of `metrics.jsonl` and `answers.json`."""
         return {
             "title": self.title,
-            "scores": {
-                kind: dataclasses.asdict(score)
-                | {"accuracy": score.accuracy, "interval": score.interval}
-                for kind, score in self.scores.items()
-            },
+            "scores": {kind: score.to_json() for kind, score in self.scores.items()},
             "cost": dataclasses.asdict(self.cost),
             "training_seconds": self.training_seconds,
             "last_losses": [stage[-1]["loss"] for stage in self.stages],

@@ -48,20 +48,20 @@ class ChoiceAnswerer:
 
     Args:
         model: from `stf_jax.load`.
-        asked: the same model as an answerer, which describes it.
+        answerer: the same model as one that generates, which describes it.
         template: the form of the prompts.
         tokens: an image, where the system has several budgets; by default its most.
     """
 
     def __init__(
-        self, model: Model, asked: ModelAnswerer, *, template: str, tokens: int | None = None
+        self, model: Model, answerer: ModelAnswerer, *, template: str, tokens: int | None = None
     ):
-        self.model_id, self._asked = asked.model_id, asked
+        self.model_id, self._answerer = answerer.model_id, answerer
         self._scorer = ChoiceScorer(model, template=template, tokens=tokens)
 
     def describe(self) -> dict[str, Any]:
         """What `ModelAnswerer` says, and how it chooses."""
-        return {**self._asked.describe(), "answers_by": "likelihood"}
+        return {**self._answerer.describe(), "answers_by": "likelihood"}
 
     def answer(self, questions: Sequence[Question], decoding: Decoding) -> Iterator[Reply]:
         """Replies, some at a time."""
@@ -87,6 +87,8 @@ def _entries(paths: Paths) -> list[dict[str, Any]]:
     named = [(f"entry {number}", entry) for number, entry in enumerate(entries, start=1)]
     check_fields(path, named, ("image", "text", "choices", "answer"))
     check_kinds(path, named, {"image": str, "text": str, "choices": list, "answer": str})
+    if odd := [place for place, entry in named if {*map(type, entry["choices"])} != {str}]:
+        raise ValueError(f"{path}: a choice of {odd[0]} is no text, or there is none; correct it")
     if odd := [place for place, entry in named if entry["answer"] not in entry["choices"]]:
         raise ValueError(f"{path}: the answer of {odd[0]} is not among its choices; add it")
     return entries
@@ -108,10 +110,10 @@ def _read(paths: Paths) -> list[Question]:
 
 def _credit(paths: Paths, answers: Sequence[AnswerRecord]) -> list[Credit]:
     entries = _entries(paths)
-    asked = [(entries[int(answer.question_id)], answer.text) for answer in answers]
+    pairs = [(entries[int(answer.question_id)], answer.text) for answer in answers]
     return [
         Credit(kind=str(entry.get("kind", "")), right=text == entry["answer"])
-        for entry, text in asked
+        for entry, text in pairs
     ]
 
 

@@ -147,8 +147,8 @@ class ChoiceScorer:
                 prefixes, rows=rows, image_size=config.image_size, uniform=config.system.compacts
             )
         )
-        asked = [(row, number) for row, numbers in enumerate(group) for number in numbers]
-        for chunk in _batches(asked, rows):
+        questions = [(row, number) for row, numbers in enumerate(group) for number in numbers]
+        for chunk in _batches(questions, rows):
             starts = [config.system.split(prompts[number].ids).start for _, number in chunk]
             first, behind = self._likelihood.ask(
                 cache,
@@ -180,8 +180,8 @@ class ChoiceScorer:
                 )
                 for (_, number, _), value in zip(part, values, strict=False):
                     scored[number].append(float(value))
-            for number, found in scored.items():
-                yield number, np.array(found)
+            for number, scores in scored.items():
+                yield number, np.array(scores)
 
 
 def encode_reply(tokenizer: Tokenizer, template: Template, reply: str) -> Int[np.ndarray, "_"]:

@@ -167,14 +167,14 @@ def open_benchmark(name: str, path: Path, *, template: str, limit: int | None) -
     """
     if path.is_file():
         benchmark = choice_benchmark(name, template=template)
-        return prepare(benchmark, data=None, paths=choice_paths(path), limit=limit)
+        return prepare(benchmark, data=None, paths=choice_paths(path), limit=limit, option=None)
     benchmark = get_benchmark(name)
     if benchmark.credit is None:
         raise ValueError(
             f"{name} has no score by question, which intervals need; take gqa, pope, textvqa, or a "
             "file of closed choices"
         )
-    return prepare(benchmark, data=path, limit=limit)
+    return prepare(benchmark, data=path, limit=limit, option=None)
 
 
 def check_rows(rows: Sequence[Row], baseline: str | None) -> str:
@@ -255,13 +255,13 @@ def compare(
 
 
 def _answerer(model: Model, row: Row, prepared: Prepared, *, dtype: str, slots: int) -> Answerer:
-    asked = ModelAnswerer(
+    answerer = ModelAnswerer(
         model, model_id=Path(row.model).name, slots=slots, tokens=row.tokens, dtype=dtype
     )
     if "choices" not in prepared.questions[0].extra:
-        return asked
+        return answerer
     template = prepared.benchmark.decoding.template
-    return ChoiceAnswerer(model, asked, template=template, tokens=row.tokens)
+    return ChoiceAnswerer(model, answerer, template=template, tokens=row.tokens)
 
 
 def _lines(
@@ -334,8 +334,8 @@ def _slot_bytes(stored: Any) -> int:
 def _time(model: Model, row: Row, prepared: Prepared) -> float:
     """Seconds to the first token, images decoded and encoded; each question is about another."""
     firsts = {question.images: question for question in reversed(prepared.questions)}
-    asked = [*firsts.values()][-_TIMED:]
-    requests = [Request(prompt=question.prompt, images=question.images) for question in asked]
+    timed = [*firsts.values()][-_TIMED:]
+    requests = [Request(prompt=question.prompt, images=question.images) for question in timed]
     seconds = []
     for _ in range(6):
         start = time.perf_counter()
@@ -347,4 +347,4 @@ def _time(model: Model, row: Row, prepared: Prepared) -> float:
         )
         seconds.append(time.perf_counter() - start)
     # The first one compiles.
-    return float(np.median(seconds[1:])) / len(asked)
+    return float(np.median(seconds[1:])) / len(timed)

@@ -49,10 +49,11 @@ def check_kinds(path: Path, entries: Sequence[tuple[str, Any]], kinds: Mapping[s
         raise ValueError(f"{path}: {name_some(problems)}; check that it is the official file")
 
 
-def check_there(paths: Mapping[str, Path], *, option: str) -> None:
+def check_there(paths: Mapping[str, Path], *, option: str | None) -> None:
     """Raises ValueError with a line for each path (by role) that is not there."""
     missing = [
-        f"{path}: no such file or folder; fetch it, or give its place with {option} {role}=PATH"
+        f"{path}: no such file or folder; fetch it"
+        + (f", or give its place with {option} {role}=PATH" if option else "")
         for role, path in paths.items()
         if not path.exists()
     ]

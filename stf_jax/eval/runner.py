@@ -18,6 +18,9 @@ ANSWERS = "answers.jsonl"
 SCORES = "scores.json"
 TRY_OUT_SCORES = "scores.first-{}.json"
 
+# Of `stf-jax eval`, which gives what lies elsewhere.
+PATH_OPTION = "--path"
+
 _NAMED = 20
 
 # Called with (questions answered, of how many).
@@ -80,6 +83,7 @@ def prepare(
     data: Path | None,
     paths: Mapping[str, Path] | None = None,
     limit: int | None = None,
+    option: str | None = PATH_OPTION,
 ) -> Prepared:
     """Reads the questions and looks for every file that asking and scoring will need.
 
@@ -88,20 +92,22 @@ def prepare(
       data: the folder in which LLaVA's instructions lay out the benchmarks.
       paths: by role, what lies elsewhere.
       limit: ask only the first so many.
+      option: with which the caller's user gives `paths`; None where nobody can.
 
     Raises:
       ValueError: files or images that are not there, lack fields, or do not fit one another.
     """
     _check_limit(limit)
-    located = _find_image(benchmark, (*benchmark.to_ask, *benchmark.to_score), data, paths)
+    roles = (*benchmark.to_ask, *benchmark.to_score)
+    located = _locate(benchmark, roles, data, paths, option=option)
     questions = benchmark.read(located)
     check_markers(located["questions"], questions)
     if lost := missing_files(questions[:limit]):
         kind = "images" if "images" in benchmark.paths else "videos"
+        elsewhere = f", or give their folder with {option} {kind}=DIR" if option else ""
         raise ValueError(
             f"{benchmark.name}: {len(lost)} {kind} are not there "
-            f"({name_some(lost, most=_NAMED)}); fetch them, or give their "
-            f"folder with --path {kind}=DIR"
+            f"({name_some(lost, most=_NAMED)}); fetch them{elsewhere}"
         )
     _check_truth(benchmark, located, questions)
     return Prepared(benchmark=benchmark, paths=located, questions=questions, limit=limit)
@@ -126,20 +132,22 @@ def _check_truth(
         raise ValueError(f"{benchmark.name} cannot be scored with these files: {error}") from error
 
 
-def _find_image(
+def _locate(
     benchmark: Benchmark,
     roles: Sequence[str],
     data: Path | None,
     given: Mapping[str, Path] | None,
+    *,
+    option: str | None = PATH_OPTION,
 ) -> dict[str, Path]:
     paths = benchmark.locate(data, given)
     if lost := [role for role in dict.fromkeys(roles) if role not in paths]:
         raise ValueError(
             f"{benchmark.name}: where are {', '.join(lost)}? give the data folder with --data, or "
-            f"each with --path {lost[0]}=PATH"
+            f"each with {PATH_OPTION} {lost[0]}=PATH"
         )
     needed = {role: paths[role] for role in dict.fromkeys(roles)}
-    check_there(needed, option="--path")
+    check_there(needed, option=option)
     return needed
 
 
@@ -231,7 +239,7 @@ def score_file(
       ValueError: files that are not there or not official, answers to other questions.
     """
     _check_limit(limit)
-    located = _find_image(benchmark, benchmark.to_score, data, paths)
+    located = _locate(benchmark, benchmark.to_score, data, paths)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     return _finish(benchmark, located, answers, out=out, limit=limit)

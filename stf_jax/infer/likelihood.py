@@ -47,22 +47,22 @@ class Likelihood:
         return self._call(self._ask, prefixes, questions)
 
     def score(
-        self, first: Float[Array, "_ V"], asked: KVCache, replies: Continuations
+        self, first: Float[Array, "_ V"], questions: KVCache, replies: Continuations
     ) -> Float[np.ndarray, "B"]:
         """The log-probability of each reply, in nats.
 
         Args:
             first: from `ask`.
-            asked: from `ask`.
+            questions: the cache from `ask`.
             replies: to the questions whose rows they name.
         """
-        return np.asarray(self._call(self._score, first, asked, replies))
+        return np.asarray(self._call(self._score, first, questions, replies))
 
     def _call(self, function: jax.stages.Wrapped, *arguments: PyTree) -> PyTree:
-        *kept, rows = arguments
+        *caches, rows = arguments
         program = self._program
         with program._on_mesh():
-            return function(program.weights, *kept, program._place(rows))
+            return function(program.weights, *caches, program._place(rows))
 
     def _continue(
         self, parameters: PyTree, cache: KVCache, rows: Continuations
@@ -85,12 +85,12 @@ class Likelihood:
         self,
         parameters: PyTree,
         first: Float[Array, "_ V"],
-        asked: KVCache,
+        questions: KVCache,
         replies: Continuations,
     ) -> Float[Array, "B"]:
         # What a token predicts is the next one: the last token of a reply predicts nothing.
         hidden, _ = self._continue(
-            parameters, asked, dataclasses.replace(replies, ids=replies.ids[:, :-1])
+            parameters, questions, dataclasses.replace(replies, ids=replies.ids[:, :-1])
         )
         logits = self._program._model(parameters).text.logits(hidden)
         later = jax.nn.log_softmax(logits)

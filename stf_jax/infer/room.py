@@ -22,7 +22,7 @@ class Room:
         new: tokens of an answer.
         kept: prefixes in the pool, `rows` or more.
         prefixes: positions of a prefix, by group of layers.
-        few: whether lengths double from one size to the next, so that few programs serve all.
+        is_coarse: whether lengths double from one size to the next, so that few programs serve all.
     """
 
     slots: int
@@ -31,7 +31,7 @@ class Room:
     new: int
     kept: int
     prefixes: tuple[int, ...]
-    few: bool = False
+    is_coarse: bool = False
 
 
 class Ticket:

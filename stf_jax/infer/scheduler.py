@@ -139,17 +139,17 @@ class Scheduler:
                 prefixes = self._program.prefill(self._batch([prompt.until(split.prefilled)]))
                 self._pool = self._program.keep(self._pool, prefixes, nowhere)
         for length in range(1, longest + 1):
-            sizes.add(_power(length, least=LEAST_QUESTION))
+            sizes.add(_next_power(length, least=LEAST_QUESTION))
         inserts = [
             (of_prefix, size, choice)
             for of_prefix in _largest(lengths)
             for size in sorted(sizes)
-            for choice in CHOICES[::2]
+            for choice in sorted({_first_choice(choice) for choice in CHOICES})
         ]
         for of_prefix, size, choice in inserts:
             none = Suffixes.empty(room.rows, size, slots=room.slots)
             self._state = self._program.insert(
-                self._state, self._pool, none, lengths=of_prefix, choice=_first_choice(choice)
+                self._state, self._pool, none, lengths=of_prefix, choice=choice
             )
         for choice in CHOICES:
             self._state = self._program.decode(
@@ -324,8 +324,8 @@ class Scheduler:
 
     def _images(self, count: int) -> int:
         """Images of a batch: where each row has as many, these, and else rounded up as lengths."""
-        few = self.room.few and not self._config.system.compacts
-        return _power(count, least=1) if few and count else count
+        coarse = self.room.is_coarse and not self._config.system.compacts
+        return _next_power(count, least=1) if coarse and count else count
 
     def _read_ahead(self) -> None:
         """Begins to read the images that come next."""
@@ -352,14 +352,14 @@ class Scheduler:
         return self._rounded(longest)
 
     def _rounded(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        size_of = _power if self.room.few else bucket
+        size_of = _next_power if self.room.is_coarse else bucket
         most = self._pool.sizes
         return tuple(min(size_of(size), limit) for size, limit in zip(sizes, most, strict=True))
 
     def _questions(self, chosen: list[tuple[Ticket, int, int]]) -> Suffixes:
         """(request, row of its prefix, slot) as arrays, padded to a bucket and to `rows`."""
         rest = [ticket.prompt.ids[ticket.split.start :] for ticket, _, _ in chosen]
-        size_of = _power if self.room.few else bucket
+        size_of = _next_power if self.room.is_coarse else bucket
         length = size_of(max(map(len, rest)), least=LEAST_QUESTION)
         questions = Suffixes.empty(self.room.rows, length, slots=self.room.slots)
         draws = Draws.of([(ticket.sampling, ticket.most) for ticket, _, _ in chosen])
@@ -388,7 +388,7 @@ def vision_tokens(prompt: Prompt) -> int:
     return int((prompt.ids == IMAGE_TOKEN_ID).sum())
 
 
-def _power(length: int, *, least: int = 64) -> int:
+def _next_power(length: int, *, least: int = 64) -> int:
     """The next of 64, 128, 256, ...; `least`, a power of two, is where the sizes begin."""
     return max(least, 1 << (length - 1).bit_length())
 

@@ -14,8 +14,6 @@ from stf_jax.models.cache import KVCache
 # How tokens are chosen, which is compiled in: the best, or one that is drawn, among all or among
 # likely ones.
 Choice: TypeAlias = Literal["greedy", "drawn", "likely"]
-
-
 CHOICES: tuple[Choice, ...] = ("greedy", "drawn", "likely")
 
 

@@ -51,8 +51,8 @@ class Prompts:
         self._longest = _LONGEST_TOKEN * (context or model.config.text.max_positions)
         self._domains, self.most_images = frozenset(domains), most_images
         every = model.config.system.budgets(model.config.vision)
-        #: The most first, which is the default.
         chosen = {model.config.choose_budget(budget) for budget in budgets or every}
+        # The most first, which is the default.
         self.budgets = sorted(chosen, reverse=True)
 
     def chat(

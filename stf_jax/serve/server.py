@@ -45,10 +45,10 @@ class ServeConfig:
         queue: requests that may wait.
         domains: from which images may be fetched.
         api_key: that clients must send.
-        images: of a request.
+        images: of a request, at most.
         tokens: of an image, that may be asked for; none is all that the system has.
-        warm_question: tokens behind the last image, up to which is compiled for before the first
-            request; None is all that there is room for.
+        warm_question: the most tokens behind the last image that the warm-up compiles for; None is
+            all that there is room for.
         grace: seconds that answers have to end in when the server stops.
     """
 
@@ -115,7 +115,7 @@ class ServeConfig:
             new=bucket(new),
             kept=kept,
             prefixes=_prefixes(config, prefix, contexts),
-            few=True,
+            is_coarse=True,
         )
 
 

@@ -51,7 +51,7 @@ class Checkpoints:
         every: steps between checkpoints.
         keep: how many of the latest are kept; all others are deleted.
         free: keys of the config, or sections of it ("mesh"), in which a resumed run may differ.
-        defaults: a config whose values keys had before the release that wrote the run knew them.
+        defaults: a config of default values, for keys that an older release did not write.
 
     Raises:
         CheckpointError: the directory cannot be written to, or belongs to a run with another

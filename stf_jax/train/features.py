@@ -10,6 +10,7 @@ import dataclasses
 import fcntl
 import hashlib
 import itertools
+import json
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -23,6 +24,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 
+from stf_jax.config.vision import VisionConfig
 from stf_jax.data.dataset import Dataset
 from stf_jax.data.features import FeatureIdentity, FeaturesError, ImageFeatures
 from stf_jax.data.images import ImageProcessor
@@ -109,7 +111,7 @@ class CachedFeatures:
         check_cacheable(config)
         weights = _read_tower(first, dtype)
         identity = FeatureIdentity(
-            tower=_digest(weights),
+            tower=_digest(config.vision, weights),
             taps=config.system.taps,
             captures=config.system.captures,
             image_processor=data[0].image_processor,
@@ -214,9 +216,7 @@ class CachedFeatures:
 
     @property
     def _missing(self) -> int:
-        return sum(
-            len(store.parts[part]) for store in self.stores.values() for part in store.missing
-        )
+        return sum(map(_count_missing, self.stores.values()))
 
     def _check_room(self) -> None:
         """Refuses before anything is computed.
@@ -226,9 +226,8 @@ class CachedFeatures:
         """
         needs: dict[Path, int] = {}
         for store in self.stores.values():
-            missing = sum(len(store.parts[part]) for part in store.missing)
             folder = store.folder.parent
-            needs[folder] = needs.get(folder, 0) + missing * store.image_bytes
+            needs[folder] = needs.get(folder, 0) + _count_missing(store) * store.image_bytes
         for folder, need in needs.items():
             free = free_bytes(folder)
             if free is not None and need > free:
@@ -271,11 +270,13 @@ def _read_tower(first: NativeCheckpoint, dtype: str) -> dict[str, np.ndarray[Any
     return {name.removeprefix("vision/"): leaf for name, leaf in first.load(wanted).items()}
 
 
-def _digest(weights: dict[str, np.ndarray[Any, Any]]) -> str:
+def _digest(vision: VisionConfig, weights: dict[str, np.ndarray[Any, Any]]) -> str:
     lines = [
         f"{name} {weights[name].shape} {number}\n" for name, number in checksums(weights).items()
     ]
-    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+    # Heads, activation and epsilon are in no weight.
+    sizes = json.dumps(dataclasses.asdict(vision), sort_keys=True)
+    return hashlib.sha256("".join([*sorted(lines), sizes]).encode()).hexdigest()
 
 
 def _open_store(
@@ -293,7 +294,7 @@ def _open_store(
             # The first host looks through the images for all.
             _wait()
         with count_progress(f"images of {dataset.path.name}") as progress:
-            store = ImageFeatures.open(dataset, identity, folder, progress=progress)
+            store = ImageFeatures.open(dataset, identity, folder, progress=progress, lock=_alone)
         if jax.process_index() == 0:
             _wait()
     return store
@@ -317,8 +318,8 @@ def _wait() -> None:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path, is_ended: Callable[[], bool]) -> Iterator[None]:
-    """Waits for another run that computes the same features; the lock ends with the process."""
+def _alone(folder: Path, is_ended: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Waits for another run that fills the same folder; the lock ends with the process."""
     waiting = False
     with (folder / f".lock-{jax.process_index()}").open("a") as file:
         while True:
@@ -327,12 +328,16 @@ def _alone(folder: Path, is_ended: Callable[[], bool]) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if not waiting:
-                    sys.stderr.write(f"waiting for another process that computes {folder}\n")
+                    sys.stderr.write(f"waiting for another process that fills {folder}\n")
                 waiting = True
                 if is_ended():
                     raise _EndedError from None
                 time.sleep(0.2)
         yield
+
+
+def _count_missing(store: ImageFeatures) -> int:
+    return sum(len(store.parts[part]) for part in store.missing)
 
 
 def _gb(size: int) -> str:

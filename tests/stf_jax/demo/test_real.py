@@ -69,6 +69,9 @@ def test_report_says_what_the_run_found(demo: tuple[RealResults, Path]) -> None:
         with Image.open(out / f"{name}.png") as image:
             assert min(image.size) > 300
     assert chance(results.questions, "category") == 0.25
+    answers = [question.answer for question in results.questions if question.kind == "category"]
+    most = max(map(answers.count, answers))
+    assert written["most_common"]["category"] == most / len(answers)
 
 
 def test_a_run_that_is_there_is_not_done_again(

@@ -13,7 +13,7 @@ from PIL import Image
 from stf_jax.cli.main import main
 from stf_jax.convert import import_checkpoint
 from stf_jax.eval.answers import read_answers
-from stf_jax.eval.choice_file import ChoiceAnswerer, choice_benchmark, choice_paths
+from stf_jax.eval.choice_file import ChoiceAnswerer
 from stf_jax.eval.compare import Comparison, Cost, Line, Row, measure, open_benchmark
 from stf_jax.eval.comparison import draw, markdown, spread
 from stf_jax.eval.intervals import clustered, wilson
@@ -188,14 +188,24 @@ def test_what_cannot_be_compared_is_one_line(
     assert re.search(message, line), line
 
 
-def test_choices_without_their_answer_are_refused(questions: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer": "green"}, "the answer of entry 4 is not among its choices"),
+        ({"choices": ["red", 2], "answer": "red"}, "a choice of entry 4 is no text"),
+        ({"choices": []}, "a choice of entry 4 is no text, or there is none"),
+        ({"image": "no.png"}, r"1 images are not there \(.*no.png\); fetch them$"),
+    ],
+)
+def test_choices_that_cannot_be_asked_are_refused(
+    questions: Path, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
     entries = json.loads(questions.read_text())
-    entries[3]["answer"] = "green"
+    entries[3] |= change
     (tmp_path / "images").symlink_to(questions.parent / "images")
     (tmp_path / "q.json").write_text(json.dumps(entries))
-    paths = choice_paths(tmp_path / "q.json")
-    with pytest.raises(ValueError, match="the answer of entry 4 is not among its choices"):
-        prepare(choice_benchmark("mine", template="v1"), data=None, paths=paths)
+    with pytest.raises(ValueError, match=message):
+        open_benchmark("mine", tmp_path / "q.json", template="v1", limit=None)
 
 
 def test_seventeen_models_fit_into_the_figure() -> None:

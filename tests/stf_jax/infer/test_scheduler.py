@@ -127,8 +127,8 @@ def test_what_is_not_finite_reaches_nobody_later(engine: Engine) -> None:
 
 def test_after_the_warm_up_nothing_compiles(engine: Engine, compilations: list[str]) -> None:
     """Room of its own size, so that no other test has compiled for it."""
-    few = dataclasses.replace(room(slots=3, rows=3), few=True)
-    scheduler = engine.open(few)
+    coarse = dataclasses.replace(room(slots=3, rows=3), is_coarse=True)
+    scheduler = engine.open(coarse)
     lengths = [prompt(length) for length in range(1, 60)]
     lengths += [shown(length, 0, images=n) for n in (1, 2) for length in range(12, 60)]
     compilations.clear()

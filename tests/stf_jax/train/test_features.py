@@ -1,6 +1,8 @@
 """Features of the frozen tower, computed once and kept on disk in place of pixels."""
 
+import contextlib
 import dataclasses
+import fcntl
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ from stf_jax.config.vision import VisionConfig
 from stf_jax.convert.stored_model import load_processors
 from stf_jax.data import features as stores
 from stf_jax.data.dataset import Dataset
-from stf_jax.data.features import FeatureIdentity, FeaturesError, ImageFeatures
+from stf_jax.data.features import FeatureIdentity, FeaturesError, ImageFeatures, ImageTable
 from stf_jax.data.images import ImageError, ImageProcessor
 from stf_jax.models import flops
 from stf_jax.models.connector import VisionFeatures
@@ -94,6 +96,26 @@ def test_hosts_share_the_images_and_equal_files_are_one(
     np.testing.assert_array_equal(store.blank, 0)
 
 
+def test_runs_that_begin_together_describe_a_dataset_one_after_the_other(
+    opened: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that write the same file at once would damage it."""
+    describe, held = ImageTable.of, []
+
+    def note(*arguments: Any) -> ImageTable:
+        with (tmp_path / "f" / ".lock-0").open("a") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held.append(True)
+        return describe(*arguments)
+
+    monkeypatch.setattr(ImageTable, "of", note)
+    opened()
+    # What is complete is only read, as from a place that cannot be written to.
+    monkeypatch.setattr(cached, "_alone", None)
+    opened()
+    assert held == [True]
+
+
 def test_features_are_known_by_all_that_decides_them(opened: Callable[..., Any]) -> None:
     others = ({}, {"dtype": "bfloat16"}, {"mode": "crop"}, {"fast": True})
     stores = [opened(**changes)[1] for changes in others]
@@ -102,17 +124,26 @@ def test_features_are_known_by_all_that_decides_them(opened: Callable[..., Any])
     for change in ({"tower": "x"}, {"taps": (1,)}, {"captures": True}):
         other = dataclasses.replace(identity, **change)
         store = ImageFeatures.open(
-            stores[0].dataset, other, stores[0].folder.parent, progress=lambda done, total: None
+            stores[0].dataset,
+            other,
+            stores[0].folder.parent,
+            progress=lambda done, total: None,
+            lock=lambda folder: contextlib.nullcontext(),
         )
         assert store.folder not in {store.folder for store in stores}
 
 
-def test_a_tower_with_other_weights_is_another(opened: Callable[..., Any]) -> None:
+def test_a_tower_with_other_weights_or_another_activation_is_another(
+    opened: Callable[..., Any],
+) -> None:
     features, store = opened()
+    vision = features.config.vision
     weights = {name: np.array(leaf) for name, leaf in features.weights.items()}
-    assert cached._digest(weights) == store.identity.tower
+    assert cached._digest(vision, weights) == store.identity.tower
+    other = dataclasses.replace(vision, activation="gelu")
+    assert cached._digest(other, weights) != store.identity.tower
     weights["class_embedding"][0] += 1e-3
-    assert cached._digest(weights) != store.identity.tower
+    assert cached._digest(vision, weights) != store.identity.tower
 
 
 def test_what_is_stale_or_damaged_is_refused_and_not_trained_on(
