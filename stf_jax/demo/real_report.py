@@ -16,10 +16,11 @@ from stf_jax.demo.packages import IMAGES as IMAGE_CREDIT
 from stf_jax.demo.packages import LANGUAGE, TOWER
 from stf_jax.demo.pictures import IMAGES, KINDS, Question
 from stf_jax.demo.real import HOWS, PICTURES, RATE, ModelScores, RealResults
-from stf_jax.demo.report import markdown, with_interval
+from stf_jax.demo.report import with_interval
 from stf_jax.store.run import open_model
 from stf_jax.util.files import write_json
 from stf_jax.util.machine import machine
+from stf_jax.util.markdown import markdown_table
 
 REPORT = "report.md"
 # Wong 2011: the color-blind can distinguish them.
@@ -84,7 +85,7 @@ def write_real_report(results: RealResults, out: Path) -> None:
         figure.savefig(out / f"{name}.png", dpi=120)
     text = _TEXT.format(
         verdict=verdict(results),
-        table=markdown(*table(results)),
+        table=markdown_table(*table(results)),
         tokens=config.tokens_per_image,
         patches=config.vision.patches,
         language=LANGUAGE.credit,

@@ -19,6 +19,7 @@ from stf_jax.demo.scenes import GRID, KINDS
 from stf_jax.demo.tower import VISION
 from stf_jax.demo.variants import all_variants
 from stf_jax.util.machine import machine
+from stf_jax.util.markdown import markdown_table
 
 _TEXT = """# A quarter of the vision tokens: what is lost, and what is not
 
@@ -81,7 +82,7 @@ def write_report(results: Results, questions: Sequence[HeldOut], out: Path) -> N
     settings, variants = results.settings, all_variants(VISION, TEXT)
     text = _TEXT.format(
         verdict=results.verdict,
-        table=markdown(*_cells(results)),
+        table=markdown_table(*_cells(results)),
         examples=_examples(questions),
         guessed=100 * _chance(questions),
         narrow=TEXT.width,
@@ -144,12 +145,6 @@ def with_interval(score: Score) -> str:
     """In per cent, with its interval."""
     low, high = score.interval
     return f"{100 * score.accuracy:.1f} ({100 * low:.1f}-{100 * high:.1f})"
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _chance(questions: Sequence[HeldOut]) -> float:

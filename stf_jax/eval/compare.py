@@ -71,8 +71,8 @@ class Row:
 
     @property
     def folder(self) -> str:
-        """Of its answers."""
-        return re.sub(r"[^\w.+-]+", "-", self.title)
+        """Of its answers, within `out`; empty where the title says nothing."""
+        return re.sub(r"[^\w.+-]+", "-", self.title).lstrip(".")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,12 +181,15 @@ def check_rows(rows: Sequence[Row], baseline: str | None) -> str:
     """The baseline's title, by default the first row's.
 
     Raises:
-        ValueError: fewer than two models, two of one title, one that cannot be opened, or a
-            baseline that is none of them.
+        ValueError: fewer than two models, two of one title, one without, one that cannot be
+            opened, or a baseline that is none of them.
     """
     if len(rows) < 2:
         raise ValueError("give two or more models to compare")
     folders = [row.folder for row in rows]
+    if "" in folders:
+        model = rows[folders.index("")].model
+        raise ValueError(f"the model {model} has no title; give it one, with --rows FILE")
     if twice := sorted({folder for folder in folders if folders.count(folder) > 1}):
         raise ValueError(f"two models are called {twice[0]}; give each a title, with --rows FILE")
     titles = [row.title for row in rows]

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from stf_jax.eval.compare import ALL, Comparison, Cost, Line
 from stf_jax.util.files import write_text
 from stf_jax.util.machine import machine
+from stf_jax.util.markdown import markdown_table
 
 NAME = "comparison"
 # Wong 2011: the color-blind can distinguish them; beyond these, markers tell rows apart.
@@ -79,7 +80,7 @@ def markdown(comparison: Comparison) -> str:
         header = [f"{kind} ({counts[kind]:,})" for kind in kinds]
         parts += [
             f"## {benchmark}",
-            _table(["model", *header, f"all, beside {comparison.baseline}"], rows),
+            markdown_table(["model", *header, f"all, beside {comparison.baseline}"], rows),
             "Right answers in per cent, with the 95 % interval of a bootstrap over the "
             f"{max(line.images for line in lines):,} images; the number of questions in brackets. "
             "The last column is the difference in points, question by question, with the same "
@@ -97,7 +98,7 @@ def markdown(comparison: Comparison) -> str:
         note += f" Prefill, with the image decoded and encoded, was measured on {machine()}."
     parts += [
         "## What an answer costs",
-        _table(header, [[title, *_cost(cost)] for title, cost in costs]),
+        markdown_table(header, [[title, *_cost(cost)] for title, cost in costs]),
         note,
     ]
     return "\n\n".join(parts) + "\n"
@@ -176,11 +177,6 @@ def spread(values: np.ndarray, *, gap: float) -> np.ndarray:
     places = np.empty(len(values))
     places[order] = fitted + np.arange(len(values)) * gap
     return places
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _share(line: Line) -> str:

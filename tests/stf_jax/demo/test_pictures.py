@@ -140,3 +140,5 @@ def test_what_is_missing_is_one_line(
     error = capsys.readouterr().err
     assert command in error
     assert error.count("\n") == 1
+    assert main(["demo", "--full"]) == 1
+    assert "--full is about the drawn scenes; add --scenes" in capsys.readouterr().err

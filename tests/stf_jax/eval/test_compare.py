@@ -20,6 +20,7 @@ from stf_jax.eval.intervals import clustered, wilson
 from stf_jax.eval.registry import get_benchmark
 from stf_jax.eval.runner import ask, prepare
 from stf_jax.infer.load import load
+from stf_jax.util.markdown import markdown_table
 from tests.stf_jax.eval.miniature import Echo, png
 
 CHOICES = {"color": ["red", "blue"], "what": ["a cat", "a dog", "a bus"]}
@@ -163,6 +164,7 @@ def test_the_cost_is_that_of_what_each_layer_computes(llava: Path, questions: Pa
     [
         ("", [], "give two or more models"),
         ("- model: {0}", [], "two models are called llava; give each a title"),
+        ("- {{model: {0}, title: ..}}", [], "/llava has no title; give it one, with --rows FILE"),
         ("- {{model: {0}, title: b}}", ["--baseline", "c"], "the baseline 'c' is none of llava, b"),
         ("- {{model: {0}, titel: b}}", [], "entry 1: .*titel"),
         ("- {{title: b}}", [], "entry 1 names no model"),
@@ -228,6 +230,7 @@ def test_seventeen_models_fit_into_the_figure() -> None:
     ]  # fmt: skip
     comparison = Comparison(lines=lines, costs=costs, baseline=titles[0])
     assert markdown(comparison).count("| a system of number") == 34
+    assert markdown_table(["a"], [["b|c"]]).splitlines()[2] == r"| b\|c |"
     figure = draw(comparison)
     FigureCanvasAgg(figure).draw()
     (legend,) = figure.legends
