@@ -73,8 +73,8 @@ class ChoiceScorer:
 
         Raises:
             ImageError: an image that cannot be used.
-            ValueError: a choice without answers, an answer that is empty or has space round it, or
-                what `Model.generate` refuses.
+            ValueError: a choice without answers, an answer that is empty or has space round it, a
+                likelihood that is no number, or what `Model.generate` refuses.
         """
         replies = [self._encode(choice) for choice in choices]
         prompts = self._model.make_prompts(
@@ -84,6 +84,11 @@ class ChoiceScorer:
         scores: dict[int, Float[np.ndarray, answers]] = {}
         for group in self._group(prompts):
             for number, score in self._score_group(group, prompts, replies):
+                if np.isnan(score).any():
+                    raise ValueError(
+                        f"an answer to choice {number + 1} has a likelihood that is no number; "
+                        "take dtype float32, or check the model's weights"
+                    )
                 scores[number] = score
             progress(len(scores), len(choices))
         return [scores[number] for number in range(len(choices))]

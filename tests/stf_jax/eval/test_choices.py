@@ -85,7 +85,9 @@ def test_a_reply_is_what_training_supervises(tokenizer: Tokenizer) -> None:
         np.testing.assert_array_equal(encode_reply(tokenizer, template, reply), ids[len(before) :])
 
 
-def test_what_cannot_be_scored_is_refused(tokenizer: Tokenizer) -> None:
+def test_what_cannot_be_scored_is_refused(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scorer = ChoiceScorer(model_of(network_of("stf", tokenizer), tokenizer))
     for answers, problem in (
         ((), "no answers to choose from"),
@@ -97,3 +99,9 @@ def test_what_cannot_be_scored_is_refused(tokenizer: Tokenizer) -> None:
             scorer.choose([choice])
     with pytest.raises(ValueError, match="rows is 0"):
         ChoiceScorer(scorer._model, rows=0)
+    # The largest of numbers that are none would be the first of them.
+    none = iter([(0, np.array([-1.0, np.nan]))])
+    monkeypatch.setattr(scorer, "_score_group", lambda *_: none)
+    choice = Choice(request=Request(prompt="What?"), answers=("a", "b"))
+    with pytest.raises(ValueError, match="an answer to choice 1 has a likelihood that is no num"):
+        scorer.choose([choice])
