@@ -128,6 +128,9 @@ def _vocabulary(
 ) -> dict[str, Any]:
     model, jinja = files.get("tokenizer.model"), files.get("chat_template.jinja")
     own = read_json(hf / "tokenizer_config.json").get("chat_template")
+    if isinstance(own, list):
+        # As older releases of transformers wrote several.
+        own = next((one.get("template") for one in own if one.get("name") == "default"), None)
     return gguf_vocabulary(
         read_tokenizer(hf, files),
         rows=rows,

@@ -31,9 +31,18 @@ TEXTS = ("What is the color of the bus?", "  a\n\n日本語 🎉 12,345", "")
 @pytest.fixture(scope="module")
 def llava(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The reference's language model and tower as LLaVA-1.5, in native form."""
-    path = tmp_path_factory.mktemp("llava") / "native"
-    import_checkpoint(reference / "vicuna", path, vision_tower=reference / "clip", system="llava")
-    return path
+    root = tmp_path_factory.mktemp("llava")
+    vicuna = shutil.copytree(reference / "vicuna", root / "vicuna")
+    # As older releases of transformers wrote several templates.
+    file = vicuna / "tokenizer_config.json"
+    templates = [
+        {"name": "other", "template": "{{ 1 }}"},
+        {"name": "default", "template": "{{ 2 }}"},
+    ]
+    file.chmod(0o644)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": templates}))
+    import_checkpoint(vicuna, root / "native", vision_tower=reference / "clip", system="llava")
+    return root / "native"
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +58,8 @@ def test_the_language_model_comes_back_bit_for_bit(exported: Path, reference: Pa
     back = open_source(exported / "model.gguf", vision_tower=reference / "clip")
     first = open_source(reference / "vicuna", vision_tower=reference / "clip")
     assert back.config.text == first.config.text
+    written = gguf.GGUFReader(exported / "model.gguf").fields
+    assert written["tokenizer.chat_template"].contents() == "{{ 2 }}"
     names = {name for name in first.tensors if name.startswith(("model.", "lm_head."))}
     assert names == {name for name in back.tensors if name.startswith(("model.", "lm_head."))}
     for name in names:
