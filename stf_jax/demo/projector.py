@@ -22,7 +22,7 @@ from stf_jax.demo.real import RealSettings, align_projector, draw, train_project
 from stf_jax.store.run import open_model
 
 # More images than there are: all.
-SETTINGS = RealSettings(singles=1000, groups=300, steps=0)
+SETTINGS = RealSettings(singles=1000, groups=300, steps=40)
 
 
 def make(out: Path, settings: RealSettings) -> Path:

@@ -41,7 +41,10 @@ def test_makes_what_the_converter_imports(tmp_path: Path) -> None:
     shape: Any = {"rows": len(texts), "length": 256, "texts": texts, "rate": 1e-3}
     pretraining.make(tmp_path, tower_steps=2, scenes=8, phases=[Phase(steps=2, **shape)])
     written = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
-    shipped = {path.relative_to(pretraining.DATA) for path in pretraining.DATA.rglob("*.*")}
+    folders = (pretraining.LANGUAGE, pretraining.TOWER)
+    shipped = {
+        path.relative_to(pretraining.DATA) for folder in folders for path in folder.rglob("*.*")
+    }
     assert written == shipped
 
     system = all_variants(VISION, TEXT)["stf_mbtf"].system
