@@ -337,7 +337,8 @@ def alone(name: str) -> Engine:
     return Engine(loaded(CONFIGS[name], expected_of(name).weights, ShardingRules.none()))
 
 
-@pytest.mark.parametrize(("name", "axes"), CASES)
+# Of one model the mesh of all three axes tells more than `fsdp 8`.
+@pytest.mark.parametrize(("name", "axes"), CASES if ALL else CASES[1:])
 def test_generated_tokens(name: str, axes: str) -> None:
     samplings = [GREEDY]
     if axes.startswith("data"):  # Once: it compiles everything anew.

@@ -49,7 +49,7 @@ def ask(engine: Engine, prompts: list[Prompt], *, slots: int) -> dict[int, list[
 REQUESTS = int(os.environ.get("STF_JAX_REQUESTS", "0"))
 
 # Several budgets, empty slots, questions, codebooks; and what acts inside the language model.
-BEFORE = ("m3", "prumerge", "quecc", "vqtoken")
+BEFORE = ("m3", "prumerge", "quecc", "vistog", "vqtoken")
 INSIDE = ("voco", "proxyv", "videollm_mod", "pmod", "fastv", "pyramiddrop", "gsearch")
 
 
