@@ -2,9 +2,7 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
-import math
 import os
 import re
 import tempfile
@@ -24,13 +22,9 @@ from stf_jax.convert.layouts import (
 )
 from stf_jax.convert.lora_exporter import check_trained, write_lora
 from stf_jax.convert.mapping import carried_shapes, connector_entries, is_buffer, own_entries, table
+from stf_jax.convert.native_exporter import write_native
 from stf_jax.convert.processor import IMAGE_TOKEN, PAD_TOKEN, ImageTokens
-from stf_jax.convert.quantize import (
-    check_plain,
-    open_dequantized,
-    quantized_leaves,
-    quantized_weights,
-)
+from stf_jax.convert.quantize import check_plain, open_dequantized
 from stf_jax.convert.readers import BESIDE_LORA, read_json
 from stf_jax.convert.remote_code import code_sidecars, compact
 from stf_jax.convert.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorInfo
@@ -39,9 +33,7 @@ from stf_jax.convert.source import THREADS
 from stf_jax.convert.torch_file import import_torch, write_torch
 from stf_jax.data.fit import fit_template, stop_ids
 from stf_jax.data.processors import read_tokenizer
-from stf_jax.models.quantization import is_quantized
 from stf_jax.models.weights import Entry
-from stf_jax.store import checkpoint
 from stf_jax.store.checkpoint import NativeCheckpoint, extra_files
 from stf_jax.store.run import TrainedCheckpoint, open_model
 from stf_jax.systems.base import LlavaConfig
@@ -158,7 +150,7 @@ def export_checkpoint(
         if vocabulary is not None:
             raise CheckpointError("layout native keeps the vocabulary; leave out --vocabulary")
         checkpoint = native.weights if dequantize else native.checkpoint
-        _write_native(checkpoint, out, None if dtype is None else FLOATS[dtype], quantize)
+        write_native(checkpoint, out, None if dtype is None else FLOATS[dtype], quantize)
         return
     if layout not in ("lora", "adapter") and not dequantize:
         check_plain(native.checkpoint, to=f"be written in layout {layout}", fix="add --dequantize")
@@ -364,50 +356,6 @@ def _generation(native: Native, files: Mapping[str, bytes]) -> dict[str, bytes]:
         # Without a tokenizer that is as it was in training, nothing is known of it.
         return {}
     return generation_file(files, native.config, stop_ids(template, tokenizer))
-
-
-def _write_native(
-    source: NativeCheckpoint, out: epath.PathLike, dtype: DType | None, quantize: str | None
-) -> None:
-    if source.adapters is not None:
-        check_plain(
-            source,
-            to="take in the adapters that were trained beside them",
-            fix="write those with --layout lora, or all with --dequantize",
-        )
-    config = source.config
-    if quantize is not None:
-        check_plain(source, to="be quantized again", fix="leave out --quantize")
-        try:
-            config = config.with_quantization(quantize)
-        except ValueError as error:
-            raise CheckpointError(f"{source.path}: {error}") from error
-    weights = quantized_weights(config) if quantize is not None else {}
-
-    def leaves() -> Iterator[checkpoint.Leaf]:
-        sizes = {
-            path: math.prod(leaf.shape) * leaf.dtype.itemsize
-            for path, leaf in source.shapes.items()
-        }
-        with byte_progress("Exporting", total=sum(sizes.values())) as advance:
-            for path, leaf in source.shapes.items():
-                # What becomes integers is rounded once.
-                stays = is_quantized(path) or path in weights
-                kind = leaf.dtype if dtype is None or stays else dtype
-                read = functools.partial(_read, source, path, kind)
-                if path in weights:
-                    yield from quantized_leaves(path, weights[path], read)
-                else:
-                    yield checkpoint.Leaf(path=path, shape=leaf.shape, dtype=kind, read=read)
-                advance(sizes[path])
-
-    checkpoint.write(out, config=config, leaves=leaves(), extras=source.copy_extras)
-
-
-def _read(source: NativeCheckpoint, name: str, dtype: DType) -> Array:
-    array = source.read(name)
-    check_finite(array, name=name)
-    return cast(array, dtype, name=name)
 
 
 def _read_connector(native: Native, plan: _Plan) -> dict[str, Array]:
