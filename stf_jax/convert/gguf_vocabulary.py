@@ -49,6 +49,11 @@ def gguf_vocabulary(
         CheckpointError: it cuts text in a way that has no name in GGUF.
     """
     content = json.loads(tokenizer.backend.to_str())
+    if content["model"]["type"] != "BPE":
+        raise CheckpointError(
+            f"layout gguf writes BPE tokenizers, and this is {content['model']['type']}; use "
+            "another --layout"
+        )
     ids: dict[str, int] = tokenizer.backend.get_vocab(with_added_tokens=True)
     tokens = [f"[PAD{number}]" for number in range(rows)]
     kinds = [_UNUSED] * rows
@@ -58,11 +63,6 @@ def gguf_vocabulary(
     for added in content["added_tokens"]:
         if added["id"] < rows:
             kinds[added["id"]] = _CONTROL if added["special"] else _USER
-    if content["model"]["type"] != "BPE":
-        raise CheckpointError(
-            f"layout gguf writes BPE tokenizers, and this is {content['model']['type']}; use "
-            "another --layout"
-        )
     result: dict[str, Any] = {}
     if content["model"].get("byte_fallback"):
         result |= _sentencepiece(content["model"], tokens, kinds, model)
