@@ -32,7 +32,8 @@ def test_the_loss_falls_and_a_run_continues_to_the_bit(name: str, stage: Any) ->
     config = config_of(name)
     parameters = flatten(nnx.to_pure_dict(nnx.state(build(config, seed=3), nnx.Param)))
     trained, frozen = split_trained(parameters, stage)
-    optimizer = optax.sgd(RATE)
+    # With a moment, which has to be there again, too.
+    optimizer = optax.sgd(RATE, momentum=0.5)
     step = make_step(Llava.abstract(config, training=True), optimizer)
     # One micro-batch.
     batch = jax.tree.map(lambda array: array[None], batch_of(config))
